@@ -1,0 +1,205 @@
+"""The `torch.library` contracts: schema, fake, and which implementation runs where.
+
+Each function below is the contract of one operator: its annotations are the schema, its docstring says what the results
+are, its body makes them empty (the fake). The default implementation is the Triton one (`kernels/`), that for CPU tensors the
+numba one (`paa_gpu/cpu/`): functions of the same name and signature in the module of the capability, imported when an
+operator first runs. Operators take what the public functions have checked, and return flat, freshly allocated tensors.
+
+Shapes: B images, `len(level_sizes) // B` pyramid levels, A anchors and P potential positives over all images,
+G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op, infer_schema
+
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+
+Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk: int) -> int:
+    """K: the most candidates a ground truth of the batch can have; known on the host, so a huge `topk` costs no memory."""
+    levels = len(level_sizes) // len(pos_inds)
+    return max(
+        min(inds.shape[0], sum(min(topk, size) for size in level_sizes[image * levels : (image + 1) * levels]))
+        for image, inds in enumerate(pos_inds)
+    )
+
+
+def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
+    """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]."""
+    dtype = PRECISIONS[precision]
+    return (
+        like.new_empty((rows, 2), dtype=dtype),
+        like.new_empty((rows, 2), dtype=dtype),
+        like.new_empty((rows, 2), dtype=dtype),
+        like.new_empty(rows, dtype=dtype),
+        like.new_empty(rows, dtype=torch.int64),
+        like.new_empty(rows, dtype=torch.bool),
+        like.new_empty(rows, dtype=torch.bool),
+    )
+
+
+def _operator(stem: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    def implementation(package: str, name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"paa_gpu.{package}.{stem}"), name)(*args)
+
+        return run
+
+    def register(contract: Callable[..., Any]) -> CustomOpDef:
+        name = contract.__name__
+        schema = infer_schema(contract, mutates_args=())
+        operator = custom_op(f"paa_gpu::{name}", implementation("kernels", name), mutates_args=(), schema=schema)
+        operator.register_kernel("cpu", implementation("cpu", name))
+        operator.register_fake(contract)
+        return operator
+
+    return register
+
+
+@_operator("topk")
+def select_candidates(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss [G, K] ascending, then +inf; index [G, K] into the pos_inds of the row's image, then -1; count [G]."""
+    rows, width = sum(num_gts), max_candidates(pos_inds, level_sizes, topk)
+    like = pos_losses[0]
+    return (
+        like.new_empty((rows, width)),
+        like.new_empty((rows, width), dtype=torch.int64),
+        like.new_empty(rows, dtype=torch.int64),
+    )
+
+
+@_operator("em")
+def fit_gmm_1d(
+    x: Tensor,
+    count: Tensor | None,
+    lengths: Sequence[int] | None,
+    weights_init: Tensor | None,
+    means_init: Tensor | None,
+    precisions_init: Tensor | None,
+    covariance_type: str,
+    tol: float,
+    reg_covar: float,
+    max_iter: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fit the rows of `x` [G, K], the first `count` [G] of each, or of flat `x` [sum(lengths)]: see `empty_fit`.
+
+    weights_init and means_init are [1 or G, 2], precisions_init [1 or G, 2], or [1 or G, 1] where tied.
+    """
+    return empty_fit(x, x.shape[0] if lengths is None else len(lengths), precision)
+
+
+@_operator("reassign")
+def paa_reassign(
+    pos_losses: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: str,
+    singleton: str,
+    precision: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    """label [A], label_weight [A], bbox_weight [A, 4], num_pos [B]; the fit; fit_image, fit_gt [G]; positive, ignored [P]."""
+    rows = sum(num_gts)
+    return (
+        *_empty_targets(label, label_weight, bbox_weight),
+        *empty_fit(pos_losses[0], rows, precision),
+        *_empty_rows(label[0], rows),
+        *_empty_masks(pos_inds),
+    )
+
+
+@_operator("reassign")
+def fit_candidates(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+    covariance_type: str,
+    precision: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor,
+]:  # fmt: skip
+    """loss, index, count (see `select_candidates`), assignment [G, K] (True: foreground), score [G, K]; the fit; fit_image, fit_gt.
+
+    assignment is False and score -inf at padding and in rows that are not valid.
+    """
+    rows, width = sum(num_gts), max_candidates(pos_inds, level_sizes, topk)
+    like = pos_losses[0]
+    return (
+        like.new_empty((rows, width)),
+        like.new_empty((rows, width), dtype=torch.int64),
+        like.new_empty(rows, dtype=torch.int64),
+        like.new_empty((rows, width), dtype=torch.bool),
+        like.new_empty((rows, width), dtype=PRECISIONS[precision]),
+        *empty_fit(like, rows, precision),
+        *_empty_rows(like, rows),
+    )
+
+
+@_operator("reassign")
+def write_targets(
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    index: Tensor,
+    candidate_positive: Tensor,
+    candidate_ignored: Tensor,
+    num_gts: Sequence[int],
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
+    return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
+
+
+def _empty_targets(
+    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    anchors = sum(image.shape[0] for image in label)
+    return (
+        label[0].new_empty(anchors),
+        label_weight[0].new_empty(anchors),
+        bbox_weight[0].new_empty((anchors, 4)),
+        label[0].new_empty(len(label), dtype=torch.int64),
+    )
+
+
+def _empty_rows(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return like.new_empty(rows, dtype=torch.int64), like.new_empty(rows, dtype=torch.int64)
+
+
+def _empty_masks(pos_inds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    potential = sum(inds.shape[0] for inds in pos_inds)
+    return pos_inds[0].new_empty(potential, dtype=torch.bool), pos_inds[0].new_empty(potential, dtype=torch.bool)
