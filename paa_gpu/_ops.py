@@ -74,7 +74,7 @@ def select_candidates(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [G, K] ascending, then +inf; index [G, K] into the pos_inds of the row's image, then -1; count [G]."""
+    """loss [G, K] ascending, then +inf; index [G, K] into the concatenated pos_inds, then -1; count [G]."""
     rows, width = sum(num_gts), max_candidates(pos_inds, level_sizes, topk)
     like = pos_losses[0]
     return (
@@ -177,7 +177,6 @@ def write_targets(
     index: Tensor,
     candidate_positive: Tensor,
     candidate_ignored: Tensor,
-    num_gts: Sequence[int],
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
