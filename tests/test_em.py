@@ -92,9 +92,8 @@ def test_values_close_together_keep_their_digits(rng):
     x = torch.from_numpy(1e4 + rng.normal(size=(5, 45)) * 1e-3).float()
     with pytest.raises(ValueError, match="ill-defined empirical covariance"):
         row = x[0].numpy()[:, None]
-        GaussianMixture(
-            2, covariance_type="diag", means_init=[row.min(0), row.max(0)], weights_init=[0.5, 0.5], precisions_init=[[1.0], [1.0]]
-        ).fit(row)
+        initial = {"weights_init": [0.5, 0.5], "means_init": [row.min(0), row.max(0)], "precisions_init": [[1.0], [1.0]]}
+        GaussianMixture(2, covariance_type="diag", **initial).fit(row)
     got = paa_gpu.fit_gmm_1d(x)
     for i, row in enumerate(x.double().numpy()):
         assert_close(got, extended_em.fit(row), i)

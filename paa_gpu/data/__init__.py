@@ -51,7 +51,7 @@ def load(path: Path = BUNDLED) -> Recording:
     with np.load(path) as file:
         stored = {name: file[name] for name in file.files}
     meta = json.loads(str(stored["meta"]))
-    anchors = [_anchors(*size, stride) for size, stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
+    anchors = [_anchors(height, width, stride) for (height, width), stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
     pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))
     pos_gt_inds = torch.from_numpy(stored["pos_gt_inds"].astype(np.int64))
     label = torch.full((sum(map(len, anchors)),), meta["num_classes"])
