@@ -47,6 +47,17 @@ def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     )
 
 
+def operators() -> dict[str, Any]:
+    """The operators by name."""
+    return {
+        "select_candidates": select_candidates,
+        "fit_gmm_1d": fit_gmm_1d,
+        "fit_candidates": fit_candidates,
+        "write_targets": write_targets,
+        "paa_reassign": paa_reassign,
+    }
+
+
 def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:
     def implementation(package: str, name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -207,7 +207,7 @@ def test_losses_of_lower_precision_are_fitted_in_float64(dtype, rng):
 
 
 def test_float32_fit_agrees_with_float64(rng):
-    """Measured: of 2,100 rows of all shapes at most 2 % differ by an iteration; the parameters of the others by at most 1e-3."""
+    """Measured: of 2,100 rows of all shapes none takes another number of iterations, and weights and means agree to 7.3e-6."""
     rows = draw_rows(rng, 2100)
     x, count = pad(rows, torch.float32)
     single, double = paa_gpu.fit_gmm_1d(x, count, precision="float32"), paa_gpu.fit_gmm_1d(x, count)
@@ -218,8 +218,8 @@ def test_float32_fit_agrees_with_float64(rng):
         float((getattr(single, name)[same].double() - getattr(double, name)[same]).abs().max()) for name in ("weights", "means")
     )
     print(f"float32: {int((~same).sum())} of {len(rows)} rows take another number of iterations; parameters within {error:.1e}")
-    assert (~same).float().mean() <= 0.02
-    assert error <= 1e-3
+    assert (~same).float().mean() <= 0.002
+    assert error <= 3e-5
 
 
 def test_views_need_no_copy_of_the_callers(rng):
