@@ -40,6 +40,7 @@ def near(values, where, band=1e-9):
 # --- parity ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 @pytest.mark.parametrize("shape", testing.LOSS_SHAPES)
 def test_random_ground_truths_equal_the_oracle(shape, covariance_type, rng):
