@@ -1,18 +1,20 @@
 """Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
 
-A row holds `n` values in registers, shifted by their minimum. With weight w, mean m and precision p * p = 1 / v of
-each component, up to the constant log(2 pi) / 2,
+A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. Its n
+values x stay in registers, shifted by their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+z = (x - m)^2 / 2v,
 
-    E-step   log-density        a_k = log(w_k p_k) - (p_k (x - m_k))^2 / 2
-             responsibilities   e / (1 + e) and 1 / (1 + e), where e = exp(-|a_0 - a_1|); both are accurate when tiny
-             lower bound        mean(max(a_0, a_1) + log(1 + e))
+    E-step   e = exp(-|z_0 - z_1|), times q of the farther component and 1 times q of the nearer one; d is their sum
+             responsibilities r = these two divided by d, accurate when they are tiny
+             lower bound      = mean(log d - min z), up to the constant log(2 pi) / 2
     M-step   n_k = sum r_k + 10 eps, m_k = sum(r_k x) / n_k, w_k = n_k / sum n
              v_k = sum(r_k (x - m_k)^2) / n_k + reg_covar, with the new means
 
-until the lower bound changes by less than `tol`. A row is strided memory of which the first `count` values are fitted, or a
-stretch of flat memory between two offsets. Rows of up to 64 values take one warp, no shared memory and no barrier. Every thread
-holds at least two values: with one, Triton fuses the products into the first step of the reductions, and the lanes of a warp
-disagree in the last bit about whether the row has converged.
+until the lower bound changes by less than `tol`.
+
+A row is a block [BLOCK_K // 2, 2] whose pairs lie in one thread: one logarithm serves both, and every sum begins inside a thread.
+Were it to begin with an exchange between threads, Triton would fuse the products into it, and the lanes of a warp would
+disagree in the last bit about whether the row has converged. Rows of up to 64 values take one warp, no shared memory, no barrier.
 """
 
 from __future__ import annotations
@@ -26,55 +28,47 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit
 from paa_gpu.kernels._launch import device_guard, keep, stage
-from paa_gpu.separation import SCHEMES
+from paa_gpu.separation import SCHEMES, tie_tolerance
 
-LOG_2PI = tl.constexpr(1.8378770664093453)
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
-TIE = tl.constexpr(1e-9)  # see `paa_gpu.separation.tie_tolerance`: below the spacing of float32 scores
 
 
 @triton.jit
-def _add(n0, s0, n1, s1, top, n0_, s0_, n1_, s1_, top_):
-    return n0 + n0_, s0 + s0_, n1 + n1_, s1 + s1_, top + top_
+def _add2(a, b, a_, b_):
+    return a + a_, b + b_
 
 
 @triton.jit
-def _add_and_multiply(n0, s0, n1, s1, top, factor, n0_, s0_, n1_, s1_, top_, factor_):
-    return n0 + n0_, s0 + s0_, n1 + n1_, s1 + s1_, top + top_, factor * factor_
+def _add5(a, b, c, d, e, a_, b_, c_, d_, e_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_
 
 
 @triton.jit
-def _add_two(q0, q1, q0_, q1_):
-    return q0 + q0_, q1 + q1_
+def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_, f * f_
 
 
 @triton.jit
-def _log_densities(x, w0, w1, m0, m1, v0, v1):
-    """Weighted log-density of both components at `x`, less the constant."""
-    p0 = tl.rsqrt(v0)
-    p1 = tl.rsqrt(v1)
-    a0 = tl.log(w0 * p0) - 0.5 * p0 * p0 * (x - m0) * (x - m0)
-    a1 = tl.log(w1 * p1) - 0.5 * p1 * p1 * (x - m1) * (x - m1)
-    return a0, a1
+def _joint(x, w0, w1, m0, m1, v0, v1):
+    """Both components' densities times exp(nearest), and nearest: the smaller half squared distance in deviations."""
+    p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
+    z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
+    z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
+    e = tl.exp(-tl.abs(z0 - z1))
+    return w0 * p0 * tl.where(z0 <= z1, 1.0, e), w1 * p1 * tl.where(z0 <= z1, e, 1.0), tl.minimum(z0, z1)
 
 
 @triton.jit
 def _expectation(x, inside, w0, w1, m0, m1, v0, v1):
-    """Responsibilities [BLOCK_K], zero outside; their sums, those of their products with x, and of the log-densities."""
-    a0, a1 = _log_densities(x, w0, w1, m0, m1, v0, v1)
-    e = tl.exp(-tl.abs(a0 - a1))
-    big = tl.where(inside, 1.0, 0.0).to(x.dtype) / (1 + e)
-    small = e * big
-    r0 = tl.where(a0 >= a1, big, small)
-    r1 = tl.where(a0 >= a1, small, big)
-    top = tl.where(inside, tl.maximum(a0, a1), 0.0)
-    factor = tl.where(inside, 1 + e, 1.0)
-    if x.shape[0] <= 64:
-        # One logarithm a row instead of one a value: the product of 64 factors of at most 2 overflows no precision.
-        n0, s0, n1, s1, top, factor = tl.reduce((r0, r0 * x, r1, r1 * x, top, factor), 0, _add_and_multiply)
-        log_density = top + tl.log(factor)
-    else:
-        n0, s0, n1, s1, log_density = tl.reduce((r0, r0 * x, r1, r1 * x, top + tl.log(factor)), 0, _add)
+    """Responsibilities, zero outside; over the row, their sums, those of their products with x, and of the log-density."""
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    share = tl.where(inside, 1 / (d0 + d1), 0.0)
+    r0, r1 = d0 * share, d1 * share
+    n0, s0, n1, s1, nearest, density = tl.reduce(
+        (r0, r0 * x, r1, r1 * x, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)), 1, _add5_multiply
+    )  # [BLOCK_K // 2]
+    n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, tl.log(density) - nearest), 0, _add5)
     return r0, r1, n0 + 10 * EPS, n1 + 10 * EPS, s0, s1, log_density
 
 
@@ -89,38 +83,62 @@ def _fit(x, inside, n, valid, w0, w1, m0, m1, v0, v1, tol, reg_covar, max_iter, 
     going = valid
     while going:
         r0, r1, n0, n1, s0, s1, log_density = _expectation(x, inside, w0, w1, m0, m1, v0, v1)
-        w0 = n0 / (n0 + n1)
-        w1 = n1 / (n0 + n1)
-        m0 = s0 / n0
-        m1 = s1 / n1
-        q0, q1 = tl.reduce((r0 * (x - m0) * (x - m0), r1 * (x - m1) * (x - m1)), 0, _add_two)
+        w0, w1 = n0 / (n0 + n1), n1 / (n0 + n1)
+        m0, m1 = s0 / n0, s1 / n1
+        q0, q1 = tl.reduce((r0 * (x - m0) * (x - m0), r1 * (x - m1) * (x - m1)), 1, _add2)  # [BLOCK_K // 2]
+        q0, q1 = tl.reduce((q0, q1), 0, _add2)
         if TIED:
             v0 = (q0 + q1) / (n0 + n1) + reg_covar
             v1 = v0
         else:
-            v0 = q0 / n0 + reg_covar
-            v1 = q1 / n1 + reg_covar
+            v0, v1 = q0 / n0 + reg_covar, q1 / n1 + reg_covar
         previous = lower_bound
-        lower_bound = log_density / n.to(x.dtype)
+        lower_bound = log_density / n.to(x.dtype) - HALF_LOG_2PI
         n_iter += 1
         converged = tl.abs(lower_bound - previous) < tol
         going = (n_iter < max_iter) & (converged == 0)
-    return w0, w1, m0, m1, v0, v1, lower_bound - 0.5 * LOG_2PI, n_iter, converged
+    return w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged
 
 
 @triton.jit
-def _load_row(x_ptrs, position, n, DTYPE: tl.constexpr):
-    """The row less its minimum, zero outside; where inside; the minimum and maximum; whether it can be fitted."""
-    inside = position < n
-    x = tl.load(x_ptrs, mask=inside, other=0.0)
+def _row_positions(BLOCK_K: tl.constexpr):
+    """Positions in a row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2), each in one thread."""
+    first = tl.arange(0, BLOCK_K // 2)
+    return tl.join(first, first + BLOCK_K // 2)
+
+
+@triton.jit
+def _load_block(ptr, offset, mask, other):
+    """Load [BLOCK_K // 2, 2] as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
+    first, second = tl.split(offset)
+    first_inside, second_inside = tl.split(mask)
+    return tl.join(
+        tl.load(ptr + first, mask=first_inside, other=other), tl.load(ptr + second, mask=second_inside, other=other)
+    )
+
+
+@triton.jit
+def _store_block(ptr, offset, value, mask):
+    """The counterpart of `_load_block`."""
+    first, second = tl.split(offset)
+    first_value, second_value = tl.split(value)
+    first_inside, second_inside = tl.split(mask)
+    tl.store(ptr + first, first_value, mask=first_inside)
+    tl.store(ptr + second, second_value, mask=second_inside)
+
+
+@triton.jit
+def _load_row(ptr, offset, inside, n, DTYPE: tl.constexpr):
+    """The row less its minimum, zero outside; its minimum and maximum; whether it can be fitted."""
+    x = _load_block(ptr, offset, inside, 0.0)
     if x.dtype != tl.float64:
         x = x.to(DTYPE)
     finite = inside & (tl.abs(x) < float("inf"))
-    valid = (n >= 2) & (tl.sum(finite.to(tl.int32), 0) == n)
-    smallest = tl.min(tl.where(finite, x, float("inf")), 0)
-    largest = tl.max(tl.where(finite, x, float("-inf")), 0)
+    valid = (n >= 2) & (tl.sum(finite.to(tl.int32)) == n)
+    smallest = tl.min(tl.where(finite, x, float("inf")))
+    largest = tl.max(tl.where(finite, x, float("-inf")))
     # Subtracted in the wider of the two precisions.
-    return tl.where(inside, x - smallest, 0.0).to(DTYPE), inside, smallest, largest, valid
+    return tl.where(inside, x - smallest, 0.0).to(DTYPE), smallest, largest, valid
 
 
 @triton.jit
@@ -155,21 +173,22 @@ def _fit_rows_kernel(
     stride_xg,
     stride_xk,
     count_ptr,  # Tensor[G] or None: all K values count
+    stride_cg,
     offset_ptr,  # Tensor[G + 1] or None: rows are strided
     width,
     weights_init,  # each of the three: (Tensor[G, 2] or None, its strides)
     means_init,
     precisions_init,
     fit_ptrs,  # the seven tensors of `empty_fit`
-    tol: "fp64",
-    reg_covar: "fp64",
+    tol: tl.float64,
+    reg_covar: tl.float64,
     max_iter,
     TIED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    position = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    position = _row_positions(BLOCK_K)  # [BLOCK_K // 2, 2]
     if offset_ptr is not None:
         start = tl.load(offset_ptr + row)
         n = tl.load(offset_ptr + row + 1) - start
@@ -177,9 +196,10 @@ def _fit_rows_kernel(
     else:
         n = width.to(tl.int64)
         if count_ptr is not None:
-            n = tl.minimum(tl.maximum(tl.load(count_ptr + row).to(tl.int64), 0), n)
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + row * stride_cg).to(tl.int64), 0), n)
         x_ptr += row * stride_xg
-    x, inside, smallest, largest, valid = _load_row(x_ptr + position.to(tl.int64) * stride_xk, position, n, DTYPE)
+    inside = position < n
+    x, smallest, largest, valid = _load_row(x_ptr, position.to(tl.int64) * stride_xk, inside, n, DTYPE)
 
     half, one = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE)
     w0, w1 = _load_pair(weights_init, row, half, half)
@@ -191,17 +211,19 @@ def _fit_rows_kernel(
 
 
 @triton.jit
-def _first_best(score, among, position, BLOCK_K: tl.constexpr):
+def _first_best(score, among, position, TIE: tl.constexpr, BLOCK_K: tl.constexpr):
     """Position of the first candidate of `among` that ties with the highest score; BLOCK_K where there is none."""
     score = tl.where(among, score, float("-inf"))
-    tied = among & (score >= tl.max(score, 0) - TIE)
-    return tl.min(tl.where(tied, position, BLOCK_K), 0)
+    tied = among & (score >= tl.max(score) - TIE)
+    return tl.min(tl.where(tied, position, BLOCK_K))
 
 
 @triton.jit
-def _separate(foreground, inside, score, position, SCHEME: tl.constexpr, BLOCK_K: tl.constexpr):
+def _separate(
+    foreground, inside, score, position, SCHEME: tl.constexpr, TIE: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """`paa_gpu.separation.separate` for one row."""
-    threshold = _first_best(score, foreground, position, BLOCK_K)
+    threshold = _first_best(score, foreground, position, TIE, BLOCK_K)
     has_foreground = threshold < BLOCK_K
     positive = inside
     if SCHEME.foreground_only:
@@ -215,7 +237,7 @@ def _separate(foreground, inside, score, position, SCHEME: tl.constexpr, BLOCK_K
     if SCHEME.ignore_foreground:
         ignored = foreground & (positive == 0)
     if SCHEME.ignore_before_background:
-        best_background = _first_best(score, inside & (foreground == 0), position, BLOCK_K)
+        best_background = _first_best(score, inside & (foreground == 0), position, TIE, BLOCK_K)
         ignored = inside & has_foreground & (position > threshold) & (position < best_background)
     return positive, ignored
 
@@ -231,41 +253,44 @@ def _fit_candidates_kernel(
     index_ptr,  # Tensor[G, K] or None
     positive_ptr,  # Tensor[P] or None
     ignored_ptr,  # Tensor[P] or None
-    tol: "fp64",
-    reg_covar: "fp64",
+    tol: tl.float64,
+    reg_covar: tl.float64,
     max_iter,
     TIED: tl.constexpr,
     SCHEME: tl.constexpr,
     SINGLETON_POSITIVE: tl.constexpr,
+    TIE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    position = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    element = row * width + position  # [BLOCK_K]
+    position = _row_positions(BLOCK_K)  # [BLOCK_K // 2, 2]
+    element = row * width + position
     n = tl.minimum(tl.maximum(tl.load(count_ptr + row), 0), width)
-    x, inside, smallest, largest, valid = _load_row(loss_ptr + element, position, n, DTYPE)
+    inside = position < n
+    x, smallest, largest, valid = _load_row(loss_ptr, element, inside, n, DTYPE)
 
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
     spread = (largest - smallest).to(DTYPE)
     fit = _fit(x, inside, n, valid, half, half, zero, spread, one, one, tol, reg_covar, max_iter, TIED)
     _store_fit(fit_ptrs, row, smallest, valid, *fit)
 
-    a0, a1 = _log_densities(x, fit[0], fit[1], fit[2], fit[3], fit[4], fit[5])
-    score = tl.maximum(a0, a1) + tl.log(1 + tl.exp(-tl.abs(a0 - a1))) - 0.5 * LOG_2PI
+    w0, w1, m0, m1, v0, v1, _, _, _ = fit
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
     fitted = inside & valid
-    foreground = fitted & (a0 >= a1 - TIE)
+    foreground = fitted & (tl.log(d0) >= tl.log(d1) - TIE)
     if assignment_ptr is not None:
-        tl.store(assignment_ptr + element, foreground, mask=position < width)
-        tl.store(score_ptr + element, tl.where(fitted, score, float("-inf")), mask=position < width)
+        _store_block(assignment_ptr, element, foreground, position < width)
+        _store_block(score_ptr, element, tl.where(fitted, score, float("-inf")), position < width)
     if SCHEME is not None:
-        positive, ignored = _separate(foreground, fitted, score, position, SCHEME, BLOCK_K)
+        positive, ignored = _separate(foreground, fitted, score, position, SCHEME, TIE, BLOCK_K)
         if SINGLETON_POSITIVE:
-            # A row of one candidate is not fitted: it is finite where its smallest finite value is.
+            # The smallest finite value is infinite where the only candidate is not finite.
             positive = positive | (inside & (n == 1) & (smallest < float("inf")))
-        index = tl.load(index_ptr + element, mask=inside, other=-1)
-        tl.store(positive_ptr + index, True, mask=positive & (index >= 0))
-        tl.store(ignored_ptr + index, True, mask=ignored & (index >= 0))
+        index = _load_block(index_ptr, element, inside, -1)
+        _store_block(positive_ptr, index, positive, positive & (index >= 0))
+        _store_block(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
 def launch_rule(width: int) -> tuple[int, int]:
@@ -302,7 +327,8 @@ def fit_gmm_1d(
             x,
             x.stride(0),
             x.stride(-1),
-            None if count is None else count.contiguous(),
+            count,
+            0 if count is None else count.stride(0),
             offset,
             width,
             _pair(weights_init, rows),
@@ -375,6 +401,7 @@ def launch_fit(
             TIED=covariance_type == "tied",
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
+            TIE=tie_tolerance(fit[0].dtype),
             BLOCK_K=block_k,
             num_warps=num_warps,
         )
