@@ -31,6 +31,7 @@ from paa_gpu.kernels._launch import device_guard, keep, stage
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
 
 
@@ -50,8 +51,66 @@ def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
 
 
 @triton.jit
+def _load_pairs(ptr, offset, mask, other):
+    """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
+    first, second = tl.split(offset)
+    first_mask, second_mask = tl.split(mask)
+    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
+
+
+@triton.jit
+def _store_pairs(ptr, offset, value, mask):
+    """The counterpart of `_load_pairs`."""
+    first, second = tl.split(offset)
+    first_value, second_value = tl.split(value)
+    first_mask, second_mask = tl.split(mask)
+    tl.store(ptr + first, first_value, mask=first_mask)
+    tl.store(ptr + second, second_value, mask=second_mask)
+
+
+@triton.jit
+def _positions(start, BLOCK_K: tl.constexpr):
+    """Positions of a tile in its row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2)."""
+    first = start + tl.arange(0, BLOCK_K // 2)
+    return tl.join(first, first + BLOCK_K // 2)
+
+
+@triton.jit
+def _load_tile(row, start, BLOCK_K: tl.constexpr):
+    """A tile of the row less the row's minimum, zero outside, and where inside."""
+    x_ptr, stride_xk, n, shift = row
+    position = _positions(start, BLOCK_K)
+    x = _load_pairs(x_ptr, position.to(tl.int64) * stride_xk, position < n, 0.0).to(shift.dtype)
+    return tl.where(position < n, x - shift, 0.0), position < n
+
+
+@triton.jit
+def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """The tile at `start`: that in registers, `x`, where it is the only one."""
+    if LONG:
+        tile, inside = _load_tile(row, start, BLOCK_K)
+        return tile.to(x.dtype), inside
+    else:
+        return x, _positions(start, BLOCK_K) < row[2]
+
+
+@triton.jit
+def _find_range(x_ptr, stride_xk, n, end, WIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The smallest and the largest finite value of a row, and whether it can be fitted."""
+    smallest, largest = tl.full((), float("inf"), WIDE), tl.full((), float("-inf"), WIDE)
+    finite = tl.full((), 0, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, WIDE)), start, BLOCK_K)
+        inside = inside & (tl.abs(x) < float("inf"))
+        smallest = tl.minimum(smallest, tl.min(tl.where(inside, x, float("inf"))))
+        largest = tl.maximum(largest, tl.max(tl.where(inside, x, float("-inf"))))
+        finite += tl.sum(inside.to(tl.int32))
+    return smallest, largest, (n >= 2) & (finite == n)
+
+
+@triton.jit
 def _joint(x, w0, w1, m0, m1, v0, v1):
-    """Both components' densities times exp(nearest), and nearest: the smaller half squared distance in deviations."""
+    """Both components' densities times exp(nearest), and nearest: the smaller of their halves of squared distances."""
     p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
     z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
     z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
@@ -60,33 +119,46 @@ def _joint(x, w0, w1, m0, m1, v0, v1):
 
 
 @triton.jit
-def _expectation(x, inside, w0, w1, m0, m1, v0, v1):
-    """Responsibilities, zero outside; over the row, their sums, those of their products with x, and of the log-density."""
+def _responsibilities(x, inside, w0, w1, m0, m1, v0, v1):
+    """Responsibilities, zero outside; the joint density as exp(-nearest) * density, one outside."""
     d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
     share = tl.where(inside, 1 / (d0 + d1), 0.0)
-    r0, r1 = d0 * share, d1 * share
-    n0, s0, n1, s1, nearest, density = tl.reduce(
-        (r0, r0 * x, r1, r1 * x, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)), 1, _add5_multiply
-    )  # [BLOCK_K // 2]
-    n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, tl.log(density) - nearest), 0, _add5)
-    return r0, r1, n0 + 10 * EPS, n1 + 10 * EPS, s0, s1, log_density
+    return d0 * share, d1 * share, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)
 
 
 @triton.jit
-def _fit(x, inside, n, valid, w0, w1, m0, m1, v0, v1, tol, reg_covar, max_iter, TIED: tl.constexpr):
-    """Iterate from the given parameters; `n` is the number of values inside. Leaves at once where the row is not valid."""
-    tol = tl.full((), tol, x.dtype)
-    reg_covar = tl.full((), reg_covar, x.dtype)
+def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Iterate from the given parameters. Leaves at once where the row is not valid."""
+    n = row[2]
+    end = n if LONG else BLOCK_K
+    tol, reg_covar, max_iter = tl.full((), options[0], x.dtype), tl.full((), options[1], x.dtype), options[2]
     lower_bound = tl.full((), float("-inf"), x.dtype)
     n_iter = tl.full((), 0, tl.int32)
     converged = tl.full((), False, tl.int1)
     going = valid
     while going:
-        r0, r1, n0, n1, s0, s1, log_density = _expectation(x, inside, w0, w1, m0, m1, v0, v1)
-        w0, w1 = n0 / (n0 + n1), n1 / (n0 + n1)
-        m0, m1 = s0 / n0, s1 / n1
-        q0, q1 = tl.reduce((r0 * (x - m0) * (x - m0), r1 * (x - m1) * (x - m1)), 1, _add2)  # [BLOCK_K // 2]
+        zero = tl.zeros([BLOCK_K // 2], x.dtype)
+        n0, s0, n1, s1, log_density = zero, zero, zero, zero, zero
+        for start in range(0, end, BLOCK_K):
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, nearest, density = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0, r0 * tile, r1, r1 * tile, nearest, density), 1, _add5_multiply)  # each [BLOCK_K // 2]
+            n0, s0, n1, s1 = n0 + pair[0], s0 + pair[1], n1 + pair[2], s1 + pair[3]
+            log_density += tl.log(pair[5]) - pair[4]
+        n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, log_density), 0, _add5)
+        n0, n1 = n0 + 10 * EPS, n1 + 10 * EPS
+        new_m0, new_m1 = s0 / n0, s1 / n1
+
+        q0, q1 = zero, zero
+        for start in range(0, end, BLOCK_K):
+            # In a row of one tile the compiler sees that it has these responsibilities already.
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, _, _ = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0 * (tile - new_m0) * (tile - new_m0), r1 * (tile - new_m1) * (tile - new_m1)), 1, _add2)
+            q0, q1 = q0 + pair[0], q1 + pair[1]
         q0, q1 = tl.reduce((q0, q1), 0, _add2)
+
+        w0, w1, m0, m1 = n0 / (n0 + n1), n1 / (n0 + n1), new_m0, new_m1
         if TIED:
             v0 = (q0 + q1) / (n0 + n1) + reg_covar
             v1 = v0
@@ -98,47 +170,6 @@ def _fit(x, inside, n, valid, w0, w1, m0, m1, v0, v1, tol, reg_covar, max_iter, 
         converged = tl.abs(lower_bound - previous) < tol
         going = (n_iter < max_iter) & (converged == 0)
     return w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged
-
-
-@triton.jit
-def _row_positions(BLOCK_K: tl.constexpr):
-    """Positions in a row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2), each in one thread."""
-    first = tl.arange(0, BLOCK_K // 2)
-    return tl.join(first, first + BLOCK_K // 2)
-
-
-@triton.jit
-def _load_block(ptr, offset, mask, other):
-    """Load [BLOCK_K // 2, 2] as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
-    first, second = tl.split(offset)
-    first_inside, second_inside = tl.split(mask)
-    return tl.join(
-        tl.load(ptr + first, mask=first_inside, other=other), tl.load(ptr + second, mask=second_inside, other=other)
-    )
-
-
-@triton.jit
-def _store_block(ptr, offset, value, mask):
-    """The counterpart of `_load_block`."""
-    first, second = tl.split(offset)
-    first_value, second_value = tl.split(value)
-    first_inside, second_inside = tl.split(mask)
-    tl.store(ptr + first, first_value, mask=first_inside)
-    tl.store(ptr + second, second_value, mask=second_inside)
-
-
-@triton.jit
-def _load_row(ptr, offset, inside, n, DTYPE: tl.constexpr):
-    """The row less its minimum, zero outside; its minimum and maximum; whether it can be fitted."""
-    x = _load_block(ptr, offset, inside, 0.0)
-    if x.dtype != tl.float64:
-        x = x.to(DTYPE)
-    finite = inside & (tl.abs(x) < float("inf"))
-    valid = (n >= 2) & (tl.sum(finite.to(tl.int32)) == n)
-    smallest = tl.min(tl.where(finite, x, float("inf")))
-    largest = tl.max(tl.where(finite, x, float("-inf")))
-    # Subtracted in the wider of the two precisions.
-    return tl.where(inside, x - smallest, 0.0).to(DTYPE), smallest, largest, valid
 
 
 @triton.jit
@@ -158,12 +189,12 @@ def _store_fit(fit_ptrs, row, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound,
 
 
 @triton.jit
-def _load_pair(pair, row, first, second):
+def _load_initial(init, g, first, second):
     """The two initial values of a row, from a pointer and its strides over rows and components; the defaults without one."""
-    ptr, stride_g, stride_c = pair
+    ptr, stride_g, stride_c = init
     if ptr is not None:
-        first = tl.load(ptr + row * stride_g).to(first.dtype)
-        second = tl.load(ptr + row * stride_g + stride_c).to(first.dtype)
+        first = tl.load(ptr + g * stride_g).to(first.dtype)
+        second = tl.load(ptr + g * stride_g + stride_c).to(first.dtype)
     return first, second
 
 
@@ -185,46 +216,64 @@ def _fit_rows_kernel(
     max_iter,
     TIED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    position = _row_positions(BLOCK_K)  # [BLOCK_K // 2, 2]
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else DTYPE
+    g = tl.program_id(0).to(tl.int64)
     if offset_ptr is not None:
-        start = tl.load(offset_ptr + row)
-        n = tl.load(offset_ptr + row + 1) - start
-        x_ptr += start * stride_xk
+        first = tl.load(offset_ptr + g)
+        n = tl.load(offset_ptr + g + 1) - first
+        x_ptr += first * stride_xk
     else:
         n = width.to(tl.int64)
         if count_ptr is not None:
-            n = tl.minimum(tl.maximum(tl.load(count_ptr + row * stride_cg).to(tl.int64), 0), n)
-        x_ptr += row * stride_xg
-    inside = position < n
-    x, smallest, largest, valid = _load_row(x_ptr, position.to(tl.int64) * stride_xk, inside, n, DTYPE)
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg).to(tl.int64), 0), n)
+        x_ptr += g * stride_xg
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, WIDE, BLOCK_K)
+    row = (x_ptr, stride_xk, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
 
-    half, one = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE)
-    w0, w1 = _load_pair(weights_init, row, half, half)
-    m0, m1 = _load_pair(means_init, row, smallest, largest)
-    precision0, precision1 = _load_pair(precisions_init, row, one, one)
+    w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
+    m0, m1 = _load_initial(means_init, g, smallest, largest)
+    p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
     m0, m1 = (m0 - smallest).to(DTYPE), (m1 - smallest).to(DTYPE)
-    fit = _fit(x, inside, n, valid, w0, w1, m0, m1, 1 / precision0, 1 / precision1, tol, reg_covar, max_iter, TIED)
-    _store_fit(fit_ptrs, row, smallest, valid, *fit)
+    options = (tol, reg_covar, max_iter)
+    fit = _fit(x.to(DTYPE), row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
 
 @triton.jit
-def _first_best(score, among, position, TIE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Position of the first candidate of `among` that ties with the highest score; BLOCK_K where there is none."""
-    score = tl.where(among, score, float("-inf"))
-    tied = among & (score >= tl.max(score) - TIE)
-    return tl.min(tl.where(tied, position, BLOCK_K))
+def _score(x, inside, fit, TIE: tl.constexpr):
+    """Log-density of the mixture, -inf outside, and whether a candidate is foreground."""
+    w0, w1, m0, m1, v0, v1, _, _, _ = fit
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
+    return tl.where(inside, score, float("-inf")), inside & (tl.log(d0) >= tl.log(d1) - TIE)
 
 
 @triton.jit
-def _separate(
-    foreground, inside, score, position, SCHEME: tl.constexpr, TIE: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """`paa_gpu.separation.separate` for one row."""
-    threshold = _first_best(score, foreground, position, TIE, BLOCK_K)
-    has_foreground = threshold < BLOCK_K
+def _first_best(x, row, end, fit, among_foreground, TIE: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Position of the first foreground (or background) candidate that ties with the highest score; `NOBODY` without one."""
+    best = tl.full((), float("-inf"), x.dtype)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        best = tl.maximum(best, tl.max(tl.where(foreground == among_foreground, score, float("-inf"))))
+    first = tl.full((), NOBODY, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        tied = inside & (foreground == among_foreground) & (score >= best - TIE)
+        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K).to(tl.int32), NOBODY)))
+    return first
+
+
+@triton.jit
+def _separate(foreground, inside, position, threshold, best_background, SCHEME: tl.constexpr):
+    """`paa_gpu.separation.separate` for a tile."""
+    has_foreground = threshold < NOBODY
     positive = inside
     if SCHEME.foreground_only:
         positive = foreground
@@ -237,7 +286,6 @@ def _separate(
     if SCHEME.ignore_foreground:
         ignored = foreground & (positive == 0)
     if SCHEME.ignore_before_background:
-        best_background = _first_best(score, inside & (foreground == 0), position, TIE, BLOCK_K)
         ignored = inside & has_foreground & (position > threshold) & (position < best_background)
     return positive, ignored
 
@@ -261,42 +309,52 @@ def _fit_candidates_kernel(
     SINGLETON_POSITIVE: tl.constexpr,
     TIE: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    position = _row_positions(BLOCK_K)  # [BLOCK_K // 2, 2]
-    element = row * width + position
-    n = tl.minimum(tl.maximum(tl.load(count_ptr + row), 0), width)
-    inside = position < n
-    x, smallest, largest, valid = _load_row(loss_ptr, element, inside, n, DTYPE)
+    WIDE: tl.constexpr = tl.float64 if loss_ptr.dtype.element_ty == tl.float64 else DTYPE
+    g = tl.program_id(0).to(tl.int64)
+    loss_ptr += g * width
+    n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width)
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, WIDE, BLOCK_K)
+    row = (loss_ptr, 1, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
+    x = x.to(DTYPE)
 
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
+    options = (tol, reg_covar, max_iter)
     spread = (largest - smallest).to(DTYPE)
-    fit = _fit(x, inside, n, valid, half, half, zero, spread, one, one, tol, reg_covar, max_iter, TIED)
-    _store_fit(fit_ptrs, row, smallest, valid, *fit)
+    fit = _fit(x, row, valid, half, half, zero, spread, one, one, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
-    w0, w1, m0, m1, v0, v1, _, _, _ = fit
-    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
-    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
-    fitted = inside & valid
-    foreground = fitted & (tl.log(d0) >= tl.log(d1) - TIE)
-    if assignment_ptr is not None:
-        _store_block(assignment_ptr, element, foreground, position < width)
-        _store_block(score_ptr, element, tl.where(fitted, score, float("-inf")), position < width)
     if SCHEME is not None:
-        positive, ignored = _separate(foreground, fitted, score, position, SCHEME, TIE, BLOCK_K)
-        if SINGLETON_POSITIVE:
-            # The smallest finite value is infinite where the only candidate is not finite.
-            positive = positive | (inside & (n == 1) & (smallest < float("inf")))
-        index = _load_block(index_ptr, element, inside, -1)
-        _store_block(positive_ptr, index, positive, positive & (index >= 0))
-        _store_block(ignored_ptr, index, ignored, ignored & (index >= 0))
+        threshold = _first_best(x, row, end, fit, True, TIE, BLOCK_K, LONG)
+        best_background = threshold
+        if SCHEME.ignore_before_background:
+            best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
+    for start in range(0, width if LONG else BLOCK_K, BLOCK_K):
+        position = _positions(start, BLOCK_K)
+        element = g * width + position
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside & valid, fit, TIE)
+        if assignment_ptr is not None:
+            _store_pairs(assignment_ptr, element, foreground, position < width)
+            _store_pairs(score_ptr, element, score, position < width)
+        if SCHEME is not None:
+            positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
+            if SINGLETON_POSITIVE:
+                # The smallest finite value is infinite where the only candidate is not finite.
+                positive = positive | (inside & (n == 1) & (smallest < float("inf")))
+            index = _load_pairs(index_ptr, element, inside, -1)
+            _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
+            _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
-def launch_rule(width: int) -> tuple[int, int]:
-    """BLOCK_K and warps for rows of at most `width` values: two to eight values per thread."""
-    block = max(64, triton.next_power_of_2(width))
-    return block, min(max(block // 64, 1), 16)
+def launch_rule(width: int) -> dict[str, int]:
+    """Two values per thread, in at most 512 threads; rows that have more are LONG: read tile by tile, in every pass."""
+    block = min(max(triton.next_power_of_2(width), 64), 1024)
+    return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
 
 
 def fit_gmm_1d(
@@ -317,7 +375,6 @@ def fit_gmm_1d(
     fit = empty_fit(x, rows, precision)
     if rows == 0:
         return fit
-    block_k, num_warps = launch_rule(width)
     with device_guard(x):
         offset = None
         if lengths is not None:
@@ -339,8 +396,7 @@ def fit_gmm_1d(
             reg_covar,
             max_iter,
             TIED=covariance_type == "tied",
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            **launch_rule(width),
         )
     return fit
 
@@ -383,7 +439,6 @@ def launch_fit(
     rows, width = loss.shape
     if rows == 0:
         return
-    block_k, num_warps = launch_rule(width)
     with device_guard(loss):
         _fit_candidates_kernel[(rows,)](
             loss,
@@ -402,6 +457,5 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            **launch_rule(width),
         )
