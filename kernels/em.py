@@ -346,7 +346,7 @@ def _fit_candidates_kernel(
             positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
             if SINGLETON_POSITIVE:
                 # The smallest finite value is infinite where the only candidate is not finite.
-                positive = positive | (inside & (n == 1) & (smallest < float("inf")))
+                positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
             index = _load_pairs(index_ptr, element, inside, -1)
             _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))

@@ -23,7 +23,8 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 #: Written for one version of Triton: with another its instructions and its launcher differ.
 compiled_only = pytest.mark.skipif(
-    INTERPRETER or not triton.__version__.startswith("3.8."), reason="ptxrun runs what Triton 3.8 compiles, not the interpreter"
+    INTERPRETER or not triton.__version__.startswith("3.8."),
+    reason="ptxrun runs what Triton 3.8 compiles, not the interpreter",
 )
 
 #: Parameters of a fixture: the executions of this pytest run.
@@ -78,7 +79,9 @@ def assert_written(*tensors: Tensor) -> None:
     """No element is poisoned memory, whatever else it is."""
     for tensor in tensors:
         unwritten = (_bytes(tensor) == _POISON).all(-1)
-        assert not unwritten.any(), f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
+        assert not unwritten.any(), (
+            f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
+        )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

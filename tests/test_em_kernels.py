@@ -7,7 +7,7 @@ import extended_em
 import numpy as np
 import pytest
 import torch
-from kernel_execution import EXECUTIONS, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em
@@ -16,6 +16,9 @@ from paa_gpu.separation import SCHEMES, separate
 LENGTHS = (1, 2, 31, 32, 33, 45, 63, 64, 65, 1000, 4096)
 SHAPES = tuple(shape for shape in testing.LOSS_SHAPES if shape not in ("one", "two"))
 COVARIANCE_TYPES = ("full", "diag", "spherical", "tied")
+
+#: Rows of a test: the interpreter takes a second for five.
+FEW, MANY = (2, 6) if INTERPRETER else (6, 24)
 
 #: Of max(1, |value|), against extended precision. Rounding is 2e-15 here; the specification asks for 1e-9.
 TOLERANCE = 1e-12
@@ -61,7 +64,7 @@ def draw_rows(rng, rows, length=45):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_rows_of_any_length(session, length, rng):
-    rows = draw_rows(rng, 6 if length <= 65 else 2, length)
+    rows = draw_rows(rng, FEW if length <= 65 else 2, length)
     result = fit(torch.from_numpy(rows))
     for row, values in enumerate(rows):
         assert_row(result, row, values)
@@ -79,7 +82,7 @@ def test_flat_rows(session, rng):
 
 
 def test_flat_long_rows(session, rng):
-    lengths = [1200, 5, 2500]
+    lengths = [1025, 5, 2050]
     rows = [testing.make_losses("bimodal", length, rng) for length in lengths]
     result = fit(torch.from_numpy(np.concatenate(rows)), lengths=lengths)
     for row, values in enumerate(rows):
@@ -94,7 +97,7 @@ def test_no_rows(session):
 
 @pytest.mark.parametrize("layout", ["transposed", "every second value", "reversed rows in wider memory"])
 def test_strides(session, layout, rng):
-    rows = torch.from_numpy(draw_rows(rng, 6))
+    rows = torch.from_numpy(draw_rows(rng, FEW))
     x = {
         "transposed": lambda: rows.t().contiguous().t(),
         "every second value": lambda: torch.stack([rows, torch.full_like(rows, torch.nan)], -1).flatten(1)[:, ::2],
@@ -132,7 +135,7 @@ def test_non_finite_values(session, bad, rng):
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 def test_covariance_types(session, covariance_type, rng):
-    rows = draw_rows(rng, 12)
+    rows = draw_rows(rng, 2 * FEW)
     result = fit(torch.from_numpy(rows), covariance_type=covariance_type)
     for row, values in enumerate(rows):
         assert_row(result, row, values, covariance_type)
@@ -140,7 +143,7 @@ def test_covariance_types(session, covariance_type, rng):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(session, dtype, rng):
-    x = torch.from_numpy(draw_rows(rng, 6)).to(dtype)
+    x = torch.from_numpy(draw_rows(rng, FEW)).to(dtype)
     result = fit(x)
     for row, values in enumerate(x.double().numpy()):
         assert_row(result, row, values)
@@ -148,7 +151,7 @@ def test_dtypes(session, dtype, rng):
 
 def test_float32_fit(session, rng):
     """Against extended precision on bimodal rows of scale 1: the specification measures and publishes, and asks for no digits."""
-    rows = np.stack([testing.make_losses("bimodal", 45, rng) for _ in range(12)]).astype(np.float32)
+    rows = np.stack([testing.make_losses("bimodal", 45, rng) for _ in range(2 * FEW)]).astype(np.float32)
     result = fit(torch.from_numpy(rows), precision="float32")
     assert [tensor.dtype for tensor in result[:4]] == [torch.float32] * 4
     for row, values in enumerate(rows.astype(np.float64)):
@@ -158,7 +161,7 @@ def test_float32_fit(session, rng):
 @pytest.mark.parametrize("covariance_type", ["diag", "tied"])
 @pytest.mark.parametrize("each", [False, True], ids=["one for all rows", "one for each"])
 def test_initial_values(session, covariance_type, each, rng):
-    rows = draw_rows(rng, 6)
+    rows = draw_rows(rng, FEW)
     shape = (len(rows) if each else 1,)
     weights = rng.dirichlet([2, 2], shape)
     means = rng.normal(1, 1, (*shape, 2))
@@ -175,7 +178,7 @@ def test_initial_values(session, covariance_type, each, rng):
 
 @pytest.mark.parametrize("options", [{"tol": 1e-8}, {"tol": 0.0, "max_iter": 7}, {"max_iter": 1}], ids=str)
 def test_options(session, options, rng):
-    rows = draw_rows(rng, 6)
+    rows = draw_rows(rng, FEW)
     result = fit(torch.from_numpy(rows), **options)
     for row, values in enumerate(rows):
         assert_row(result, row, values, **options)
@@ -236,7 +239,10 @@ class Candidates:
 
     def fitted(self, covariance_type="diag"):
         """assignment, score [G, K] of the direct EM; the rows in which a candidate is within rounding of both components."""
-        assignment, score = torch.zeros(self.loss.shape, dtype=torch.bool), torch.full(self.loss.shape, -torch.inf).double()
+        assignment, score = (
+            torch.zeros(self.loss.shape, dtype=torch.bool),
+            torch.full(self.loss.shape, -torch.inf).double(),
+        )
         close = []
         for g, count in enumerate(self.counts.tolist()):
             x = self.loss[g, :count].double().numpy()
@@ -252,7 +258,7 @@ class Candidates:
         return assignment, score, close
 
 
-def random_candidates(rng, rows=24, width=45, **options):
+def random_candidates(rng, rows=MANY, width=45, **options):
     """Every loss shape, with one, two and no candidates, NaN and infinity, equal values."""
     drawn = [testing.make_losses(SHAPES[i % len(SHAPES)], int(rng.integers(2, width + 1)), rng) for i in range(rows)]
     special = [[], [1.5], [np.nan], [np.inf], [1.0, 2.0], [1.0, np.inf], [0.5, 1.0, np.nan], [-np.inf, 1.0], [2.0, 2.0]]
@@ -266,7 +272,10 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
     with poisoned_outputs():
         fitted = _ops.empty_fit(candidates.loss, rows, precision)
         if separation is None:
-            outputs = torch.empty((rows, width), dtype=torch.bool), torch.empty((rows, width), dtype=_ops.PRECISIONS[precision])
+            outputs = (
+                torch.empty((rows, width), dtype=torch.bool),
+                torch.empty((rows, width), dtype=_ops.PRECISIONS[precision]),
+            )
             em.launch_fit(
                 candidates.loss, candidates.counts, fitted, covariance_type, assignment=outputs[0], score=outputs[1]
             )
@@ -282,9 +291,8 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
 
 @pytest.mark.parametrize("width", [1, 2, 45, 64, 65, 600])
 def test_assignment_and_score(session, width, rng):
-    candidates = random_candidates(rng, 12, width)if width > 4 else Candidates(
-        [rng.normal(size=width), rng.normal(size=1), []], width, rng
-    )
+    few = Candidates([rng.normal(size=width), rng.normal(size=1), []], width, rng)
+    candidates = random_candidates(rng, MANY // 2, width) if width > 4 else few
     assignment, score, fitted = launch(candidates)
     wanted, wanted_score, close = candidates.fitted()
     assert close == []
@@ -330,7 +338,7 @@ def wanted_masks(candidates, separation, singleton):
 def test_first_of_tied_scores_wins(session, separation, rng):
     """Pairs symmetric about their mean, and equal losses: the scores differ in their last bits or not at all."""
     rows = []
-    for _ in range(30):
+    for _ in range(MANY):
         a, b = rng.uniform(0.1, 1), rng.uniform(5, 9)
         gap = rng.uniform(0.01, 0.2, 2)
         rows.append(np.array([a, a + gap[0], b, b + gap[1]]))
