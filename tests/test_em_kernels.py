@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import extended_em
 import numpy as np
 import pytest
