@@ -138,6 +138,7 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
     n = row[2]
     end = n if LONG else BLOCK_K
     tol, reg_covar, max_iter = tl.full((), options[0], x.dtype), tl.full((), options[1], x.dtype), options[2]
+    per_value = 1 / n.to(x.dtype)
     lower_bound = tl.full((), float("-inf"), x.dtype)
     n_iter = tl.full((), 0, tl.int32)
     converged = tl.full((), False, tl.int1)
@@ -153,7 +154,8 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
             log_density += tl.log(pair[5]) - pair[4]
         n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, log_density), 0, _add5)
         n0, n1 = n0 + 10 * EPS, n1 + 10 * EPS
-        new_m0, new_m1 = s0 / n0, s1 / n1
+        per_n0, per_n1, per_n = 1 / n0, 1 / n1, 1 / (n0 + n1)
+        new_m0, new_m1 = s0 * per_n0, s1 * per_n1
 
         q0, q1 = zero, zero
         for start in range(0, end, BLOCK_K):
@@ -164,14 +166,14 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
             q0, q1 = q0 + pair[0], q1 + pair[1]
         q0, q1 = tl.reduce((q0, q1), 0, _add2)
 
-        w0, w1, m0, m1 = n0 / (n0 + n1), n1 / (n0 + n1), new_m0, new_m1
+        w0, w1, m0, m1 = n0 * per_n, n1 * per_n, new_m0, new_m1
         if TIED:
-            v0 = (q0 + q1) / (n0 + n1) + reg_covar
+            v0 = (q0 + q1) * per_n + reg_covar
             v1 = v0
         else:
-            v0, v1 = q0 / n0 + reg_covar, q1 / n1 + reg_covar
+            v0, v1 = q0 * per_n0 + reg_covar, q1 * per_n1 + reg_covar
         previous = lower_bound
-        lower_bound = log_density / n.to(x.dtype) - HALF_LOG_2PI
+        lower_bound = log_density * per_value - HALF_LOG_2PI
         n_iter += 1
         converged = tl.abs(lower_bound - previous) < tol
         going = (n_iter < max_iter) & (converged == 0)
