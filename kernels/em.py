@@ -34,7 +34,6 @@ HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
 
-
 # The most values that stay in registers: one step further the kernel takes more than 96 registers a thread, or spills.
 LARGEST_ROW = 1024
 LARGEST_CANDIDATES = 512
@@ -181,19 +180,19 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
 
 
 @triton.jit
-def _store_fit(fit_ptrs, row, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
+def _store_fit(fit_ptrs, g, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
     weights_ptr, means_ptr, variances_ptr, lower_bound_ptr, n_iter_ptr, converged_ptr, valid_ptr = fit_ptrs
     nan = float("nan")
-    tl.store(weights_ptr + 2 * row, tl.where(valid, w0, nan))
-    tl.store(weights_ptr + 2 * row + 1, tl.where(valid, w1, nan))
-    tl.store(means_ptr + 2 * row, tl.where(valid, m0 + shift, nan))
-    tl.store(means_ptr + 2 * row + 1, tl.where(valid, m1 + shift, nan))
-    tl.store(variances_ptr + 2 * row, tl.where(valid, v0, nan))
-    tl.store(variances_ptr + 2 * row + 1, tl.where(valid, v1, nan))
-    tl.store(lower_bound_ptr + row, tl.where(valid, lower_bound, nan))
-    tl.store(n_iter_ptr + row, n_iter.to(tl.int64))
-    tl.store(converged_ptr + row, converged)
-    tl.store(valid_ptr + row, valid)
+    tl.store(weights_ptr + 2 * g, tl.where(valid, w0, nan))
+    tl.store(weights_ptr + 2 * g + 1, tl.where(valid, w1, nan))
+    tl.store(means_ptr + 2 * g, tl.where(valid, m0 + shift, nan))
+    tl.store(means_ptr + 2 * g + 1, tl.where(valid, m1 + shift, nan))
+    tl.store(variances_ptr + 2 * g, tl.where(valid, v0, nan))
+    tl.store(variances_ptr + 2 * g + 1, tl.where(valid, v1, nan))
+    tl.store(lower_bound_ptr + g, tl.where(valid, lower_bound, nan))
+    tl.store(n_iter_ptr + g, n_iter.to(tl.int64))
+    tl.store(converged_ptr + g, converged)
+    tl.store(valid_ptr + g, valid)
 
 
 @triton.jit
@@ -245,8 +244,10 @@ def _fit_rows_kernel(
     w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
     m0, m1 = _load_initial(means_init, g, smallest, largest)
     p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
+    # A component of weight 0 is infinitely far from every value: the E-step asks which one is nearer before it asks for weights.
+    m0, m1 = tl.where(w0 > 0, m0 - smallest, float("inf")), tl.where(w1 > 0, m1 - smallest, float("inf"))
     options = (tol, reg_covar, max_iter)
-    fit = _fit(x, row, valid, w0, w1, m0 - smallest, m1 - smallest, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    fit = _fit(x, row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
 
