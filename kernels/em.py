@@ -27,16 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit
-from paa_gpu.kernels._launch import device_guard, keep, stage
+from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
-
-# The most values that stay in registers: one step further the kernel takes more than 96 registers a thread, or spills.
-LARGEST_ROW = 1024
-LARGEST_CANDIDATES = 512
 
 
 @triton.jit
@@ -355,9 +351,9 @@ def _fit_candidates_kernel(
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
-def launch_rule(width: int, largest_block: int) -> dict[str, int]:
-    """Two values per thread; rows of more than `largest_block` values are LONG: read tile by tile, in every pass."""
-    block = min(max(triton.next_power_of_2(width), 64), largest_block)
+def launch_rule(width: int) -> dict[str, int]:
+    """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass."""
+    block = min(max(triton.next_power_of_2(width), 64), 1024)
     return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
 
 
@@ -400,7 +396,8 @@ def fit_gmm_1d(
             reg_covar,
             max_iter,
             TIED=covariance_type == "tied",
-            **launch_rule(width, LARGEST_ROW),
+            **launch_rule(width),
+            **register_limit(),
         )
     return fit
 
@@ -461,5 +458,6 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
-            **launch_rule(width, LARGEST_CANDIDATES),
+            **launch_rule(width),
+            **register_limit(),
         )
