@@ -20,7 +20,7 @@ compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @functools.cache
-def _executor(process: int) -> ThreadPoolExecutor:
+def _executor(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
     """The pool of a process: a forked child has another id, and with it a pool of its own."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="paa_gpu")
 
@@ -32,6 +32,9 @@ def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: 
     a thread would take longer than they do.
     """
     slices = 1 if rows < serial_below else min(torch.get_num_threads(), rows)
+    if slices == 1:
+        loop(0, rows, *args)
+        return
     bounds = [rows * i // slices for i in range(slices + 1)]
     others = [_executor(os.getpid()).submit(loop, bounds[i], bounds[i + 1], *args) for i in range(1, slices)]
     loop(bounds[0], bounds[1], *args)
