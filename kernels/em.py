@@ -1,0 +1,466 @@
+"""Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
+
+A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. Its n
+values x stay in registers, shifted by their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+z = (x - m)^2 / 2v,
+
+    E-step   e = exp(-|z_0 - z_1|), times q of the farther component and 1 times q of the nearer one; d is their sum
+             responsibilities r = these two divided by d, accurate when they are tiny
+             lower bound      = mean(log d - min z), up to the constant log(2 pi) / 2
+    M-step   n_k = sum r_k + 10 eps, m_k = sum(r_k x) / n_k, w_k = n_k / sum n
+             v_k = sum(r_k (x - m_k)^2) / n_k + reg_covar, with the new means
+
+until the lower bound changes by less than `tol`.
+
+A row is a block [BLOCK_K // 2, 2] whose pairs lie in one thread: one logarithm serves both, and every sum begins inside a thread.
+Were it to begin with an exchange between threads, Triton would fuse the products into it, and the lanes of a warp would
+disagree in the last bit about whether the row has converged. Rows of up to 64 values take one warp, no shared memory, no barrier.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from paa_gpu._ops import Fit, empty_fit
+from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.separation import SCHEMES, tie_tolerance
+
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
+EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
+
+
+@triton.jit
+def _add2(a, b, a_, b_):
+    return a + a_, b + b_
+
+
+@triton.jit
+def _add5(a, b, c, d, e, a_, b_, c_, d_, e_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_
+
+
+@triton.jit
+def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_, f * f_
+
+
+@triton.jit
+def _load_pairs(ptr, offset, mask, other):
+    """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
+    first, second = tl.split(offset)
+    first_mask, second_mask = tl.split(mask)
+    return tl.join(
+        tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other)
+    )
+
+
+@triton.jit
+def _store_pairs(ptr, offset, value, mask):
+    """The counterpart of `_load_pairs`."""
+    first, second = tl.split(offset)
+    first_value, second_value = tl.split(value)
+    first_mask, second_mask = tl.split(mask)
+    tl.store(ptr + first, first_value, mask=first_mask)
+    tl.store(ptr + second, second_value, mask=second_mask)
+
+
+@triton.jit
+def _positions(start, BLOCK_K: tl.constexpr):
+    """Positions of a tile in its row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2)."""
+    first = start + tl.arange(0, BLOCK_K // 2)
+    return tl.join(first, first + BLOCK_K // 2)
+
+
+@triton.jit
+def _load_tile(row, start, BLOCK_K: tl.constexpr):
+    """A tile of the row less the row's minimum, zero outside, and where inside."""
+    x_ptr, stride_xk, n, shift = row
+    position = _positions(start, BLOCK_K)
+    x = _load_pairs(x_ptr, position.to(tl.int64) * stride_xk, position < n, 0.0).to(shift.dtype)
+    return tl.where(position < n, x - shift, 0.0), position < n
+
+
+@triton.jit
+def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """The tile at `start`: that in registers, `x`, where it is the only one."""
+    if LONG:
+        return _load_tile(row, start, BLOCK_K)
+    else:
+        return x, _positions(start, BLOCK_K) < row[2]
+
+
+@triton.jit
+def _find_range(x_ptr, stride_xk, n, end, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The smallest and the largest finite value of a row, and whether it can be fitted."""
+    smallest, largest = tl.full((), float("inf"), DTYPE), tl.full((), float("-inf"), DTYPE)
+    finite = tl.full((), 0, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, DTYPE)), start, BLOCK_K)
+        inside = inside & (tl.abs(x) < float("inf"))
+        smallest = tl.minimum(smallest, tl.min(tl.where(inside, x, float("inf"))))
+        largest = tl.maximum(largest, tl.max(tl.where(inside, x, float("-inf"))))
+        finite += tl.sum(inside.to(tl.int32))
+    return smallest, largest, (n >= 2) & (finite == n)
+
+
+@triton.jit
+def _joint(x, w0, w1, m0, m1, v0, v1):
+    """Both components' densities times exp(nearest), and nearest: the smaller of their halves of squared distances."""
+    p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
+    z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
+    z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
+    e = tl.exp(-tl.abs(z0 - z1))
+    return w0 * p0 * tl.where(z0 <= z1, 1.0, e), w1 * p1 * tl.where(z0 <= z1, e, 1.0), tl.minimum(z0, z1)
+
+
+@triton.jit
+def _responsibilities(x, inside, w0, w1, m0, m1, v0, v1):
+    """Responsibilities, zero outside; the joint density as exp(-nearest) * density, one outside."""
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    share = tl.where(inside, 1 / (d0 + d1), 0.0)
+    return d0 * share, d1 * share, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)
+
+
+@triton.jit
+def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Iterate from the given parameters. Leaves at once where the row is not valid."""
+    n = row[2]
+    end = n if LONG else BLOCK_K
+    tol, reg_covar, max_iter = tl.full((), options[0], x.dtype), tl.full((), options[1], x.dtype), options[2]
+    per_value = 1 / n.to(x.dtype)
+    lower_bound = tl.full((), float("-inf"), x.dtype)
+    n_iter = tl.full((), 0, tl.int32)
+    converged = tl.full((), False, tl.int1)
+    going = valid
+    while going:
+        zero = tl.zeros([BLOCK_K // 2], x.dtype)
+        n0, s0, n1, s1, log_density = zero, zero, zero, zero, zero
+        for start in range(0, end, BLOCK_K):
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, nearest, density = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0, r0 * tile, r1, r1 * tile, nearest, density), 1, _add5_multiply)  # each [BLOCK_K // 2]
+            n0, s0, n1, s1 = n0 + pair[0], s0 + pair[1], n1 + pair[2], s1 + pair[3]
+            log_density += tl.log(pair[5]) - pair[4]
+        n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, log_density), 0, _add5)
+        n0, n1 = n0 + 10 * EPS, n1 + 10 * EPS
+        per_n0, per_n1, per_n = 1 / n0, 1 / n1, 1 / (n0 + n1)
+        new_m0, new_m1 = s0 * per_n0, s1 * per_n1
+
+        q0, q1 = zero, zero
+        for start in range(0, end, BLOCK_K):
+            # In a row of one tile the compiler sees that it has these responsibilities already.
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, _, _ = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0 * (tile - new_m0) * (tile - new_m0), r1 * (tile - new_m1) * (tile - new_m1)), 1, _add2)
+            q0, q1 = q0 + pair[0], q1 + pair[1]
+        q0, q1 = tl.reduce((q0, q1), 0, _add2)
+
+        w0, w1, m0, m1 = n0 * per_n, n1 * per_n, new_m0, new_m1
+        if TIED:
+            v0 = (q0 + q1) * per_n + reg_covar
+            v1 = v0
+        else:
+            v0, v1 = q0 * per_n0 + reg_covar, q1 * per_n1 + reg_covar
+        previous = lower_bound
+        lower_bound = log_density * per_value - HALF_LOG_2PI
+        n_iter += 1
+        converged = tl.abs(lower_bound - previous) < tol
+        going = (n_iter < max_iter) & (converged == 0)
+    return w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged
+
+
+@triton.jit
+def _store_fit(fit_ptrs, g, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
+    weights_ptr, means_ptr, variances_ptr, lower_bound_ptr, n_iter_ptr, converged_ptr, valid_ptr = fit_ptrs
+    nan = float("nan")
+    tl.store(weights_ptr + 2 * g, tl.where(valid, w0, nan))
+    tl.store(weights_ptr + 2 * g + 1, tl.where(valid, w1, nan))
+    tl.store(means_ptr + 2 * g, tl.where(valid, m0 + shift, nan))
+    tl.store(means_ptr + 2 * g + 1, tl.where(valid, m1 + shift, nan))
+    tl.store(variances_ptr + 2 * g, tl.where(valid, v0, nan))
+    tl.store(variances_ptr + 2 * g + 1, tl.where(valid, v1, nan))
+    tl.store(lower_bound_ptr + g, tl.where(valid, lower_bound, nan))
+    tl.store(n_iter_ptr + g, n_iter.to(tl.int64))
+    tl.store(converged_ptr + g, converged)
+    tl.store(valid_ptr + g, valid)
+
+
+@triton.jit
+def _load_initial(init, g, first, second):
+    """The two initial values of a row, from a pointer and its strides over rows and components; the defaults without one."""
+    ptr, stride_g, stride_c = init
+    if ptr is not None:
+        first = tl.load(ptr + g * stride_g).to(first.dtype)
+        second = tl.load(ptr + g * stride_g + stride_c).to(first.dtype)
+    return first, second
+
+
+@triton.jit(do_not_specialize=["width", "max_iter"])
+def _fit_rows_kernel(
+    x_ptr,  # Tensor[G, K], or Tensor[N] with offsets
+    stride_xg,
+    stride_xk,
+    count_ptr,  # Tensor[G] or None: all K values count
+    stride_cg,
+    offset_ptr,  # Tensor[G + 1] or None: rows are strided
+    width,
+    weights_init,  # each of the three: (Tensor[G, 2] or None, its strides)
+    means_init,
+    precisions_init,
+    fit_ptrs,  # the seven tensors of `empty_fit`
+    tol: tl.float64,
+    reg_covar: tl.float64,
+    max_iter,
+    TIED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
+    g = tl.program_id(0).to(tl.int64)
+    if offset_ptr is not None:
+        first = tl.load(offset_ptr + g)
+        n = (tl.load(offset_ptr + g + 1) - first).to(tl.int32)
+        x_ptr += first * stride_xk
+    else:
+        n = width
+        if count_ptr is not None:
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg), 0), width).to(tl.int32)
+        x_ptr += g * stride_xg
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
+    row = (x_ptr, stride_xk, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
+
+    w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
+    m0, m1 = _load_initial(means_init, g, smallest, largest)
+    p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
+    # A component of weight 0 is infinitely far from every value: the E-step asks which one is nearer before it asks for weights.
+    m0, m1 = tl.where(w0 > 0, m0 - smallest, float("inf")), tl.where(w1 > 0, m1 - smallest, float("inf"))
+    options = (tol, reg_covar, max_iter)
+    fit = _fit(x, row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
+
+
+@triton.jit
+def _score(x, inside, fit, TIE: tl.constexpr):
+    """Log-density of the mixture, -inf outside, and whether a candidate is foreground."""
+    w0, w1, m0, m1, v0, v1, _, _, _ = fit
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
+    return tl.where(inside, score, float("-inf")), inside & (tl.log(d0) >= tl.log(d1) - TIE)
+
+
+@triton.jit
+def _first_best(x, row, end, fit, among_foreground, TIE: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Position of the first foreground (or background) candidate that ties with the highest score; `NOBODY` without one."""
+    best = tl.full((), float("-inf"), x.dtype)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        best = tl.maximum(best, tl.max(tl.where(foreground == among_foreground, score, float("-inf"))))
+    first = tl.full((), NOBODY, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        tied = inside & (foreground == among_foreground) & (score >= best - TIE)
+        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K), NOBODY)))
+    return first
+
+
+@triton.jit
+def _separate(foreground, inside, position, threshold, best_background, SCHEME: tl.constexpr):
+    """`paa_gpu.separation.separate` for a tile."""
+    has_foreground = threshold < NOBODY
+    positive = inside
+    if SCHEME.foreground_only:
+        positive = foreground
+    if SCHEME.stop_at_threshold:
+        positive = positive & (position <= threshold)
+    if not SCHEME.all_without_foreground:
+        positive = positive & has_foreground
+
+    ignored = inside & False
+    if SCHEME.ignore_foreground:
+        ignored = foreground & (positive == 0)
+    if SCHEME.ignore_before_background:
+        ignored = inside & has_foreground & (position > threshold) & (position < best_background)
+    return positive, ignored
+
+
+@triton.jit(do_not_specialize=["width", "max_iter"])
+def _fit_candidates_kernel(
+    loss_ptr,  # Tensor[G, K], contiguous like all [G, K] here
+    count_ptr,  # Tensor[G]
+    width,
+    fit_ptrs,  # the seven tensors of `empty_fit`
+    assignment_ptr,  # Tensor[G, K] or None
+    score_ptr,  # Tensor[G, K] or None
+    index_ptr,  # Tensor[G, K] or None
+    positive_ptr,  # Tensor[P] or None
+    ignored_ptr,  # Tensor[P] or None
+    tol: tl.float64,
+    reg_covar: tl.float64,
+    max_iter,
+    TIED: tl.constexpr,
+    SCHEME: tl.constexpr,
+    SINGLETON_POSITIVE: tl.constexpr,
+    TIE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
+):
+    DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
+    g = tl.program_id(0).to(tl.int64)
+    loss_ptr += g * width
+    n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width).to(tl.int32)
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, DTYPE, BLOCK_K)
+    row = (loss_ptr, 1, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
+
+    half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
+    options = (tol, reg_covar, max_iter)
+    fit = _fit(x, row, valid, half, half, zero, largest - smallest, one, one, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
+
+    if SCHEME is not None:
+        threshold = _first_best(x, row, end, fit, True, TIE, BLOCK_K, LONG)
+        best_background = threshold
+        if SCHEME.ignore_before_background:
+            best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
+    for start in range(0, width if LONG else BLOCK_K, BLOCK_K):
+        position = _positions(start, BLOCK_K)
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside & valid, fit, TIE)
+        if assignment_ptr is not None:
+            _store_pairs(assignment_ptr + g * width, position, foreground, position < width)
+            _store_pairs(score_ptr + g * width, position, score, position < width)
+        if SCHEME is not None:
+            positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
+            if SINGLETON_POSITIVE:
+                # The smallest finite value is infinite where the only candidate is not finite.
+                positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
+            index = _load_pairs(index_ptr + g * width, position, inside, -1)
+            _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
+            _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
+
+
+def launch_rule(width: int) -> dict[str, int]:
+    """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass.
+
+    ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
+    kernel gets the 80 to 94 it needs, and would spill under the limit.
+    """
+    block = min(max(triton.next_power_of_2(width), 64), 1024)
+    if width > block:
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16}
+    return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
+
+
+def fit_gmm_1d(
+    x: Tensor,
+    count: Tensor | None,
+    lengths: Sequence[int] | None,
+    weights_init: Tensor | None,
+    means_init: Tensor | None,
+    precisions_init: Tensor | None,
+    covariance_type: str,
+    tol: float,
+    reg_covar: float,
+    max_iter: int,
+    precision: str,
+) -> Fit:
+    """The operator `paa_gpu::fit_gmm_1d`: one launch; flat rows need one copy of their offsets as well."""
+    rows, width = (len(lengths), max(lengths, default=0)) if lengths is not None else x.shape
+    fit = empty_fit(x, rows, precision)
+    if rows == 0:
+        return fit
+    with device_guard(x):
+        offset = None
+        if lengths is not None:
+            offset = stage([0, *itertools.accumulate(lengths)], x)
+            keep(fit[0], offset)
+        _fit_rows_kernel[(rows,)](
+            x,
+            x.stride(0),
+            x.stride(-1),
+            count,
+            0 if count is None else count.stride(0),
+            offset,
+            width,
+            _pair(weights_init, rows),
+            _pair(means_init, rows),
+            _pair(precisions_init, rows),
+            fit,
+            tol,
+            reg_covar,
+            max_iter,
+            TIED=covariance_type == "tied",
+            **launch_rule(width),
+        )
+    return fit
+
+
+def _pair(init: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:
+    if init is None:
+        return None, 0, 0
+    init = init.expand(rows, 2)
+    return init, init.stride(0), init.stride(1)
+
+
+def launch_fit(
+    loss: Tensor,
+    count: Tensor,
+    fit: Fit,
+    covariance_type: str,
+    *,
+    assignment: Tensor | None = None,
+    score: Tensor | None = None,
+    index: Tensor | None = None,
+    positive: Tensor | None = None,
+    ignored: Tensor | None = None,
+    separation: str | None = None,
+    singleton: str = "background",
+) -> None:
+    """Fit the candidates of every ground truth in one launch, and separate them.
+
+    Args:
+        loss: Tensor[G, K], any floating dtype, contiguous; a row's first `count` losses are its candidates, in order.
+        count: Tensor[G] int64, contiguous.
+        fit: the result of `empty_fit`, filled here; its dtype is the precision of the fit.
+        covariance_type: as for `fit_gmm_1d`.
+        assignment, score: Tensor[G, K] bool and of the fit's dtype, contiguous, both or neither. Filled completely: True at
+            foreground and the log-density at candidates; False and -inf at padding and in rows that are not valid.
+        separation: a key of `SCHEMES`, or None. With it come `index`, Tensor[G, K] int64, contiguous, where the candidates
+            stand in `positive` and `ignored` (what is negative is left out), and these two, Tensor[P] bool, zeroed by the
+            caller: they become True where a candidate is positive or ignored, and are not touched elsewhere.
+        singleton: "background" or "positive", what the only candidate of a row becomes (with `separation`).
+    """
+    rows, width = loss.shape
+    if rows == 0:
+        return
+    with device_guard(loss):
+        _fit_candidates_kernel[(rows,)](
+            loss,
+            count,
+            width,
+            fit,
+            assignment,
+            score,
+            index,
+            positive,
+            ignored,
+            1e-3,
+            1e-6,
+            100,
+            TIED=covariance_type == "tied",
+            SCHEME=None if separation is None else SCHEMES[separation],
+            SINGLETON_POSITIVE=singleton == "positive",
+            TIE=tie_tolerance(fit[0].dtype),
+            **launch_rule(width),
+        )
