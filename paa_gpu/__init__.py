@@ -1,3 +1,17 @@
-"""Probabilistic anchor assignment (PAA) on the GPU and the CPU."""
+"""Probabilistic anchor assignment (PAA): selection, mixture fit and reassignment for a whole batch, on the GPU and the CPU."""
+
+from .em import GaussianMixture1D, fit_gmm_1d
+from .reassign import Reassignment, paa_reassign, paa_reassign_batch
+from .topk import Candidates, select_candidates
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Candidates",
+    "GaussianMixture1D",
+    "Reassignment",
+    "fit_gmm_1d",
+    "paa_reassign",
+    "paa_reassign_batch",
+    "select_candidates",
+]

@@ -1,0 +1,120 @@
+"""What arguments must be, and the wording of the errors: "`<argument>` must ..., got ...".
+
+Checks go in the order rank, shape, dtype, device, values; all of them come before any work, and only those of `validate=True`
+read the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int64, torch.int32)
+
+
+def _names(options: Iterable[Any]) -> str:
+    words = [f'"{option}"' if isinstance(option, str) else str(option).removeprefix("torch.") for option in options]
+    return " or ".join(words) if len(words) < 3 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def check_tensor(
+    name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None = None
+) -> None:
+    """A tensor of this shape (None: any size), one of these dtypes, on this device (None: the CPU or any CUDA device)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
+    if value.dim() != len(shape):
+        raise ValueError(f"`{name}` must have {len(shape)} dimension{'s'[: len(shape) != 1]}, got shape {tuple(value.shape)}")
+    for size, wanted in zip(value.shape, shape, strict=True):
+        if wanted is not None and size != wanted:
+            wanted_shape = ", ".join("any" if w is None else str(w) for w in shape)
+            raise ValueError(f"`{name}` must have shape ({wanted_shape}), got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"`{name}` must be {_names(dtypes)}, got {_names([value.dtype])}")
+    if device is None and value.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`{name}` must be on a CPU or CUDA device, got {value.device}")
+    if device is not None and value.device != device:
+        raise ValueError(f"`{name}` must be on {device} as the other tensors are, got {value.device}")
+
+
+def check_list(name: str, value: Any, length: int | None = None, like: str = "") -> None:
+    """A list or tuple, not empty; of this length, which is that of the argument `like`."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"`{name}` must be a list with one entry per image, got {type(value).__name__}")
+    if length is None and len(value) == 0:
+        raise ValueError(f"`{name}` must have at least one entry, got an empty list")
+    if length is not None and len(value) != length:
+        raise ValueError(f"`{name}` must have {length} entries as `{like}` has, got {len(value)}")
+
+
+def check_option(name: str, value: Any, options: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"`{name}` must be {_names(options)}, got {value!r}")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+
+
+def check_non_negative(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}")
+
+
+def level_sizes_of(name: str, levels: Any) -> list[int]:
+    """The number of anchors of each level, from a list of ints or of Tensor[A_l, 4]."""
+    if not isinstance(levels, list | tuple):
+        raise TypeError(f"`{name}` must be a list with one entry per level, got {type(levels).__name__}")
+    sizes = []
+    for i, level in enumerate(levels):
+        if isinstance(level, Tensor):
+            if level.dim() != 2 or level.shape[1] != 4:
+                raise ValueError(f"`{name}[{i}]` must have shape (any, 4), got {tuple(level.shape)}")
+            sizes.append(level.shape[0])
+        else:
+            check_int(f"{name}[{i}]", level, 0)
+            sizes.append(level)
+    return sizes
+
+
+def _first(wrong: Tensor) -> int:
+    return int(wrong.int().argmax())
+
+
+def check_values(
+    image: str,
+    pos_losses: Tensor,
+    label: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    num_gt: int,
+    num_classes: int,
+) -> None:
+    """The values of one image; `image` is what its arguments are indexed with in the message. Reads the tensors, so it synchronises."""
+
+    def refuse(wrong: Tensor, name: str, value: Tensor, must: str, where: str = "") -> None:
+        if bool(wrong.any()):
+            position = _first(wrong)
+            raise ValueError(f"`{name}{image}` must {must}, got {value[position].item()} at position {position}{where}")
+
+    anchors = label.shape[0]
+    refuse((label < 0) | (label > num_classes), "label", label, f"be in [0, {num_classes}]")
+    refuse((pos_inds < 0) | (pos_inds >= anchors), "pos_inds", pos_inds, f"be in [0, {anchors})")
+    seen = torch.full((anchors,), -1, dtype=torch.int64, device=label.device)
+    position = torch.arange(pos_inds.shape[0], device=label.device)
+    seen[pos_inds.long()] = position
+    refuse(seen[pos_inds.long()] != position, "pos_inds", pos_inds, "not repeat an index")
+    refuse((pos_gt_inds < 0) | (pos_gt_inds >= num_gt), "pos_gt_inds", pos_gt_inds, f"be in [0, {num_gt})")
+    infinite = ~torch.isfinite(pos_losses)
+    if bool(infinite.any()):
+        gt = int(pos_gt_inds[_first(infinite)])
+        refuse(infinite, "pos_losses", pos_losses, "be finite", f", ground truth {gt}")

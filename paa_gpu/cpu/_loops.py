@@ -1,0 +1,39 @@
+"""Compiled loops, and slices of their rows on a small pool of threads.
+
+numba's own `parallel` is not used: its OpenMP layer kills forked children, its workqueue layer aborts under several Python
+threads. Our loops release the GIL, so ordinary threads do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from numba import njit
+
+# error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
+compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@functools.cache
+def _executor(process: int) -> ThreadPoolExecutor:
+    """The pool of a process: a forked child has another id, and with it a pool of its own."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="paa_gpu")
+
+
+def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: Any) -> None:
+    """Call `loop(start, stop, *args)` over slices of `range(rows)`, on as many threads as torch would use.
+
+    Rows are independent, so the result does not depend on the slices. Fewer than `serial_below` rows are one slice: waking
+    a thread would take longer than they do.
+    """
+    slices = 1 if rows < serial_below else min(torch.get_num_threads(), rows)
+    bounds = [rows * i // slices for i in range(slices + 1)]
+    others = [_executor(os.getpid()).submit(loop, bounds[i], bounds[i + 1], *args) for i in range(1, slices)]
+    loop(bounds[0], bounds[1], *args)
+    for other in others:
+        other.result()

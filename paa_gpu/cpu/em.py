@@ -1,0 +1,224 @@
+"""EM for CPU tensors: two-component 1-D Gaussian mixtures, one row after the other.
+
+For a row x of n values, all on y = x - min(x), so that nothing is lost where the values lie close together:
+
+    E-step   log p_k(i) = log w_k - log(2 pi v_k) / 2 - (y_i - m_k)^2 / (2 v_k)
+             r_k(i) = p_k(i) / (p_0(i) + p_1(i)),   lower bound = mean_i log(p_0(i) + p_1(i))
+    M-step   n_k = sum_i r_k(i) + 10 eps,   m_k = sum_i r_k(i) y_i / n_k,   w_k = n_k / (n_0 + n_1),
+             v_k = sum_i r_k(i) (y_i - m_k)^2 / n_k + reg_covar          (tied: one sum over both components)
+
+until the lower bound changes by less than `tol`, as in scikit-learn's `GaussianMixture`. Arithmetic is that of the dtype of x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch import Tensor
+
+from .._ops import PRECISIONS, Fit, empty_fit
+from ..separation import tie_tolerance
+from ._loops import compiled, over_slices
+
+# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, waking a thread 30.
+SERIAL_ROWS = 16
+
+# scikit-learn's guard against an empty component.
+EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
+
+
+@compiled
+def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
+    """(c, h) of the weighted log-density c - h (y - mean)^2."""
+    real = weight.dtype.type
+    w, v = weight[component], variance[component]
+    return real(math.log(w) - math.log(2 * math.pi * v) / 2), real(0.5 / v)
+
+
+@compiled
+def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> float:
+    """Fill the responsibilities; return the mean log-density. One exp and one log per value; both components stay exact
+    where one of them is tiny."""
+    c0, h0 = _density_terms(weight, variance, 0)
+    c1, h1 = _density_terms(weight, variance, 1)
+    one = y.dtype.type(1)
+    total = y.dtype.type(0)
+    for i in range(len(y)):
+        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
+        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        ratio = math.exp(-abs(log_p0 - log_p1))
+        larger = one / (one + ratio)
+        if log_p0 >= log_p1:
+            r0[i], r1[i] = larger, ratio * larger
+            total += log_p0 + math.log(one + ratio)
+        else:
+            r0[i], r1[i] = ratio * larger, larger
+            total += log_p1 + math.log(one + ratio)
+    return total / y.dtype.type(len(y))
+
+
+@compiled
+def _maximisation(
+    y: Any, r0: Any, r1: Any, tied: bool, reg_covar: float, empty: float, weight: Any, mean: Any, variance: Any
+) -> None:
+    zero = y.dtype.type(0)
+    n0 = n1 = sum0 = sum1 = square0 = square1 = zero
+    for i in range(len(y)):
+        n0 += r0[i]
+        n1 += r1[i]
+        sum0 += r0[i] * y[i]
+        sum1 += r1[i] * y[i]
+    n0 += empty
+    n1 += empty
+    mean[0], mean[1] = sum0 / n0, sum1 / n1
+    for i in range(len(y)):
+        square0 += r0[i] * (y[i] - mean[0]) ** 2
+        square1 += r1[i] * (y[i] - mean[1]) ** 2
+    if tied:
+        variance[:] = (square0 + square1) / (n0 + n1) + reg_covar
+    else:
+        variance[0], variance[1] = square0 / n0 + reg_covar, square1 / n1 + reg_covar
+    weight[0], weight[1] = n0 / (n0 + n1), n1 / (n0 + n1)
+
+
+@compiled
+def _assign(y: Any, weight: Any, mean: Any, variance: Any, tolerance: float, assignment: Any, score: Any) -> None:
+    """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
+    c0, h0 = _density_terms(weight, variance, 0)
+    c1, h1 = _density_terms(weight, variance, 1)
+    for i in range(len(y)):
+        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
+        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        assignment[i] = log_p0 >= log_p1 - tolerance
+        score[i] = max(log_p0, log_p1) + math.log(y.dtype.type(1) + math.exp(-abs(log_p0 - log_p1)))
+
+
+@compiled
+def _fit_rows(
+    first: int,
+    last: int,
+    x: Any,
+    start: Any,
+    count: Any,
+    weights_init: Any,
+    means_init: Any,
+    precisions_init: Any,
+    tied: bool,
+    tol: float,
+    reg_covar: float,
+    empty: float,
+    max_iter: int,
+    tolerance: float,
+    weights: Any,
+    means: Any,
+    variances: Any,
+    lower_bound: Any,
+    n_iter: Any,
+    converged: Any,
+    valid: Any,
+    assignment: Any,
+    score: Any,
+) -> None:
+    width = 0
+    for row in range(first, last):
+        width = max(width, count[row])
+    y_row, r0_row, r1_row = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    for row in range(first, last):
+        values = x[start[row] : start[row] + count[row]]
+        if score.shape[1] > 0:
+            assignment[row] = False
+            score[row] = -np.inf
+        valid[row] = len(values) >= 2 and np.isfinite(values).all()
+        converged[row], n_iter[row] = False, 0
+        if not valid[row]:
+            weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
+            continue
+        y, r0, r1 = y_row[: len(values)], r0_row[: len(values)], r1_row[: len(values)]
+        shift = values.min()
+        y[:] = values - shift
+
+        weight, mean, variance = weights[row], means[row], variances[row]
+        weight[:] = weights_init[row % len(weights_init)]
+        variance[:] = 1 / precisions_init[row % len(precisions_init)]
+        if len(means_init) > 0:
+            mean[:] = means_init[row % len(means_init)] - shift
+        else:
+            mean[0], mean[1] = 0, y.max()
+
+        previous = x.dtype.type(-np.inf)
+        while n_iter[row] < max_iter and not converged[row]:
+            n_iter[row] += 1
+            lower_bound[row] = _expectation(y, weight, mean, variance, r0, r1)
+            _maximisation(y, r0, r1, tied, reg_covar, empty, weight, mean, variance)
+            converged[row] = abs(lower_bound[row] - previous) < tol
+            previous = lower_bound[row]
+        if score.shape[1] > 0:
+            size = len(values)
+            _assign(y, weight, mean, variance, tolerance, assignment[row, :size], score[row, :size])
+        mean += shift
+
+
+def fit_rows(
+    x: Tensor,
+    start: np.ndarray[Any, Any],
+    count: np.ndarray[Any, Any],
+    weights_init: Tensor | None,
+    means_init: Tensor | None,
+    precisions_init: Tensor | None,
+    covariance_type: str,
+    tol: float,
+    reg_covar: float,
+    max_iter: int,
+    precision: str,
+    width: int = 0,
+) -> tuple[Fit, Tensor, Tensor]:
+    """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
+    rows, dtype = len(start), PRECISIONS[precision]
+    real = np.dtype(precision).type
+
+    def initial(given: Tensor | None, default: float, default_rows: int) -> np.ndarray[Any, Any]:
+        if given is None:
+            return np.full((default_rows, 2), default, real)
+        return given.to(dtype).contiguous().numpy()
+
+    fit = empty_fit(x, rows, precision)
+    assignment, score = torch.empty((rows, width), dtype=torch.bool), torch.empty((rows, width), dtype=dtype)
+    over_slices(
+        _fit_rows, rows, SERIAL_ROWS, x.to(dtype).numpy(), start, count,
+        initial(weights_init, 0.5, 1), initial(means_init, 0, 0), initial(precisions_init, 1, 1),
+        covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter, real(tie_tolerance(dtype)),
+        *(result.numpy() for result in fit), assignment.numpy(), score.numpy(),
+    )  # fmt: skip
+    return fit, assignment, score
+
+
+def fit_gmm_1d(
+    x: Tensor,
+    count: Tensor | None,
+    lengths: Sequence[int] | None,
+    weights_init: Tensor | None,
+    means_init: Tensor | None,
+    precisions_init: Tensor | None,
+    covariance_type: str,
+    tol: float,
+    reg_covar: float,
+    max_iter: int,
+    precision: str,
+) -> Fit:
+    if lengths is not None:
+        size = np.asarray(lengths, np.int64)
+        start = np.cumsum(size) - size
+    else:
+        rows, width = x.shape
+        start = np.arange(rows) * width
+        size = np.full(rows, width) if count is None else count.clamp(0, width).to(torch.int64).numpy()
+    fit, _, _ = fit_rows(
+        x.reshape(-1), start, size, weights_init, means_init, precisions_init,
+        covariance_type, tol, reg_covar, max_iter, precision,
+    )  # fmt: skip
+    return fit

@@ -1,0 +1,193 @@
+"""Reassignment for CPU tensors: selection and fit of `topk` and `em`, then separation, then the three outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch import Tensor
+
+from ..separation import SCHEMES, tie_tolerance
+from .em import fit_rows
+from .topk import flat, offsets, select_candidates
+from ._loops import compiled, over_slices
+
+# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.1 us, waking a thread 30.
+SERIAL_ROWS = 512
+
+
+@compiled
+def _first_best(score: Any, assignment: Any, component: bool, tolerance: float) -> int:
+    """The first candidate of a component whose score ties with the component's highest; the row's length if it has none."""
+    best = -np.inf
+    for i in range(len(score)):
+        if assignment[i] == component:
+            best = max(best, score[i])
+    for i in range(len(score)):
+        if assignment[i] == component and score[i] >= best - tolerance:
+            return i
+    return len(score)
+
+
+@compiled
+def _separate_row(index: Any, assignment: Any, score: Any, rule: Any, tolerance: float, positive: Any, ignored: Any) -> None:
+    stop_at_threshold, foreground_only, ignore_foreground, ignore_before_background, all_without_foreground = rule
+    threshold = _first_best(score, assignment, True, tolerance)
+    background = _first_best(score, assignment, False, tolerance)
+    if threshold == len(index) and not all_without_foreground:
+        return
+    for i in range(len(index)):
+        within = i <= threshold or not stop_at_threshold
+        if within and (assignment[i] or not foreground_only):
+            positive[index[i]] = True
+        elif (ignore_foreground and assignment[i]) or (ignore_before_background and threshold < i < background):
+            ignored[index[i]] = True
+
+
+@compiled
+def _separate_rows(
+    first: int,
+    last: int,
+    loss: Any,
+    index: Any,
+    count: Any,
+    valid: Any,
+    assignment: Any,
+    score: Any,
+    rule: Any,
+    keep_singleton: bool,
+    tolerance: float,
+    positive: Any,
+    ignored: Any,
+) -> None:
+    for row in range(first, last):
+        n = count[row]
+        if valid[row]:
+            _separate_row(index[row, :n], assignment[row, :n], score[row, :n], rule, tolerance, positive, ignored)
+        elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
+            positive[index[row, 0]] = True
+
+
+@compiled
+def _write_images(
+    first: int,
+    last: int,
+    pos_inds: Any,
+    positive: Any,
+    ignored: Any,
+    pos_offset: Any,
+    anchor_offset: Any,
+    num_classes: int,
+    label: Any,
+    label_weight: Any,
+    bbox_weight: Any,
+    num_pos: Any,
+) -> None:
+    """The weights come as bytes [A, itemsize]: a zero has the same bytes in every dtype, half precision included."""
+    for image in range(first, last):
+        num_pos[image] = 0
+        for p in range(pos_offset[image], pos_offset[image + 1]):
+            if positive[p]:
+                num_pos[image] += 1
+            elif 0 <= pos_inds[p] < anchor_offset[image + 1] - anchor_offset[image]:
+                anchor = anchor_offset[image] + pos_inds[p]
+                label[anchor] = num_classes
+                bbox_weight[anchor] = 0
+                if ignored[p]:
+                    label_weight[anchor] = 0
+
+
+def _write(
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    positive: Tensor,
+    ignored: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copies of the targets with what the masks [P] say written into them, and the number of positives of each image."""
+    targets = torch.cat(list(label)), torch.cat(list(label_weight)), torch.cat(list(bbox_weight))
+    num_pos = torch.empty(len(label), dtype=torch.int64)
+    over_slices(
+        _write_images, len(label), 2, flat(pos_inds).to(torch.int64).contiguous().numpy(), positive.numpy(), ignored.numpy(),
+        offsets([len(inds) for inds in pos_inds]), offsets([len(image) for image in label]), num_classes,
+        targets[0].numpy(), targets[1][:, None].view(torch.uint8).numpy(), targets[2].view(torch.uint8).numpy(), num_pos.numpy(),
+    )  # fmt: skip
+    return *targets, num_pos
+
+
+def _rows(num_gts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The image of every row, and which of the image's ground truths it is."""
+    image = np.repeat(np.arange(len(num_gts)), num_gts)
+    return torch.from_numpy(image), torch.from_numpy(np.arange(len(image)) - offsets(num_gts)[image])
+
+
+def fit_candidates(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+    covariance_type: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    loss, index, count = select_candidates(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    rows, width = loss.shape
+    fit, assignment, score = fit_rows(
+        loss.reshape(-1), np.arange(rows) * width, count.numpy(), None, None, None,
+        covariance_type, 1e-3, 1e-6, 100, precision, width,
+    )  # fmt: skip
+    return loss, index, count, assignment, score, *fit, *_rows(num_gts)
+
+
+def write_targets(
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    index: Tensor,
+    candidate_positive: Tensor,
+    candidate_ignored: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, ...]:
+    positive = torch.zeros(sum(len(inds) for inds in pos_inds), dtype=torch.bool)
+    ignored = torch.zeros_like(positive)
+    positive[index[candidate_positive]] = True
+    ignored[index[candidate_ignored]] = True
+    return *_write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes), positive, ignored
+
+
+def paa_reassign(
+    pos_losses: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: str,
+    singleton: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    loss, index, count, assignment, score, *fit, fit_image, fit_gt = fit_candidates(
+        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
+    )
+    valid = fit[-1]
+    positive = torch.zeros(sum(len(inds) for inds in pos_inds), dtype=torch.bool)
+    ignored = torch.zeros_like(positive)
+    over_slices(
+        _separate_rows, len(count), SERIAL_ROWS, loss.to(score.dtype).numpy(), index.numpy(), count.numpy(), valid.numpy(),
+        assignment.numpy(), score.numpy(), tuple(SCHEMES[separation]), singleton == "positive",
+        np.dtype(precision).type(tie_tolerance(score.dtype)), positive.numpy(), ignored.numpy(),
+    )  # fmt: skip
+    targets = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
+    return *targets, *fit, fit_image, fit_gt, positive, ignored

@@ -1,0 +1,81 @@
+"""Recorded calls of the published head on real images: one in the package, for the demonstration; more in a checkout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+BUNDLED = HERE / "g01_OSBS_029_late.npz"
+
+
+class Recording(NamedTuple):
+    """The arguments of one recorded call of `PAAHead.paa_reassign`, and what is known of its results."""
+
+    name: str
+    pos_losses: Tensor  #: Tensor[P] float32
+    label: Tensor  #: Tensor[A] int64
+    label_weight: Tensor  #: Tensor[A] float32
+    bbox_weight: Tensor  #: Tensor[A, 4] float32
+    pos_inds: Tensor  #: Tensor[P] int64
+    pos_gt_inds: Tensor  #: Tensor[P] int64
+    anchors: list[Tensor]  #: Tensor[A_l, 4] float32 of each level
+    num_classes: int
+    published: Tensor  #: BoolTensor[P], the positives of the recorded call
+    gt: dict[str, np.ndarray[Any, Any]]  #: one entry per box: `bboxes`, `npos64`, `iter64`, `tie`, ...
+    meta: dict[str, Any]  #: image, crop, stage, sizes, times
+
+    @property
+    def num_gt(self) -> int:
+        return len(self.gt["bboxes"])
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """The positional arguments of `paa_reassign`."""
+        return self[1:8]
+
+
+def paths() -> list[Path]:
+    """The recordings at hand: the bundled one, and those of a checkout."""
+    checkout = sorted((HERE.parents[1] / "tests" / "data").glob("g*.npz"))
+    return [BUNDLED, *checkout]
+
+
+def load(path: Path = BUNDLED) -> Recording:
+    """Read a recording."""
+    with np.load(path) as file:
+        stored = {name: file[name] for name in file.files}
+    meta = json.loads(str(stored["meta"]))
+    anchors = [_anchors(*size, stride) for size, stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
+    pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))
+    pos_gt_inds = torch.from_numpy(stored["pos_gt_inds"].astype(np.int64))
+    label = torch.full((sum(map(len, anchors)),), meta["num_classes"])
+    label[pos_inds] = torch.from_numpy(stored["gt_labels"].astype(np.int64))[pos_gt_inds]
+    bbox_weight = torch.zeros(len(label), 4)
+    bbox_weight[pos_inds] = 1
+    return Recording(
+        name=path.stem,
+        pos_losses=torch.from_numpy(stored["pos_losses"]),
+        label=label,
+        label_weight=torch.ones(len(label)),
+        bbox_weight=bbox_weight,
+        pos_inds=pos_inds,
+        pos_gt_inds=pos_gt_inds,
+        anchors=anchors,
+        num_classes=meta["num_classes"],
+        published=torch.from_numpy(np.unpackbits(stored["out_pos_bits"])[: len(pos_inds)].astype(bool)),
+        gt={name.removeprefix("gt_"): array for name, array in stored.items() if name.startswith("gt_")},
+        meta=meta,
+    )
+
+
+def _anchors(height: int, width: int, stride: int) -> Tensor:
+    """The recorded head's anchors: one square of side 8 strides per cell, row after row."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    centre = torch.stack([x, y, x, y], -1).reshape(-1, 4) * float(stride)
+    return centre + torch.tensor([-4.0, -4.0, 4.0, 4.0]) * stride

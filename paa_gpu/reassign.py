@@ -1,0 +1,272 @@
+"""Probabilistic anchor assignment: from the losses of the potential positives to the targets of the detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import FLOATS, INDICES, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
+from .em import COVARIANCE_TYPES, GaussianMixture1D
+from .separation import SCHEMES
+
+__all__ = ["Reassignment", "paa_reassign", "paa_reassign_batch"]
+
+Anchors = Sequence[Tensor] | Sequence[int]
+Separation = str | Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+SINGLETONS = ("background", "positive")
+
+
+class Reassignment(NamedTuple):
+    """The targets of a batch of B images after reassignment, all on the device of the inputs."""
+
+    label: list[Tensor]  #: per image Tensor[A] int64
+    label_weight: list[Tensor]  #: per image Tensor[A]
+    bbox_weight: list[Tensor]  #: per image Tensor[A, 4]
+    num_pos: Tensor  #: Tensor[B] int64, positives of each image
+    fit: GaussianMixture1D  #: the mixtures of all G ground truths of the batch, image after image
+    fit_image: Tensor  #: Tensor[G] int64, the image of each row of `fit`
+    fit_gt: Tensor  #: Tensor[G] int64, which of its image's ground truths it is
+    positive: list[Tensor]  #: per image BoolTensor[P] over its `pos_inds`
+    ignored: list[Tensor]  #: per image BoolTensor[P] over its `pos_inds`
+
+
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    anchors: Anchors,
+    *,
+    num_classes: int,
+    topk: int = 9,
+    covariance_type: str = "diag",
+    separation: Separation = "mmdet",
+    singleton: str = "background",
+    precision: str = "float64",
+    num_gt: int | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Reassign the anchors of one image: a drop-in for `PAAHead.paa_reassign` of mmdetection.
+
+    Args:
+        pos_losses: Tensor[P] float16, bfloat16, float32 or float64, loss of each potential positive.
+        label: Tensor[A] int64, class of each anchor, `num_classes` for background.
+        label_weight: Tensor[A] floating, classification weight.
+        bbox_weight: Tensor[A, 4] floating, regression weight.
+        pos_inds: Tensor[P] int64 or int32, anchor index of each potential positive; unique, in any order.
+        pos_gt_inds: Tensor[P] int64 or int32, ground truth of each potential positive, from 0.
+        anchors: one entry per pyramid level: Tensor[A_l, 4], or the number of anchors A_l.
+        num_classes: the label of background.
+        topk: candidates of each level and ground truth at most.
+        covariance_type: "full", "diag", "spherical" (the same in one dimension) or "tied".
+        separation: "mmdet", "paper", "a", "b" or "d" (see `paa_gpu.separation`), or a callable that gets the padded batch,
+            `(assignment: BoolTensor[G, K], score: Tensor[G, K], loss: Tensor[G, K], mask: BoolTensor[G, K])`, and returns
+            `(positive, ignored)`, two BoolTensor[G, K]. It runs once; what it marks outside `mask` is dropped, and positive
+            wins over ignored.
+        singleton: what a ground truth with one candidate gets: "background", no positive (mmdetection), or "positive", that
+            one (the authors' repository).
+        precision: "float64" or "float32", of the fit.
+        num_gt: ground truths of the image. None: the largest of `pos_gt_inds` and one more, which has to be read.
+        validate: check the values too, at the price of synchronising.
+
+    Returns:
+        `(label, label_weight, bbox_weight, num_pos)`: copies of the targets, in which every potential positive that did not
+        become positive has label `num_classes` and bbox_weight 0, and an ignored one label_weight 0; and the number of positives,
+        an int: the one synchronisation.
+
+    Raises:
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; `topk` < 1; an unknown option. With `validate`, a
+            ValueError names the position of an index out of range or repeated, a label outside [0, num_classes], or a loss that
+            is not finite.
+
+    Ties: equal losses by anchor index, scores within 1e-9 by (loss, anchor index). A ground truth with a non-finite loss among its
+    candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out of
+    range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2, algorithm 1.
+    """
+    result = _reassign(
+        [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
+        [level_sizes_of("anchors", anchors)],
+        None if num_gt is None else [num_gt],
+        num_classes, topk, covariance_type, separation, singleton, precision, validate, [""],
+    )  # fmt: skip
+    return result.label[0], result.label_weight[0], result.bbox_weight[0], int(result.num_pos)
+
+
+def paa_reassign_batch(
+    pos_losses: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    anchors: Anchors | Sequence[Anchors],
+    *,
+    num_classes: int,
+    topk: int = 9,
+    covariance_type: str = "diag",
+    separation: Separation = "mmdet",
+    singleton: str = "background",
+    precision: str = "float64",
+    num_gts: Sequence[int] | None = None,
+    validate: bool = False,
+) -> Reassignment:
+    """Reassign the anchors of a batch of images at once; equal, image by image, to `paa_reassign`.
+
+    Args:
+        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds: lists with one tensor per image, as `paa_reassign`
+            takes them; dtypes do not vary within a list.
+        anchors: one list of levels (Tensor[A_l, 4] or ints) for all images, or a list of such lists, one per image.
+        num_gts: ground truths of each image. None: one synchronisation reads the largest `pos_gt_inds` of each image.
+        num_classes, topk, covariance_type, separation, singleton, precision, validate: as in `paa_reassign`. A callable
+            `separation` gets the ground truths of all images at once.
+
+    Returns:
+        `Reassignment`. With `num_gts`, and without `validate`, nothing synchronises.
+
+    Raises:
+        TypeError, ValueError: as `paa_reassign`, naming the image; lists that are empty or differ in length.
+
+    An image without potential positives keeps its targets, with `num_pos` 0. Source: PAA (arXiv 2007.08103), section 3.2.
+    """
+    check_list("pos_losses", pos_losses)
+    images = len(pos_losses)
+    columns = {
+        "pos_losses": pos_losses, "label": label, "label_weight": label_weight, "bbox_weight": bbox_weight,
+        "pos_inds": pos_inds, "pos_gt_inds": pos_gt_inds,
+    }  # fmt: skip
+    for name, column in columns.items():
+        check_list(name, column, images, like="pos_losses")
+    if num_gts is not None:
+        check_list("num_gts", num_gts, images, like="pos_losses")
+    return _reassign(
+        list(columns.values()), _levels_of_images(anchors, images), num_gts,
+        num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
+    )  # fmt: skip
+
+
+def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
+    """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
+    if not isinstance(anchors, list | tuple) or not anchors or not isinstance(anchors[0], list | tuple):
+        return [level_sizes_of("anchors", anchors)] * images
+    check_list("anchors", anchors, images, like="pos_losses")
+    sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]
+    most = max(len(levels) for levels in sizes)
+    return [levels + [0] * (most - len(levels)) for levels in sizes]
+
+
+def _reassign(
+    columns: Sequence[Sequence[Tensor]],
+    level_sizes: Sequence[Sequence[int]],
+    num_gts: Sequence[int] | None,
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: Separation,
+    singleton: str,
+    precision: str,
+    validate: bool,
+    suffix: Sequence[str],
+) -> Reassignment:
+    """Check, run the operators, split their flat results into images. `columns`: the six lists of tensors, one entry per image,
+    whose names in errors end in `suffix`."""
+    _check_tensors(columns, level_sizes, suffix)
+    check_int("num_classes", num_classes, 1)
+    check_int("topk", topk, 1)
+    check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
+    if not callable(separation):
+        check_option("separation", separation, SCHEMES)
+    check_option("singleton", singleton, SINGLETONS)
+    check_option("precision", precision, _ops.PRECISIONS)
+    columns = [[tensor.detach() for tensor in column] for column in columns]
+    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
+    for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
+        check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
+    num_gts = _num_gts(pos_gt_inds) if num_gts is None else num_gts
+    if validate:
+        for image, end in enumerate(suffix):
+            values = (pos_losses[image], label[image], pos_inds[image], pos_gt_inds[image])
+            check_values(end, *values, num_gts[image], num_classes)
+
+    flat_sizes = [size for levels in level_sizes for size in levels]
+    if callable(separation):
+        loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
+            pos_losses, pos_inds, pos_gt_inds, flat_sizes, num_gts, topk, covariance_type, precision
+        )
+        masks = _separate(separation, singleton, loss, count, assignment, score, fit[-1])
+        *targets, num_pos, positive, ignored = _ops.write_targets(
+            label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes
+        )
+    else:
+        *targets, num_pos, w, m, v, lower_bound, n_iter, converged, valid, fit_image, fit_gt, positive, ignored = _ops.paa_reassign(
+            *columns, flat_sizes, num_gts, num_classes, topk, covariance_type, separation, singleton, precision
+        )
+        fit = [w, m, v, lower_bound, n_iter, converged, valid]
+    anchors, potential = [len(image) for image in label], [len(inds) for inds in pos_inds]
+    return Reassignment(
+        *(list(target.split(anchors)) for target in targets),
+        num_pos,
+        GaussianMixture1D(*fit, covariance_type),
+        fit_image,
+        fit_gt,
+        list(positive.split(potential)),
+        list(ignored.split(potential)),
+    )
+
+
+def _check_tensors(
+    columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]
+) -> None:
+    first = [column[0] for column in columns]
+    for image, end in enumerate(suffix):
+        losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = (column[image] for column in columns)
+
+        def check(column: int, name: str, value: Tensor, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> None:
+            here = None if column == image == 0 else first[0].device
+            check_tensor(f"{name}{end}", value, shape, (first[column].dtype,) if image else dtypes, here)
+
+        check(0, "pos_losses", losses, (None,), FLOATS)
+        check(1, "label", label, (None,), (torch.int64,))
+        check(2, "label_weight", label_weight, (label.shape[0],), FLOATS)
+        check(3, "bbox_weight", bbox_weight, (label.shape[0], 4), FLOATS)
+        check(4, "pos_inds", pos_inds, (losses.shape[0],), INDICES)
+        check(5, "pos_gt_inds", pos_gt_inds, (losses.shape[0],), INDICES)
+        if sum(level_sizes[image]) != label.shape[0]:
+            raise ValueError(
+                f"`anchors` must hold {label.shape[0]} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
+            )
+
+
+def _num_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
+    """The largest index of each image and one more: the one synchronisation of a caller who does not know them."""
+    largest = [inds.max().long() if len(inds) else torch.full((), -1, device=inds.device) for inds in pos_gt_inds]
+    return [max(index + 1, 0) for index in torch.stack(largest).tolist()]
+
+
+def _separate(
+    separation: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    singleton: str,
+    loss: Tensor,
+    count: Tensor,
+    assignment: Tensor,
+    score: Tensor,
+    valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run a caller's scheme over the padded batch: (positive, ignored), both BoolTensor[G, K]."""
+    position = torch.arange(loss.shape[1], device=loss.device)
+    mask = (position < count[:, None]) & valid[:, None]
+    masks = separation(assignment, score, loss, mask)
+    if not isinstance(masks, tuple) or len(masks) != 2:
+        raise TypeError(f"`separation` must return a tuple (positive, ignored), got {type(masks).__name__}")
+    for name, candidates in zip(("positive", "ignored"), masks, strict=True):
+        check_tensor(f"separation: {name}", candidates, tuple(loss.shape), (torch.bool,), loss.device)
+    positive = masks[0] & mask
+    if singleton == "positive":
+        positive = positive | ((count == 1)[:, None] & (position == 0) & loss.isfinite())
+    return positive, masks[1] & mask & ~positive

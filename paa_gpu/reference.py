@@ -1,0 +1,156 @@
+"""The published loop with scikit-learn, ground truth by ground truth: the oracle of the tests, the baseline of the benchmarks.
+
+Written for clarity; slow, on the CPU. scikit-learn is imported when called. Two conventions, two precisions:
+
+* mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`; the authors' repository:
+  `"full"`, `"paper"`, `"positive"`.
+* `published=True` fits the losses as they come, as both do: float32, not shifted, ties of the score decided by the last bit.
+  It raises what scikit-learn raises. `published=False` fits them in float64 minus their minimum, with the library's rule for ties.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+TIE = 1e-9  # scores and densities that differ by less are equal but for rounding
+
+
+class GroundTruth(NamedTuple):
+    """What became of one ground truth; indices are positions in `pos_inds`."""
+
+    candidates: Array  #: ascending by (loss, anchor index)
+    positive: Array
+    ignored: Array
+    mixture: Any  #: the fitted `sklearn.mixture.GaussianMixture`, or None
+    foreground: Array  #: bool, of each candidate; empty without a fit
+    score: Array  #: log-density of each candidate; empty without a fit
+    margin: Array  #: difference of the components' log-densities at each candidate; empty without a fit
+
+
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    anchors: Sequence[Tensor] | Sequence[int],
+    *,
+    num_classes: int,
+    topk: int = 9,
+    covariance_type: str = "diag",
+    separation: str = "mmdet",
+    singleton: str = "background",
+    published: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`PAAHead.paa_reassign` of mmdetection; arguments and results as `paa_gpu.paa_reassign`."""
+    label, label_weight, bbox_weight = label.clone(), label_weight.clone(), bbox_weight.clone()
+    negative = np.ones(len(pos_inds), bool)
+    for gt in ground_truths(
+        pos_losses, pos_inds, pos_gt_inds, anchors, topk=topk, covariance_type=covariance_type,
+        separation=separation, singleton=singleton, published=published,
+    ):  # fmt: skip
+        negative[gt.positive] = False
+        label_weight[pos_inds[gt.ignored]] = 0
+    label[pos_inds[negative]] = num_classes
+    bbox_weight[pos_inds[negative]] = 0
+    return label, label_weight, bbox_weight, int((~negative).sum())
+
+
+def ground_truths(
+    pos_losses: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    anchors: Sequence[Tensor] | Sequence[int],
+    *,
+    topk: int = 9,
+    covariance_type: str = "diag",
+    separation: str = "mmdet",
+    singleton: str = "background",
+    published: bool = False,
+) -> Iterator[GroundTruth]:
+    """Treat one ground truth after the other."""
+    losses = pos_losses.detach().cpu().numpy()
+    inds, gts = pos_inds.cpu().numpy(), pos_gt_inds.cpu().numpy()
+    bounds = np.cumsum([0] + [level if isinstance(level, int) else len(level) for level in anchors])
+    level = np.searchsorted(bounds, inds, side="right") - 1
+    nothing = np.arange(0)
+    for gt in range(gts.max() + 1 if len(gts) else 0):
+        candidates = select(np.flatnonzero(gts == gt), losses, inds, level, topk)
+        x = losses[candidates].astype(losses.dtype if published else np.float64)
+        if not np.isfinite(x).all() and not published:
+            yield GroundTruth(candidates, nothing, nothing, None, nothing, nothing, nothing)
+        elif len(x) < 2:
+            kept = candidates if singleton == "positive" else nothing
+            yield GroundTruth(candidates, kept, nothing, None, nothing, nothing, nothing)
+        else:
+            x = x if published else x - x.min()
+            mixture = fit(x, covariance_type)
+            with np.errstate(divide="ignore"):
+                log_resp = np.log(mixture.predict_proba(x[:, None]))
+            margin = log_resp[:, 0] - log_resp[:, 1]
+            score = mixture.score_samples(x[:, None])
+            tie = 0 if published else TIE
+            foreground = margin >= -tie
+            positive, ignored = separate(foreground, score, separation, tie)
+            yield GroundTruth(candidates, candidates[positive], candidates[ignored], mixture, foreground, score, margin)
+
+
+def select(members: Array, losses: Array, inds: Array, level: Array, topk: int) -> Array:
+    """The `topk` smallest losses of each level, then all of them, ascending by (loss, anchor index)."""
+    members = members[np.lexsort((inds[members], losses[members]))]
+    levels = level[members]
+    rank = np.zeros(len(members), int)
+    for value in np.unique(levels):
+        rank[levels == value] = np.arange((levels == value).sum())
+    return members[rank < topk]
+
+
+def fit(x: Array, covariance_type: str) -> Any:
+    """scikit-learn's mixture, started as PAA starts it: weights 1/2, means at the extremes, precisions 1."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    shape = {"full": (2, 1, 1), "diag": (2, 1), "spherical": (2,), "tied": (1, 1)}[covariance_type]
+    mixture = GaussianMixture(
+        2,
+        covariance_type=covariance_type,
+        weights_init=np.array([0.5, 0.5]),
+        means_init=np.array([[x.min()], [x.max()]]),
+        precisions_init=np.ones(shape),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return mixture.fit(x[:, None])
+
+
+def separate(foreground: Array, score: Array, separation: str, tie: float) -> tuple[Array, Array]:
+    """Masks of the positive and of the ignored candidates. Figure 3 of the paper, scheme by scheme."""
+    position = np.arange(len(score))
+    nobody = np.zeros(len(score), bool)
+    if not foreground.any():
+        return (~nobody if separation == "paper" else nobody), nobody
+
+    def first_best(among: Array) -> int:
+        return int(np.flatnonzero(among & (score >= score[among].max() - tie))[0])
+
+    threshold = first_best(foreground)
+    up_to_threshold = position <= threshold
+    if separation == "mmdet":
+        return foreground & up_to_threshold, nobody
+    if separation == "paper":
+        return up_to_threshold, nobody
+    if separation == "a":
+        return foreground, nobody
+    if separation == "b":
+        negative_from = len(score) if foreground.all() else first_best(~foreground)
+        return up_to_threshold, ~up_to_threshold & (position < negative_from)
+    assert separation == "d", separation
+    return foreground & up_to_threshold, foreground & ~up_to_threshold

@@ -1,0 +1,116 @@
+"""Inputs and tolerances shared by tests and benchmarks, ours and others'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+#: Anchors of each level of an 800 x 800 image with strides 8 to 128, one anchor a location.
+LEVEL_SIZES = (10000, 2500, 625, 169, 49)
+
+#: Shapes of a ground truth's losses, see `make_losses`.
+LOSS_SHAPES = ("bimodal", "unimodal", "outlier", "equal", "two", "one", "heavy", "float16")
+
+
+class Batch(NamedTuple):
+    """The arguments of `paa_reassign_batch`: lists with one entry per image."""
+
+    pos_losses: list[Tensor]
+    label: list[Tensor]
+    label_weight: list[Tensor]
+    bbox_weight: list[Tensor]
+    pos_inds: list[Tensor]
+    pos_gt_inds: list[Tensor]
+    anchors: list[list[int]]
+    num_classes: int
+    num_gts: list[int]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return self[:7]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that belong to the data."""
+        return {"num_classes": self.num_classes, "num_gts": self.num_gts}
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._replace(**{name: [t.to(device) for t in getattr(self, name)] for name in self._fields[:6]})
+
+
+def make_losses(shape: str, size: int, rng: np.random.Generator) -> Array:
+    """The losses of one ground truth: float64 [size], or [2] or [1] for the shapes of that name."""
+    size = {"two": 2, "one": 1}.get(shape, size)
+    if shape == "bimodal":
+        centre = np.where(rng.random(size) < rng.uniform(0.2, 0.8), rng.uniform(0.3, 1), rng.uniform(1.5, 3))
+        return np.abs(centre + rng.normal(size=size) * rng.uniform(0.02, 0.3))
+    if shape == "outlier":
+        losses = 3 + rng.normal(size=size) * 1e-3
+        losses[rng.integers(size)] += rng.uniform(5, 24)
+        return losses
+    if shape == "equal":
+        return np.full(size, rng.uniform(0.1, 5))
+    if shape == "heavy":
+        return np.abs(rng.standard_t(1.5, size))
+    losses = np.abs(rng.normal(2, 0.5, size))
+    return losses.astype(np.float16).astype(np.float64) if shape == "float16" else losses
+
+
+def make_batch(
+    num_gts: Sequence[int],
+    rng: np.random.Generator,
+    shapes: Sequence[str] = LOSS_SHAPES,
+    sizes: tuple[int, int] = (2, 60),
+    scales: tuple[float, float] = (1.0, 1.0),
+    level_sizes: Sequence[int] = LEVEL_SIZES,
+    num_classes: int = 80,
+    dtype: torch.dtype = torch.float64,
+) -> Batch:
+    """Random images with these numbers of ground truths.
+
+    Each ground truth has a loss shape drawn from `shapes`, a number of potential positives from `sizes` and a scale from
+    `scales` (log-uniform), on anchors drawn level by level, the lower levels more often. `pos_inds` ascends.
+    """
+    images = [
+        _make_image(num_gt, rng, shapes, sizes, scales, level_sizes, num_classes, dtype) for num_gt in num_gts
+    ]  # fmt: skip
+    return Batch(*map(list, zip(*images, strict=True)), [list(level_sizes)] * len(num_gts), num_classes, list(num_gts))
+
+
+def _make_image(
+    num_gt: int,
+    rng: np.random.Generator,
+    shapes: Sequence[str],
+    sizes: tuple[int, int],
+    scales: tuple[float, float],
+    level_sizes: Sequence[int],
+    num_classes: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    scale = np.exp(rng.uniform(*np.log(scales), num_gt))
+    rows = [
+        make_losses(shapes[rng.integers(len(shapes))], int(rng.integers(*sizes, endpoint=True)), rng) * scale[gt]
+        for gt in range(num_gt)
+    ]
+    anchors, gt_of = sum(level_sizes), np.repeat(np.arange(num_gt), [len(row) for row in rows])
+    potential = len(gt_of)
+    if potential > anchors:
+        raise ValueError(f"`num_gts` and `sizes` must fit {anchors} anchors, got {potential} potential positives")
+    # Sampled without replacement, anchors of a level of n with probability ~ sqrt(n) / n: all levels take part.
+    probability = np.concatenate([np.full(size, size**-0.5) for size in level_sizes if size])
+    inds = rng.choice(anchors, potential, replace=False, p=probability / probability.sum())
+    order = np.argsort(inds)
+    losses = np.concatenate(rows)[order] if rows else np.zeros(0)
+    pos_inds, pos_gt_inds = torch.from_numpy(inds[order]), torch.from_numpy(gt_of[order])
+    label = torch.full((anchors,), num_classes)
+    label[pos_inds] = torch.from_numpy(rng.integers(num_classes, size=num_gt))[pos_gt_inds] if num_gt else label[:0]
+    bbox_weight = torch.zeros(anchors, 4)
+    bbox_weight[pos_inds] = 1
+    return torch.from_numpy(losses).to(dtype), label, torch.ones(anchors), bbox_weight, pos_inds, pos_gt_inds
