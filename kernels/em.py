@@ -1,18 +1,20 @@
 """Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
 
-A row holds `n` values in registers, shifted by their minimum. With weight w, mean m and precision p * p = 1 / v of
-each component, up to the constant log(2 pi) / 2,
+A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. Its n
+values x stay in registers, shifted by their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+z = (x - m)^2 / 2v,
 
-    E-step   log-density        a_k = log(w_k p_k) - (p_k (x - m_k))^2 / 2
-             responsibilities   e / (1 + e) and 1 / (1 + e), where e = exp(-|a_0 - a_1|); both are accurate when tiny
-             lower bound        mean(max(a_0, a_1) + log(1 + e))
+    E-step   e = exp(-|z_0 - z_1|), times q of the farther component and 1 times q of the nearer one; d is their sum
+             responsibilities r = these two divided by d, accurate when they are tiny
+             lower bound      = mean(log d - min z), up to the constant log(2 pi) / 2
     M-step   n_k = sum r_k + 10 eps, m_k = sum(r_k x) / n_k, w_k = n_k / sum n
              v_k = sum(r_k (x - m_k)^2) / n_k + reg_covar, with the new means
 
-until the lower bound changes by less than `tol`. A row is strided memory of which the first `count` values are fitted, or a
-stretch of flat memory between two offsets. Rows of up to 64 values take one warp, no shared memory and no barrier. Every thread
-holds at least two values: with one, Triton fuses the products into the first step of the reductions, and the lanes of a warp
-disagree in the last bit about whether the row has converged.
+until the lower bound changes by less than `tol`.
+
+A row is a block [BLOCK_K // 2, 2] whose pairs lie in one thread: one logarithm serves both, and every sum begins inside a thread.
+Were it to begin with an exchange between threads, Triton would fuse the products into it, and the lanes of a warp would
+disagree in the last bit about whether the row has converged. Rows of up to 64 values take one warp, no shared memory, no barrier.
 """
 
 from __future__ import annotations
@@ -26,101 +28,148 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit
 from paa_gpu.kernels._launch import device_guard, keep, stage
-from paa_gpu.separation import SCHEMES
+from paa_gpu.separation import SCHEMES, tie_tolerance
 
-LOG_2PI = tl.constexpr(1.8378770664093453)
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
-TIE = tl.constexpr(1e-9)  # see `paa_gpu.separation.tie_tolerance`: below the spacing of float32 scores
 
 
 @triton.jit
-def _add(n0, s0, n1, s1, top, n0_, s0_, n1_, s1_, top_):
-    return n0 + n0_, s0 + s0_, n1 + n1_, s1 + s1_, top + top_
+def _add2(a, b, a_, b_):
+    return a + a_, b + b_
 
 
 @triton.jit
-def _add_and_multiply(n0, s0, n1, s1, top, factor, n0_, s0_, n1_, s1_, top_, factor_):
-    return n0 + n0_, s0 + s0_, n1 + n1_, s1 + s1_, top + top_, factor * factor_
+def _add5(a, b, c, d, e, a_, b_, c_, d_, e_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_
 
 
 @triton.jit
-def _add_two(q0, q1, q0_, q1_):
-    return q0 + q0_, q1 + q1_
+def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
+    return a + a_, b + b_, c + c_, d + d_, e + e_, f * f_
 
 
 @triton.jit
-def _log_densities(x, w0, w1, m0, m1, v0, v1):
-    """Weighted log-density of both components at `x`, less the constant."""
-    p0 = tl.rsqrt(v0)
-    p1 = tl.rsqrt(v1)
-    a0 = tl.log(w0 * p0) - 0.5 * p0 * p0 * (x - m0) * (x - m0)
-    a1 = tl.log(w1 * p1) - 0.5 * p1 * p1 * (x - m1) * (x - m1)
-    return a0, a1
+def _load_pairs(ptr, offset, mask, other):
+    """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
+    first, second = tl.split(offset)
+    first_mask, second_mask = tl.split(mask)
+    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
 
 
 @triton.jit
-def _expectation(x, inside, w0, w1, m0, m1, v0, v1):
-    """Responsibilities [BLOCK_K], zero outside; their sums, those of their products with x, and of the log-densities."""
-    a0, a1 = _log_densities(x, w0, w1, m0, m1, v0, v1)
-    e = tl.exp(-tl.abs(a0 - a1))
-    big = tl.where(inside, 1.0, 0.0).to(x.dtype) / (1 + e)
-    small = e * big
-    r0 = tl.where(a0 >= a1, big, small)
-    r1 = tl.where(a0 >= a1, small, big)
-    top = tl.where(inside, tl.maximum(a0, a1), 0.0)
-    factor = tl.where(inside, 1 + e, 1.0)
-    if x.shape[0] <= 64:
-        # One logarithm a row instead of one a value: the product of 64 factors of at most 2 overflows no precision.
-        n0, s0, n1, s1, top, factor = tl.reduce((r0, r0 * x, r1, r1 * x, top, factor), 0, _add_and_multiply)
-        log_density = top + tl.log(factor)
+def _store_pairs(ptr, offset, value, mask):
+    """The counterpart of `_load_pairs`."""
+    first, second = tl.split(offset)
+    first_value, second_value = tl.split(value)
+    first_mask, second_mask = tl.split(mask)
+    tl.store(ptr + first, first_value, mask=first_mask)
+    tl.store(ptr + second, second_value, mask=second_mask)
+
+
+@triton.jit
+def _positions(start, BLOCK_K: tl.constexpr):
+    """Positions of a tile in its row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2)."""
+    first = start + tl.arange(0, BLOCK_K // 2)
+    return tl.join(first, first + BLOCK_K // 2)
+
+
+@triton.jit
+def _load_tile(row, start, BLOCK_K: tl.constexpr):
+    """A tile of the row less the row's minimum, zero outside, and where inside."""
+    x_ptr, stride_xk, n, shift = row
+    position = _positions(start, BLOCK_K)
+    x = _load_pairs(x_ptr, position.to(tl.int64) * stride_xk, position < n, 0.0).to(shift.dtype)
+    return tl.where(position < n, x - shift, 0.0), position < n
+
+
+@triton.jit
+def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """The tile at `start`: that in registers, `x`, where it is the only one."""
+    if LONG:
+        tile, inside = _load_tile(row, start, BLOCK_K)
+        return tile.to(x.dtype), inside
     else:
-        n0, s0, n1, s1, log_density = tl.reduce((r0, r0 * x, r1, r1 * x, top + tl.log(factor)), 0, _add)
-    return r0, r1, n0 + 10 * EPS, n1 + 10 * EPS, s0, s1, log_density
+        return x, _positions(start, BLOCK_K) < row[2]
 
 
 @triton.jit
-def _fit(x, inside, n, valid, w0, w1, m0, m1, v0, v1, tol, reg_covar, max_iter, TIED: tl.constexpr):
-    """Iterate from the given parameters; `n` is the number of values inside. Leaves at once where the row is not valid."""
-    tol = tl.full((), tol, x.dtype)
-    reg_covar = tl.full((), reg_covar, x.dtype)
+def _find_range(x_ptr, stride_xk, n, end, WIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The smallest and the largest finite value of a row, and whether it can be fitted."""
+    smallest, largest = tl.full((), float("inf"), WIDE), tl.full((), float("-inf"), WIDE)
+    finite = tl.full((), 0, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, WIDE)), start, BLOCK_K)
+        inside = inside & (tl.abs(x) < float("inf"))
+        smallest = tl.minimum(smallest, tl.min(tl.where(inside, x, float("inf"))))
+        largest = tl.maximum(largest, tl.max(tl.where(inside, x, float("-inf"))))
+        finite += tl.sum(inside.to(tl.int32))
+    return smallest, largest, (n >= 2) & (finite == n)
+
+
+@triton.jit
+def _joint(x, w0, w1, m0, m1, v0, v1):
+    """Both components' densities times exp(nearest), and nearest: the smaller of their halves of squared distances."""
+    p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
+    z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
+    z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
+    e = tl.exp(-tl.abs(z0 - z1))
+    return w0 * p0 * tl.where(z0 <= z1, 1.0, e), w1 * p1 * tl.where(z0 <= z1, e, 1.0), tl.minimum(z0, z1)
+
+
+@triton.jit
+def _responsibilities(x, inside, w0, w1, m0, m1, v0, v1):
+    """Responsibilities, zero outside; the joint density as exp(-nearest) * density, one outside."""
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    share = tl.where(inside, 1 / (d0 + d1), 0.0)
+    return d0 * share, d1 * share, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)
+
+
+@triton.jit
+def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Iterate from the given parameters. Leaves at once where the row is not valid."""
+    n = row[2]
+    end = n if LONG else BLOCK_K
+    tol, reg_covar, max_iter = tl.full((), options[0], x.dtype), tl.full((), options[1], x.dtype), options[2]
     lower_bound = tl.full((), float("-inf"), x.dtype)
     n_iter = tl.full((), 0, tl.int32)
     converged = tl.full((), False, tl.int1)
     going = valid
     while going:
-        r0, r1, n0, n1, s0, s1, log_density = _expectation(x, inside, w0, w1, m0, m1, v0, v1)
-        w0 = n0 / (n0 + n1)
-        w1 = n1 / (n0 + n1)
-        m0 = s0 / n0
-        m1 = s1 / n1
-        q0, q1 = tl.reduce((r0 * (x - m0) * (x - m0), r1 * (x - m1) * (x - m1)), 0, _add_two)
+        zero = tl.zeros([BLOCK_K // 2], x.dtype)
+        n0, s0, n1, s1, log_density = zero, zero, zero, zero, zero
+        for start in range(0, end, BLOCK_K):
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, nearest, density = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0, r0 * tile, r1, r1 * tile, nearest, density), 1, _add5_multiply)  # each [BLOCK_K // 2]
+            n0, s0, n1, s1 = n0 + pair[0], s0 + pair[1], n1 + pair[2], s1 + pair[3]
+            log_density += tl.log(pair[5]) - pair[4]
+        n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, log_density), 0, _add5)
+        n0, n1 = n0 + 10 * EPS, n1 + 10 * EPS
+        new_m0, new_m1 = s0 / n0, s1 / n1
+
+        q0, q1 = zero, zero
+        for start in range(0, end, BLOCK_K):
+            # In a row of one tile the compiler sees that it has these responsibilities already.
+            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            r0, r1, _, _ = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
+            pair = tl.reduce((r0 * (tile - new_m0) * (tile - new_m0), r1 * (tile - new_m1) * (tile - new_m1)), 1, _add2)
+            q0, q1 = q0 + pair[0], q1 + pair[1]
+        q0, q1 = tl.reduce((q0, q1), 0, _add2)
+
+        w0, w1, m0, m1 = n0 / (n0 + n1), n1 / (n0 + n1), new_m0, new_m1
         if TIED:
             v0 = (q0 + q1) / (n0 + n1) + reg_covar
             v1 = v0
         else:
-            v0 = q0 / n0 + reg_covar
-            v1 = q1 / n1 + reg_covar
+            v0, v1 = q0 / n0 + reg_covar, q1 / n1 + reg_covar
         previous = lower_bound
-        lower_bound = log_density / n.to(x.dtype)
+        lower_bound = log_density / n.to(x.dtype) - HALF_LOG_2PI
         n_iter += 1
         converged = tl.abs(lower_bound - previous) < tol
         going = (n_iter < max_iter) & (converged == 0)
-    return w0, w1, m0, m1, v0, v1, lower_bound - 0.5 * LOG_2PI, n_iter, converged
-
-
-@triton.jit
-def _load_row(x_ptrs, position, n, DTYPE: tl.constexpr):
-    """The row less its minimum, zero outside; where inside; the minimum and maximum; whether it can be fitted."""
-    inside = position < n
-    x = tl.load(x_ptrs, mask=inside, other=0.0)
-    if x.dtype != tl.float64:
-        x = x.to(DTYPE)
-    finite = inside & (tl.abs(x) < float("inf"))
-    valid = (n >= 2) & (tl.sum(finite.to(tl.int32), 0) == n)
-    smallest = tl.min(tl.where(finite, x, float("inf")), 0)
-    largest = tl.max(tl.where(finite, x, float("-inf")), 0)
-    # Subtracted in the wider of the two precisions.
-    return tl.where(inside, x - smallest, 0.0).to(DTYPE), inside, smallest, largest, valid
+    return w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged
 
 
 @triton.jit
@@ -140,12 +189,12 @@ def _store_fit(fit_ptrs, row, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound,
 
 
 @triton.jit
-def _load_pair(pair, row, first, second):
+def _load_initial(init, g, first, second):
     """The two initial values of a row, from a pointer and its strides over rows and components; the defaults without one."""
-    ptr, stride_g, stride_c = pair
+    ptr, stride_g, stride_c = init
     if ptr is not None:
-        first = tl.load(ptr + row * stride_g).to(first.dtype)
-        second = tl.load(ptr + row * stride_g + stride_c).to(first.dtype)
+        first = tl.load(ptr + g * stride_g).to(first.dtype)
+        second = tl.load(ptr + g * stride_g + stride_c).to(first.dtype)
     return first, second
 
 
@@ -155,54 +204,76 @@ def _fit_rows_kernel(
     stride_xg,
     stride_xk,
     count_ptr,  # Tensor[G] or None: all K values count
+    stride_cg,
     offset_ptr,  # Tensor[G + 1] or None: rows are strided
     width,
     weights_init,  # each of the three: (Tensor[G, 2] or None, its strides)
     means_init,
     precisions_init,
     fit_ptrs,  # the seven tensors of `empty_fit`
-    tol: "fp64",
-    reg_covar: "fp64",
+    tol: tl.float64,
+    reg_covar: tl.float64,
     max_iter,
     TIED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else DTYPE
+    g = tl.program_id(0).to(tl.int64)
     if offset_ptr is not None:
-        start = tl.load(offset_ptr + row)
-        n = tl.load(offset_ptr + row + 1) - start
-        x_ptr += start * stride_xk
+        first = tl.load(offset_ptr + g)
+        n = tl.load(offset_ptr + g + 1) - first
+        x_ptr += first * stride_xk
     else:
         n = width.to(tl.int64)
         if count_ptr is not None:
-            n = tl.minimum(tl.maximum(tl.load(count_ptr + row).to(tl.int64), 0), n)
-        x_ptr += row * stride_xg
-    x, inside, smallest, largest, valid = _load_row(x_ptr + position.to(tl.int64) * stride_xk, position, n, DTYPE)
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg).to(tl.int64), 0), n)
+        x_ptr += g * stride_xg
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, WIDE, BLOCK_K)
+    row = (x_ptr, stride_xk, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
 
-    half, one = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE)
-    w0, w1 = _load_pair(weights_init, row, half, half)
-    m0, m1 = _load_pair(means_init, row, smallest, largest)
-    precision0, precision1 = _load_pair(precisions_init, row, one, one)
+    w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
+    m0, m1 = _load_initial(means_init, g, smallest, largest)
+    p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
     m0, m1 = (m0 - smallest).to(DTYPE), (m1 - smallest).to(DTYPE)
-    fit = _fit(x, inside, n, valid, w0, w1, m0, m1, 1 / precision0, 1 / precision1, tol, reg_covar, max_iter, TIED)
-    _store_fit(fit_ptrs, row, smallest, valid, *fit)
+    options = (tol, reg_covar, max_iter)
+    fit = _fit(x.to(DTYPE), row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
 
 @triton.jit
-def _first_best(score, among, position, BLOCK_K: tl.constexpr):
-    """Position of the first candidate of `among` that ties with the highest score; BLOCK_K where there is none."""
-    score = tl.where(among, score, float("-inf"))
-    tied = among & (score >= tl.max(score, 0) - TIE)
-    return tl.min(tl.where(tied, position, BLOCK_K), 0)
+def _score(x, inside, fit, TIE: tl.constexpr):
+    """Log-density of the mixture, -inf outside, and whether a candidate is foreground."""
+    w0, w1, m0, m1, v0, v1, _, _, _ = fit
+    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
+    return tl.where(inside, score, float("-inf")), inside & (tl.log(d0) >= tl.log(d1) - TIE)
 
 
 @triton.jit
-def _separate(foreground, inside, score, position, SCHEME: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`paa_gpu.separation.separate` for one row."""
-    threshold = _first_best(score, foreground, position, BLOCK_K)
-    has_foreground = threshold < BLOCK_K
+def _first_best(x, row, end, fit, among_foreground, TIE: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """Position of the first foreground (or background) candidate that ties with the highest score; `NOBODY` without one."""
+    best = tl.full((), float("-inf"), x.dtype)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        best = tl.maximum(best, tl.max(tl.where(foreground == among_foreground, score, float("-inf"))))
+    first = tl.full((), NOBODY, tl.int32)
+    for start in range(0, end, BLOCK_K):
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside, fit, TIE)
+        tied = inside & (foreground == among_foreground) & (score >= best - TIE)
+        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K).to(tl.int32), NOBODY)))
+    return first
+
+
+@triton.jit
+def _separate(foreground, inside, position, threshold, best_background, SCHEME: tl.constexpr):
+    """`paa_gpu.separation.separate` for a tile."""
+    has_foreground = threshold < NOBODY
     positive = inside
     if SCHEME.foreground_only:
         positive = foreground
@@ -215,7 +286,6 @@ def _separate(foreground, inside, score, position, SCHEME: tl.constexpr, BLOCK_K
     if SCHEME.ignore_foreground:
         ignored = foreground & (positive == 0)
     if SCHEME.ignore_before_background:
-        best_background = _first_best(score, inside & (foreground == 0), position, BLOCK_K)
         ignored = inside & has_foreground & (position > threshold) & (position < best_background)
     return positive, ignored
 
@@ -231,47 +301,60 @@ def _fit_candidates_kernel(
     index_ptr,  # Tensor[G, K] or None
     positive_ptr,  # Tensor[P] or None
     ignored_ptr,  # Tensor[P] or None
-    tol: "fp64",
-    reg_covar: "fp64",
+    tol: tl.float64,
+    reg_covar: tl.float64,
     max_iter,
     TIED: tl.constexpr,
     SCHEME: tl.constexpr,
     SINGLETON_POSITIVE: tl.constexpr,
+    TIE: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    position = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    element = row * width + position  # [BLOCK_K]
-    n = tl.minimum(tl.maximum(tl.load(count_ptr + row), 0), width)
-    x, inside, smallest, largest, valid = _load_row(loss_ptr + element, position, n, DTYPE)
+    WIDE: tl.constexpr = tl.float64 if loss_ptr.dtype.element_ty == tl.float64 else DTYPE
+    g = tl.program_id(0).to(tl.int64)
+    loss_ptr += g * width
+    n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width)
+    end = n if LONG else BLOCK_K
+    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, WIDE, BLOCK_K)
+    row = (loss_ptr, 1, n, smallest)
+    x, _ = _load_tile(row, 0, BLOCK_K)
+    x = x.to(DTYPE)
 
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
+    options = (tol, reg_covar, max_iter)
     spread = (largest - smallest).to(DTYPE)
-    fit = _fit(x, inside, n, valid, half, half, zero, spread, one, one, tol, reg_covar, max_iter, TIED)
-    _store_fit(fit_ptrs, row, smallest, valid, *fit)
+    fit = _fit(x, row, valid, half, half, zero, spread, one, one, options, TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
-    a0, a1 = _log_densities(x, fit[0], fit[1], fit[2], fit[3], fit[4], fit[5])
-    score = tl.maximum(a0, a1) + tl.log(1 + tl.exp(-tl.abs(a0 - a1))) - 0.5 * LOG_2PI
-    fitted = inside & valid
-    foreground = fitted & (a0 >= a1 - TIE)
-    if assignment_ptr is not None:
-        tl.store(assignment_ptr + element, foreground, mask=position < width)
-        tl.store(score_ptr + element, tl.where(fitted, score, float("-inf")), mask=position < width)
     if SCHEME is not None:
-        positive, ignored = _separate(foreground, fitted, score, position, SCHEME, BLOCK_K)
-        if SINGLETON_POSITIVE:
-            # A row of one candidate is not fitted: it is finite where its smallest finite value is.
-            positive = positive | (inside & (n == 1) & (smallest < float("inf")))
-        index = tl.load(index_ptr + element, mask=inside, other=-1)
-        tl.store(positive_ptr + index, True, mask=positive & (index >= 0))
-        tl.store(ignored_ptr + index, True, mask=ignored & (index >= 0))
+        threshold = _first_best(x, row, end, fit, True, TIE, BLOCK_K, LONG)
+        best_background = threshold
+        if SCHEME.ignore_before_background:
+            best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
+    for start in range(0, width if LONG else BLOCK_K, BLOCK_K):
+        position = _positions(start, BLOCK_K)
+        element = g * width + position
+        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        score, foreground = _score(tile, inside & valid, fit, TIE)
+        if assignment_ptr is not None:
+            _store_pairs(assignment_ptr, element, foreground, position < width)
+            _store_pairs(score_ptr, element, score, position < width)
+        if SCHEME is not None:
+            positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
+            if SINGLETON_POSITIVE:
+                # The smallest finite value is infinite where the only candidate is not finite.
+                positive = positive | (inside & (n == 1) & (smallest < float("inf")))
+            index = _load_pairs(index_ptr, element, inside, -1)
+            _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
+            _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
-def launch_rule(width: int) -> tuple[int, int]:
-    """BLOCK_K and warps for rows of at most `width` values: two to eight values per thread."""
-    block = max(64, triton.next_power_of_2(width))
-    return block, min(max(block // 64, 1), 16)
+def launch_rule(width: int) -> dict[str, int]:
+    """Two values per thread, in at most 512 threads; rows that have more are LONG: read tile by tile, in every pass."""
+    block = min(max(triton.next_power_of_2(width), 64), 1024)
+    return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
 
 
 def fit_gmm_1d(
@@ -292,7 +375,6 @@ def fit_gmm_1d(
     fit = empty_fit(x, rows, precision)
     if rows == 0:
         return fit
-    block_k, num_warps = launch_rule(width)
     with device_guard(x):
         offset = None
         if lengths is not None:
@@ -302,7 +384,8 @@ def fit_gmm_1d(
             x,
             x.stride(0),
             x.stride(-1),
-            None if count is None else count.contiguous(),
+            count,
+            0 if count is None else count.stride(0),
             offset,
             width,
             _pair(weights_init, rows),
@@ -313,8 +396,7 @@ def fit_gmm_1d(
             reg_covar,
             max_iter,
             TIED=covariance_type == "tied",
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            **launch_rule(width),
         )
     return fit
 
@@ -357,7 +439,6 @@ def launch_fit(
     rows, width = loss.shape
     if rows == 0:
         return
-    block_k, num_warps = launch_rule(width)
     with device_guard(loss):
         _fit_candidates_kernel[(rows,)](
             loss,
@@ -375,6 +456,6 @@ def launch_fit(
             TIED=covariance_type == "tied",
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            TIE=tie_tolerance(fit[0].dtype),
+            **launch_rule(width),
         )
