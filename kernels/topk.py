@@ -150,24 +150,24 @@ def _admit(anchor, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
     """Which of the sorted anchors [BLOCK] are among the first `topk` of their level, of which `taken` [LEVELS] came before."""
     level_index = tl.arange(0, LEVELS)  # [LEVELS]
     admitted = anchor < 0  # [BLOCK]
-    begin = tl.full((), 0, tl.int64)
+    begin = tl.full((), 0, tl.int32)
     for level in range(n_levels):
-        end = tl.load(end_ptr + level)
+        end = tl.load(end_ptr + level).to(tl.int32)
         here = (anchor >= begin) & (anchor < end)
-        rank = tl.cumsum(here.to(tl.int32), 0) + tl.sum(tl.where(level_index == level, taken, 0), 0)
-        admitted = admitted | (here & (rank <= topk))
+        room = topk - tl.sum(tl.where(level_index == level, taken, 0), 0)
+        admitted = admitted | (here & (tl.cumsum(here.to(tl.int32), 0) <= room))
         begin = end
     return admitted
 
 
 @triton.jit
-def _take(anchor, kept, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
-    """Add the kept anchors [BLOCK] to the numbers `taken` [LEVELS] of each level."""
+def _take(anchor, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
+    """The anchors [BLOCK] that are not negative, added to the numbers `taken` [LEVELS] of each level."""
     level_index = tl.arange(0, LEVELS)  # [LEVELS]
-    begin = tl.full((), 0, tl.int64)
+    begin = tl.full((), 0, tl.int32)
     for level in range(n_levels):
-        end = tl.load(end_ptr + level)
-        here = kept & (anchor >= begin) & (anchor < end)
+        end = tl.load(end_ptr + level).to(tl.int32)
+        here = (anchor >= begin) & (anchor < end)
         taken += tl.where(level_index == level, tl.sum(here.to(tl.int32), 0), 0)
         begin = end
     return taken
@@ -194,7 +194,7 @@ def _select_kernel(
     LEVELS: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
 ):
-    KEPT: tl.constexpr = 1 << (LOG_BLOCK - 1)  # a pass finds so many candidates; the other slots are for what comes
+    BLOCK: tl.constexpr = 1 << LOG_BLOCK  # half of the slots hold candidates, the others what is compared with them
     row = tl.program_id(0).to(tl.int64)
     image = image_of(start_ptr + 2 * (n_images + 1), n_images, row)
     if image_ptr is not None:
@@ -204,7 +204,7 @@ def _select_kernel(
     begin = tl.load(bucket_ptr + row)
     end = tl.load(bucket_ptr + row + 1)
 
-    slot = tl.arange(0, 1 << LOG_BLOCK)  # [BLOCK]
+    slot = tl.arange(0, BLOCK)  # [BLOCK]
     taken = tl.zeros([LEVELS], tl.int32)
     last_key = smallest_integer(key_ptr.dtype.element_ty)
     last_tie = tl.full((), -1, tl.int64)
@@ -212,37 +212,41 @@ def _select_kernel(
     going = begin < end
     while going:
         # One pass over the bucket: the next candidates after (last_key, last_tie), sorted.
-        key, tie = tl.zeros_like(slot).to(last_key.dtype), tl.zeros_like(slot).to(tl.int64)
+        key = tl.zeros([BLOCK], last_key.dtype)
+        tie = tl.zeros([BLOCK], tl.int64)
         kept = slot < 0
+        n_kept = tl.zeros([BLOCK], tl.int32)  # up to and including the slot
+        found = tl.full((), 0, tl.int32)
         place = begin
         while place < end:
-            free = (kept == 0).to(tl.int32)
-            source = place + tl.cumsum(free, 0) - 1
-            place += tl.sum(free, 0)
-            new = (free != 0) & (source < end)
+            source = place + slot - n_kept
+            place += BLOCK - found
+            new = (kept == 0) & (source < end)
             key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
             tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
             after = (key > last_key) | ((key == last_key) & (tie > last_tie))
             key, tie = sort_pairs(key, tie, (kept | new) & after, LOG_BLOCK)
-            kept = _admit(tie >> 32, taken, end_ptr, n_levels, topk, LEVELS)
-            kept = kept & (tl.cumsum(kept.to(tl.int32), 0) <= KEPT)
+            kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
+            n_kept = tl.cumsum(kept.to(tl.int32), 0)
+            kept = kept & (n_kept <= BLOCK // 2)
+            n_kept = tl.minimum(n_kept, BLOCK // 2)
+            found = tl.max(n_kept, 0)
 
-        rank = count + tl.cumsum(kept.to(tl.int32), 0) - 1
+        rank = count + n_kept - 1
         position = tie & 0xFFFFFFFF
         out = row * width + rank
         inside = kept & (rank < width)  # anchors that occur twice may be more than there is room for
         tl.store(candidate_loss_ptr + out, tl.load(loss_ptr + position * stride_loss, mask=inside), mask=inside)
         tl.store(candidate_index_ptr + out, position, mask=inside)
 
-        found = tl.sum(kept.to(tl.int32), 0)
         count = tl.minimum(count + found, width)
+        going = (found == BLOCK // 2) & (count < width)
         last_key = tl.max(tl.where(kept, key, last_key), 0)
         last_tie = tl.max(tl.where(kept & (key == last_key), tie, -1), 0)
-        taken = _take(tie >> 32, kept, taken, end_ptr, n_levels, LEVELS)
-        going = (found == KEPT) & (count < width)
+        taken = _take(tl.where(kept, tie >> 32, -1).to(tl.int32), taken, end_ptr, n_levels, LEVELS)
 
     tl.store(count_ptr + row, count.to(tl.int64))
-    for first in range(0, width, 1 << LOG_BLOCK):
+    for first in range(0, width, BLOCK):
         rank = first + slot
         out = row * width + rank
         padding = (rank >= count) & (rank < width)
