@@ -28,6 +28,7 @@ from paa_gpu.kernels._launch import device_guard, keep, stage
 from paa_gpu.kernels._numeric import ordered_key, smallest_integer, sort_pairs
 
 BLOCK_P = 512  # potential positives per program of the kernels that go over all of them
+LOG_SLOTS = 7  # four slots a thread: one warp sorts without shared memory or barriers, and its registers last
 
 
 @triton.jit
@@ -192,9 +193,9 @@ def _select_kernel(
     image_ptr,  # Tensor[G] or None: the row's image
     gt_ptr,  # Tensor[G] or None: its ground truth within the image
     LEVELS: tl.constexpr,
-    LOG_BLOCK: tl.constexpr,
+    LOG_SLOTS: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = 1 << LOG_BLOCK  # half of the slots hold candidates, the others what is compared with them
+    SLOTS: tl.constexpr = 1 << LOG_SLOTS  # at most half of them hold candidates, the others what is compared with them
     row = tl.program_id(0).to(tl.int64)
     image = image_of(start_ptr + 2 * (n_images + 1), n_images, row)
     if image_ptr is not None:
@@ -204,7 +205,7 @@ def _select_kernel(
     begin = tl.load(bucket_ptr + row)
     end = tl.load(bucket_ptr + row + 1)
 
-    slot = tl.arange(0, BLOCK)  # [BLOCK]
+    slot = tl.arange(0, SLOTS)  # [SLOTS]
     taken = tl.zeros([LEVELS], tl.int32)
     last_key = smallest_integer(key_ptr.dtype.element_ty)
     last_tie = tl.full((), -1, tl.int64)
@@ -212,24 +213,24 @@ def _select_kernel(
     going = begin < end
     while going:
         # One pass over the bucket: the next candidates after (last_key, last_tie), sorted.
-        key = tl.zeros([BLOCK], last_key.dtype)
-        tie = tl.zeros([BLOCK], tl.int64)
+        key = tl.zeros([SLOTS], last_key.dtype)
+        tie = tl.zeros([SLOTS], tl.int64)
         kept = slot < 0
-        n_kept = tl.zeros([BLOCK], tl.int32)  # up to and including the slot
+        n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
         found = tl.full((), 0, tl.int32)
         place = begin
         while place < end:
             source = place + slot - n_kept
-            place += BLOCK - found
+            place += SLOTS - found
             new = (kept == 0) & (source < end)
             key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
             tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
             after = (key > last_key) | ((key == last_key) & (tie > last_tie))
-            key, tie = sort_pairs(key, tie, (kept | new) & after, LOG_BLOCK)
+            key, tie = sort_pairs(key, tie, (kept | new) & after, LOG_SLOTS)
             kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
             n_kept = tl.cumsum(kept.to(tl.int32), 0)
-            kept = kept & (n_kept <= BLOCK // 2)
-            n_kept = tl.minimum(n_kept, BLOCK // 2)
+            kept = kept & (n_kept <= SLOTS // 2)
+            n_kept = tl.minimum(n_kept, SLOTS // 2)
             found = tl.max(n_kept, 0)
 
         rank = count + n_kept - 1
@@ -240,13 +241,14 @@ def _select_kernel(
         tl.store(candidate_index_ptr + out, position, mask=inside)
 
         count = tl.minimum(count + found, width)
-        going = (found == BLOCK // 2) & (count < width)
+        going = (found == SLOTS // 2) & (count < width)
         last_key = tl.max(tl.where(kept, key, last_key), 0)
         last_tie = tl.max(tl.where(kept & (key == last_key), tie, -1), 0)
-        taken = _take(tl.where(kept, tie >> 32, -1).to(tl.int32), taken, end_ptr, n_levels, LEVELS)
+        if going:
+            taken = _take(tl.where(kept, tie >> 32, -1).to(tl.int32), taken, end_ptr, n_levels, LEVELS)
 
     tl.store(count_ptr + row, count.to(tl.int64))
-    for first in range(0, width, BLOCK):
+    for first in range(0, width, SLOTS):
         rank = first + slot
         out = row * width + rank
         padding = (rank >= count) & (rank < width)
@@ -312,16 +314,6 @@ def concatenate(images: Sequence[Tensor]) -> Tensor:
     return images[0] if len(images) == 1 else torch.cat(list(images))
 
 
-def launch_rule(width: int, mean: int) -> tuple[int, int]:
-    """log2 of the slots, and warps, for rows of `mean` potential positives of which at most `width` become candidates.
-
-    Room for a whole row, or for twice the candidates. Beyond 256 slots a longer sort costs more than it saves: then a row is sorted
-    in several rounds, and more than 128 candidates are found in several passes.
-    """
-    slots = min(max(triton.next_power_of_2(max(2 * width, mean)), 64), 256)
-    return slots.bit_length() - 1, max(slots // 128, 1)
-
-
 def launch_select(
     batch: Batch,
     topk: int,
@@ -359,7 +351,6 @@ def launch_select(
                 batch.losses, batch.losses.stride(0), *inds, batch.buckets, rank, key, tie, BLOCK=BLOCK_P
             )
         if batch.rows:
-            log_block, num_warps = launch_rule(batch.width, potential // batch.rows)
             _select_kernel[(batch.rows,)](
                 key,
                 tie,
@@ -378,8 +369,8 @@ def launch_select(
                 image,
                 gt,
                 LEVELS=triton.next_power_of_2(max(levels, 1)),
-                LOG_BLOCK=log_block,
-                num_warps=num_warps,
+                LOG_SLOTS=LOG_SLOTS,
+                num_warps=1,
             )
     return loss, index, count
 
