@@ -35,6 +35,11 @@ NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
 
 
+# The most values that stay in registers: one step further the kernel takes more than 96 registers a thread, or spills.
+LARGEST_ROW = 1024
+LARGEST_CANDIDATES = 512
+
+
 @triton.jit
 def _add2(a, b, a_, b_):
     return a + a_, b + b_
@@ -55,7 +60,9 @@ def _load_pairs(ptr, offset, mask, other):
     """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
     first, second = tl.split(offset)
     first_mask, second_mask = tl.split(mask)
-    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
+    return tl.join(
+        tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other)
+    )
 
 
 @triton.jit
@@ -88,19 +95,18 @@ def _load_tile(row, start, BLOCK_K: tl.constexpr):
 def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
     """The tile at `start`: that in registers, `x`, where it is the only one."""
     if LONG:
-        tile, inside = _load_tile(row, start, BLOCK_K)
-        return tile.to(x.dtype), inside
+        return _load_tile(row, start, BLOCK_K)
     else:
         return x, _positions(start, BLOCK_K) < row[2]
 
 
 @triton.jit
-def _find_range(x_ptr, stride_xk, n, end, WIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+def _find_range(x_ptr, stride_xk, n, end, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
     """The smallest and the largest finite value of a row, and whether it can be fitted."""
-    smallest, largest = tl.full((), float("inf"), WIDE), tl.full((), float("-inf"), WIDE)
+    smallest, largest = tl.full((), float("inf"), DTYPE), tl.full((), float("-inf"), DTYPE)
     finite = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK_K):
-        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, WIDE)), start, BLOCK_K)
+        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, DTYPE)), start, BLOCK_K)
         inside = inside & (tl.abs(x) < float("inf"))
         smallest = tl.minimum(smallest, tl.min(tl.where(inside, x, float("inf"))))
         largest = tl.maximum(largest, tl.max(tl.where(inside, x, float("-inf"))))
@@ -178,8 +184,8 @@ def _store_fit(fit_ptrs, row, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound,
     nan = float("nan")
     tl.store(weights_ptr + 2 * row, tl.where(valid, w0, nan))
     tl.store(weights_ptr + 2 * row + 1, tl.where(valid, w1, nan))
-    tl.store(means_ptr + 2 * row, tl.where(valid, m0 + shift, nan).to(w0.dtype))
-    tl.store(means_ptr + 2 * row + 1, tl.where(valid, m1 + shift, nan).to(w0.dtype))
+    tl.store(means_ptr + 2 * row, tl.where(valid, m0 + shift, nan))
+    tl.store(means_ptr + 2 * row + 1, tl.where(valid, m1 + shift, nan))
     tl.store(variances_ptr + 2 * row, tl.where(valid, v0, nan))
     tl.store(variances_ptr + 2 * row + 1, tl.where(valid, v1, nan))
     tl.store(lower_bound_ptr + row, tl.where(valid, lower_bound, nan))
@@ -219,7 +225,6 @@ def _fit_rows_kernel(
     LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    WIDE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else DTYPE
     g = tl.program_id(0).to(tl.int64)
     if offset_ptr is not None:
         first = tl.load(offset_ptr + g)
@@ -231,16 +236,15 @@ def _fit_rows_kernel(
             n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg).to(tl.int64), 0), n)
         x_ptr += g * stride_xg
     end = n if LONG else BLOCK_K
-    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, WIDE, BLOCK_K)
+    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
     row = (x_ptr, stride_xk, n, smallest)
     x, _ = _load_tile(row, 0, BLOCK_K)
 
     w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
     m0, m1 = _load_initial(means_init, g, smallest, largest)
     p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
-    m0, m1 = (m0 - smallest).to(DTYPE), (m1 - smallest).to(DTYPE)
     options = (tol, reg_covar, max_iter)
-    fit = _fit(x.to(DTYPE), row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    fit = _fit(x, row, valid, w0, w1, m0 - smallest, m1 - smallest, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
 
@@ -312,20 +316,17 @@ def _fit_candidates_kernel(
     LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    WIDE: tl.constexpr = tl.float64 if loss_ptr.dtype.element_ty == tl.float64 else DTYPE
     g = tl.program_id(0).to(tl.int64)
     loss_ptr += g * width
     n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width)
     end = n if LONG else BLOCK_K
-    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, WIDE, BLOCK_K)
+    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, DTYPE, BLOCK_K)
     row = (loss_ptr, 1, n, smallest)
     x, _ = _load_tile(row, 0, BLOCK_K)
-    x = x.to(DTYPE)
 
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
     options = (tol, reg_covar, max_iter)
-    spread = (largest - smallest).to(DTYPE)
-    fit = _fit(x, row, valid, half, half, zero, spread, one, one, options, TIED, BLOCK_K, LONG)
+    fit = _fit(x, row, valid, half, half, zero, largest - smallest, one, one, options, TIED, BLOCK_K, LONG)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
     if SCHEME is not None:
@@ -345,15 +346,15 @@ def _fit_candidates_kernel(
             positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
             if SINGLETON_POSITIVE:
                 # The smallest finite value is infinite where the only candidate is not finite.
-                positive = positive | (inside & (n == 1) & (smallest < float("inf")))
+                positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
             index = _load_pairs(index_ptr, element, inside, -1)
             _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
-def launch_rule(width: int) -> dict[str, int]:
-    """Two values per thread, in at most 512 threads; rows that have more are LONG: read tile by tile, in every pass."""
-    block = min(max(triton.next_power_of_2(width), 64), 1024)
+def launch_rule(width: int, largest_block: int) -> dict[str, int]:
+    """Two values per thread; rows of more than `largest_block` values are LONG: read tile by tile, in every pass."""
+    block = min(max(triton.next_power_of_2(width), 64), largest_block)
     return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
 
 
@@ -396,7 +397,7 @@ def fit_gmm_1d(
             reg_covar,
             max_iter,
             TIED=covariance_type == "tied",
-            **launch_rule(width),
+            **launch_rule(width, LARGEST_ROW),
         )
     return fit
 
@@ -457,5 +458,5 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
-            **launch_rule(width),
+            **launch_rule(width, LARGEST_CANDIDATES),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,3 +115,35 @@ def _make_image(
     bbox_weight = torch.zeros(anchors, 4)
     bbox_weight[pos_inds] = 1
     return torch.from_numpy(losses).to(dtype), label, torch.ones(anchors), bbox_weight, pos_inds, pos_gt_inds
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Run the Triton kernels for CPU tensors too, in every operator of the library, while the context is open.
+
+    Triton itself must run on the CPU: under its interpreter (`TRITON_INTERPRET=1` in the environment before the kernels are
+    first imported), or with a driver for CPU tensors such as `ptxrun`, which executes the compiled kernels. It holds for the
+    whole process, for all threads.
+
+    Raises:
+        RuntimeError: Triton would look for a GPU.
+    """
+    import triton
+    from torch.library import CustomOpDef
+
+    from paa_gpu import _ops
+
+    if not triton.knobs.runtime.interpret:
+        try:
+            device = triton.runtime.driver.active.get_active_torch_device()
+        except RuntimeError:  # no driver at all
+            device = None
+        if device is None or device.type != "cpu":
+            raise RuntimeError(
+                "triton_on_cpu() must run under Triton's interpreter (TRITON_INTERPRET=1) or an active ptxrun session"
+            )
+    with ExitStack() as stack:
+        for operator in vars(_ops).values():
+            if isinstance(operator, CustomOpDef):
+                stack.enter_context(operator.set_kernel_enabled("cpu", False))
+        yield

@@ -1,0 +1,89 @@
+"""Ways to execute the kernels for CPU tensors, and outputs that show what no kernel wrote.
+
+A pytest run with `TRITON_INTERPRET=1` executes everything under Triton's interpreter, one without it what was compiled for
+several capabilities, through ptxrun: Triton reads the variable when a kernel is decorated, so one process cannot do both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from paa_gpu.testing import triton_on_cpu
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+#: Written for one version of Triton: with another its instructions and its launcher differ.
+compiled_only = pytest.mark.skipif(
+    INTERPRETER or not triton.__version__.startswith("3.8."),
+    reason="ptxrun runs what Triton 3.8 compiles, not the interpreter",
+)
+
+#: Parameters of a fixture: the executions of this pytest run.
+EXECUTIONS = (
+    ["interpreter"]
+    if INTERPRETER
+    else [
+        pytest.param(capability, marks=(compiled_only, *([] if capability in (75, 90, 120) else [pytest.mark.long])))
+        for capability in (75, 80, 86, 89, 90, 100, 120)
+    ]
+)
+
+_POISON = 0xAA
+
+
+@contextlib.contextmanager
+def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
+    """The operators run their kernels in this way; gives the ptxrun session, or None. Compiled: random order, race check."""
+    if execution == "interpreter":
+        with triton_on_cpu():
+            yield None
+    else:
+        import ptxrun
+
+        settings = {"seed": 1, "racecheck": 2, **settings}
+        with ptxrun.active(capability=execution, **settings) as session, triton_on_cpu():
+            yield session
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fresh memory holds 0xAA bytes: no bool, and as a number nothing that a kernel computes."""
+
+    def poisoned(make: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            return poison(make(*args, **kwargs))
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+def poison(tensor: Tensor) -> Tensor:
+    _bytes(tensor).fill_(_POISON)
+    return tensor
+
+
+def assert_written(*tensors: Tensor) -> None:
+    """No element is poisoned memory, whatever else it is."""
+    for tensor in tensors:
+        unwritten = (_bytes(tensor) == _POISON).all(-1)
+        assert not unwritten.any(), (
+            f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, [..., bytes per element]."""
+    return tensor.view(torch.uint8).view(*tensor.shape, tensor.element_size())
