@@ -57,7 +57,7 @@ def _write_kernel(
     tl.atomic_add(num_pos_ptr + image, tl.sum((exists & positive).to(tl.int64), 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_candidates", "n_potential"])
 def _mark_kernel(
     index_ptr,  # Tensor[N]
     candidate_positive_ptr,  # Tensor[N]
@@ -136,11 +136,7 @@ def paa_reassign(
     # The selection clears it, but where there is nothing to select from.
     num_pos = (batch.inds.new_empty if batch.blocks else batch.inds.new_zeros)(len(label), dtype=torch.int64)
     fit = empty_fit(batch.losses, batch.rows, precision)
-    image = batch.inds.new_empty(batch.rows, dtype=torch.int64)
-    gt = torch.empty_like(image)
-    loss, index, count = launch_select(
-        batch, topk, image=image, gt=gt, positive=positive, ignored=ignored, num_pos=num_pos
-    )
+    loss, index, count, image, gt = launch_select(batch, topk, positive, ignored, num_pos)
     launch_fit(
         loss,
         count,
@@ -169,9 +165,7 @@ def fit_candidates(
 ) -> tuple[Tensor, ...]:
     """The operator `paa_gpu::fit_candidates`: at most three concatenations, one copy and four launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    image = batch.inds.new_empty(batch.rows, dtype=torch.int64)
-    gt = torch.empty_like(image)
-    loss, index, count = launch_select(batch, topk, image=image, gt=gt)
+    loss, index, count, image, gt = launch_select(batch, topk)
     assignment = torch.empty_like(index, dtype=torch.bool)
     score = torch.empty_like(loss, dtype=PRECISIONS[precision])
     fit = empty_fit(loss, batch.rows, precision)

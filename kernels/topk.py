@@ -95,8 +95,7 @@ def _count_kernel(
     start_ptr,  # Tensor[4, B + 1]: first block, position, row and anchor of each image, and their totals
     n_images,
     n_rows,
-    bucket_ptr,  # Tensor[G + 1]: zeros on entry, first places of the rows on exit
-    ticket_ptr,  # Tensor[1]: zero on entry
+    bucket_ptr,  # Tensor[G + 2]: zeros on entry; first places of the rows on exit, and a ticket behind them
     rank_ptr,  # Tensor[P]: each potential positive's rank in its bucket
     positive_ptr,  # Tensor[P] or None: becomes False
     ignored_ptr,  # Tensor[P] or None: becomes False
@@ -113,7 +112,7 @@ def _count_kernel(
     tl.store(rank_ptr + position, rank.to(tl.int32), mask=has_row)
 
     tl.debug_barrier()  # all of this program's atomics come before its ticket
-    if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) - 1:
+    if tl.atomic_add(bucket_ptr + n_rows + 1, 1) == tl.num_programs(0) - 1:
         _counts_to_starts(bucket_ptr, n_rows, BLOCK)
         if num_pos_ptr is not None:
             for first in range(0, n_images, BLOCK):
@@ -174,7 +173,11 @@ def _take(anchor, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
     return taken
 
 
-@triton.jit(do_not_specialize=["n_images", "n_levels", "topk", "width"])
+# One compiled form whatever the numbers: the selection is the largest kernel, and its loads of the losses are few and scattered.
+@triton.jit(
+    do_not_specialize=["stride_loss", "n_images", "n_levels", "topk", "width"],
+    do_not_specialize_on_alignment=["loss_ptr", "level_end_ptr"],
+)
 def _select_kernel(
     key_ptr,  # Tensor[P], bucket after bucket
     tie_ptr,  # Tensor[P], bucket after bucket
@@ -190,17 +193,16 @@ def _select_kernel(
     candidate_loss_ptr,  # Tensor[G, K], contiguous like all outputs
     candidate_index_ptr,  # Tensor[G, K]
     count_ptr,  # Tensor[G]
-    image_ptr,  # Tensor[G] or None: the row's image
-    gt_ptr,  # Tensor[G] or None: its ground truth within the image
+    image_ptr,  # Tensor[G]: the row's image
+    gt_ptr,  # Tensor[G]: its ground truth within the image
     LEVELS: tl.constexpr,
     LOG_SLOTS: tl.constexpr,
 ):
     SLOTS: tl.constexpr = 1 << LOG_SLOTS  # at most half of them hold candidates, the others what is compared with them
     row = tl.program_id(0).to(tl.int64)
     image = image_of(start_ptr + 2 * (n_images + 1), n_images, row)
-    if image_ptr is not None:
-        tl.store(image_ptr + row, image.to(tl.int64))
-        tl.store(gt_ptr + row, row - tl.load(start_ptr + 2 * (n_images + 1) + image))
+    tl.store(image_ptr + row, image.to(tl.int64))
+    tl.store(gt_ptr + row, row - tl.load(start_ptr + 2 * (n_images + 1) + image))
     end_ptr = level_end_ptr + image.to(tl.int64) * n_levels
     begin = tl.load(bucket_ptr + row)
     end = tl.load(bucket_ptr + row + 1)
@@ -267,8 +269,8 @@ class Batch(NamedTuple):
     gt_inds: Tensor  #: Tensor[P] ground truths within the image
     table: Tensor  #: Tensor[n] int64: the other three in one, as it was copied
     starts: Tensor  #: Tensor[4, B + 1]: first block, position, row and anchor of each image, and their totals
+    buckets: Tensor  #: Tensor[G + 2]: zeros that become the rows' first places, and a ticket
     level_ends: Tensor  #: Tensor[B, L]
-    buckets: Tensor  #: Tensor[G + 2]: zeros, on the way to be the rows' first places, and a ticket
     blocks: int  #: programs of a kernel that goes over the potential positives
     rows: int
     width: int  #: K
@@ -288,16 +290,16 @@ def gather_batch(
     starts = image_starts([inds.shape[0] for inds in pos_inds], num_gts, [sum(size) for size in sizes])
     level_ends = [end for size in sizes for end in itertools.accumulate(size)]
     rows = sum(num_gts)
-    table = stage([*itertools.chain(*starts), *level_ends, *[0] * (rows + 2)], pos_losses[0])
-    starts_share, ends_share, buckets = table.split([4 * (images + 1), images * levels, rows + 2])
+    table = stage([*itertools.chain(*starts), *[0] * (rows + 2), *level_ends], pos_losses[0])
+    starts_share, buckets, ends_share = table.split([4 * (images + 1), rows + 2, images * levels])
     return Batch(
         concatenate(pos_losses),
         concatenate(pos_inds),
         concatenate(pos_gt_inds),
         table,
         starts_share.view(4, images + 1),
-        ends_share.view(images, levels),
         buckets,
+        ends_share.view(images, levels),
         blocks=starts[0][-1],
         rows=rows,
         width=max_candidates(pos_inds, level_sizes, topk),
@@ -314,27 +316,33 @@ def concatenate(images: Sequence[Tensor]) -> Tensor:
     return images[0] if len(images) == 1 else torch.cat(list(images))
 
 
+class Selection(NamedTuple):
+    """The candidates of every row, and whose row it is."""
+
+    loss: Tensor  #: Tensor[G, K] ascending, then +inf
+    index: Tensor  #: Tensor[G, K] into the potential positives, then -1
+    count: Tensor  #: Tensor[G]
+    image: Tensor  #: Tensor[G]
+    gt: Tensor  #: Tensor[G] within the image
+
+
 def launch_select(
     batch: Batch,
     topk: int,
-    *,
-    image: Tensor | None = None,
-    gt: Tensor | None = None,
     positive: Tensor | None = None,
     ignored: Tensor | None = None,
     num_pos: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [G, K], index [G, K] and count [G] of every row's candidates, in at most three launches.
+) -> Selection:
+    """At most three launches.
 
     Args:
         batch: fresh from `gather_batch`; its buckets are used up.
         topk: candidates per level.
-        image, gt: Tensor[G] int64, filled: whose row it is; both or neither.
         positive, ignored, num_pos: Tensor[P] bool and Tensor[B] int64, cleared if there is any potential positive; all or none.
     """
-    loss = batch.losses.new_empty((batch.rows, batch.width))
-    index = batch.losses.new_empty((batch.rows, batch.width), dtype=torch.int64)
-    count = batch.losses.new_empty(batch.rows, dtype=torch.int64)
+    shape, empty = (batch.rows, batch.width), batch.losses.new_empty
+    numbers = [empty(batch.rows, dtype=torch.int64) for _ in range(3)]
+    selection = Selection(empty(shape), empty(shape, dtype=torch.int64), *numbers)
     potential, (images, levels) = batch.inds.shape[0], batch.level_ends.shape
     inds = (batch.inds, batch.inds.stride(0), batch.gt_inds, batch.gt_inds.stride(0), batch.starts, images)
     wide = batch.losses.dtype == torch.float64
@@ -344,7 +352,7 @@ def launch_select(
     with device_guard(batch.losses):
         if batch.blocks:
             _count_kernel[(batch.blocks,)](
-                *inds, batch.rows, batch.buckets, batch.buckets[-1:], rank, positive, ignored, num_pos, BLOCK=BLOCK_P
+                *inds, batch.rows, batch.buckets, rank, positive, ignored, num_pos, BLOCK=BLOCK_P
             )
         if batch.blocks and batch.rows:
             _scatter_kernel[(batch.blocks,)](
@@ -363,16 +371,12 @@ def launch_select(
                 levels,
                 min(topk, potential),
                 batch.width,
-                loss,
-                index,
-                count,
-                image,
-                gt,
+                *selection,
                 LEVELS=triton.next_power_of_2(max(levels, 1)),
                 LOG_SLOTS=LOG_SLOTS,
                 num_warps=1,
             )
-    return loss, index, count
+    return selection
 
 
 def select_candidates(
@@ -385,6 +389,6 @@ def select_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `paa_gpu::select_candidates`: at most three concatenations, one copy and three launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    loss, index, count = launch_select(batch, topk)
+    loss, index, count, _, _ = launch_select(batch, topk)
     keep(count, batch.table)
     return loss, index, count
