@@ -372,7 +372,7 @@ def launch_select(
                 min(topk, potential),
                 batch.width,
                 *selection,
-                LEVELS=triton.next_power_of_2(max(levels, 1)),
+                LEVELS=triton.next_power_of_2(max(levels, 8)),
                 LOG_SLOTS=LOG_SLOTS,
                 num_warps=1,
             )
