@@ -10,8 +10,8 @@ import triton.language as tl
 def ordered_key(x):
     """Integers in the order of the floats `x`: -inf < finite < +inf < NaN, both zeros equal, all NaN equal.
 
-    int64 for float64; int32 for the narrower types, which float32 holds exactly. Works on the bits, so that no mode of
-    the compiler (flushed denormals, no NaN) can change the order.
+    int64 for float64; int32 for the narrower types, which float32 holds exactly. Works on the bits, so that flushed
+    subnormals cannot change the order.
     """
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
@@ -20,7 +20,10 @@ def ordered_key(x):
         nan = magnitude > 0x7FF0000000000000
         largest = 0x7FFFFFFFFFFFFFFF
     else:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        if x.dtype == tl.bfloat16:
+            bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        else:
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         magnitude = bits & 0x7FFFFFFF
         nan = magnitude > 0x7F800000

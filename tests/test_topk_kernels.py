@@ -113,7 +113,7 @@ def test_rows_of_any_length(session, topk, rng):
     check([(losses, inds, gts)], (potential // 3, potential // 3, potential), [len(lengths)], topk)
 
 
-@pytest.mark.parametrize("topk", [63, 64, 65, 128, 200])
+@pytest.mark.parametrize("topk", [64, 200] if INTERPRETER else [63, 64, 65, 128, 200])
 def test_more_candidates_than_one_pass_finds(session, topk, rng):
     sizes = (300, 129, 128, 64, 3)
     check([draw_image(rng, 600, 1, torch.float64, sizes), draw_image(rng, 300, 2, torch.float64, sizes)], sizes, [1, 2], topk)
@@ -160,8 +160,8 @@ def test_nothing_to_select(session, num_gts, potential, rng):
 
 def test_thousands_of_ground_truths(session, rng):
     """More rows than one block of the prefix sum."""
-    num_gt = 600 if INTERPRETER else 1500
-    check([draw_image(rng, 1200, num_gt, sizes=(2000, 500))], (2000, 500), [num_gt], 2)
+    potential, num_gt = (40, 520) if INTERPRETER else (1200, 1500)
+    check([draw_image(rng, potential, num_gt, sizes=(2000, 500))], (2000, 500), [num_gt], 2)
 
 
 # --- how the inputs lie --------------------------------------------------------------------------------------------------------
