@@ -1,6 +1,6 @@
-"""Around a launch: the tensors' device, and what the host knows on its way to it.
+"""Around a launch: the tensors' device, and what the host knows on its way to it; launch rules that kernels share.
 
-These functions hold the only lines of the kernels that never run without a GPU. Triton launches on the current stream of
+The first three functions hold the only lines of the kernels that never run without a GPU. Triton launches on the current stream of
 the current device, so inside `device_guard` a kernel runs where its tensors live, ordered after the work that made them.
 For CPU tensors (Triton's interpreter, or compiled kernels run on the CPU) there is nothing to guard and nothing to copy.
 """
@@ -36,3 +36,8 @@ def keep(result: Tensor, staged: Tensor) -> None:
     """Let `staged` live as long as the storage of `result`, hence as long as any view of it."""
     storage = result.untyped_storage()
     storage.staged = (*getattr(storage, "staged", ()), staged)  # type: ignore[attr-defined]
+
+
+def register_limit() -> dict[str, int]:
+    """Launch option: 96 registers a thread. Left alone, ptxas takes 64 or 80 in kernels of 8 or 16 warps, and spills the rest."""
+    return {} if torch.version.hip else {"maxnreg": 96}

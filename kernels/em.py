@@ -27,17 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit
-from paa_gpu.kernels._launch import device_guard, keep, stage
+from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
 EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
-
-
-# The most values that stay in registers: one step further the kernel takes more than 96 registers a thread, or spills.
-LARGEST_ROW = 1024
-LARGEST_CANDIDATES = 512
 
 
 @triton.jit
@@ -138,6 +133,7 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
     n = row[2]
     end = n if LONG else BLOCK_K
     tol, reg_covar, max_iter = tl.full((), options[0], x.dtype), tl.full((), options[1], x.dtype), options[2]
+    per_value = 1 / n.to(x.dtype)
     lower_bound = tl.full((), float("-inf"), x.dtype)
     n_iter = tl.full((), 0, tl.int32)
     converged = tl.full((), False, tl.int1)
@@ -153,7 +149,8 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
             log_density += tl.log(pair[5]) - pair[4]
         n0, s0, n1, s1, log_density = tl.reduce((n0, s0, n1, s1, log_density), 0, _add5)
         n0, n1 = n0 + 10 * EPS, n1 + 10 * EPS
-        new_m0, new_m1 = s0 / n0, s1 / n1
+        per_n0, per_n1, per_n = 1 / n0, 1 / n1, 1 / (n0 + n1)
+        new_m0, new_m1 = s0 * per_n0, s1 * per_n1
 
         q0, q1 = zero, zero
         for start in range(0, end, BLOCK_K):
@@ -164,14 +161,14 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
             q0, q1 = q0 + pair[0], q1 + pair[1]
         q0, q1 = tl.reduce((q0, q1), 0, _add2)
 
-        w0, w1, m0, m1 = n0 / (n0 + n1), n1 / (n0 + n1), new_m0, new_m1
+        w0, w1, m0, m1 = n0 * per_n, n1 * per_n, new_m0, new_m1
         if TIED:
-            v0 = (q0 + q1) / (n0 + n1) + reg_covar
+            v0 = (q0 + q1) * per_n + reg_covar
             v1 = v0
         else:
-            v0, v1 = q0 / n0 + reg_covar, q1 / n1 + reg_covar
+            v0, v1 = q0 * per_n0 + reg_covar, q1 * per_n1 + reg_covar
         previous = lower_bound
-        lower_bound = log_density / n.to(x.dtype) - HALF_LOG_2PI
+        lower_bound = log_density * per_value - HALF_LOG_2PI
         n_iter += 1
         converged = tl.abs(lower_bound - previous) < tol
         going = (n_iter < max_iter) & (converged == 0)
@@ -179,19 +176,19 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
 
 
 @triton.jit
-def _store_fit(fit_ptrs, row, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
+def _store_fit(fit_ptrs, g, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
     weights_ptr, means_ptr, variances_ptr, lower_bound_ptr, n_iter_ptr, converged_ptr, valid_ptr = fit_ptrs
     nan = float("nan")
-    tl.store(weights_ptr + 2 * row, tl.where(valid, w0, nan))
-    tl.store(weights_ptr + 2 * row + 1, tl.where(valid, w1, nan))
-    tl.store(means_ptr + 2 * row, tl.where(valid, m0 + shift, nan))
-    tl.store(means_ptr + 2 * row + 1, tl.where(valid, m1 + shift, nan))
-    tl.store(variances_ptr + 2 * row, tl.where(valid, v0, nan))
-    tl.store(variances_ptr + 2 * row + 1, tl.where(valid, v1, nan))
-    tl.store(lower_bound_ptr + row, tl.where(valid, lower_bound, nan))
-    tl.store(n_iter_ptr + row, n_iter.to(tl.int64))
-    tl.store(converged_ptr + row, converged)
-    tl.store(valid_ptr + row, valid)
+    tl.store(weights_ptr + 2 * g, tl.where(valid, w0, nan))
+    tl.store(weights_ptr + 2 * g + 1, tl.where(valid, w1, nan))
+    tl.store(means_ptr + 2 * g, tl.where(valid, m0 + shift, nan))
+    tl.store(means_ptr + 2 * g + 1, tl.where(valid, m1 + shift, nan))
+    tl.store(variances_ptr + 2 * g, tl.where(valid, v0, nan))
+    tl.store(variances_ptr + 2 * g + 1, tl.where(valid, v1, nan))
+    tl.store(lower_bound_ptr + g, tl.where(valid, lower_bound, nan))
+    tl.store(n_iter_ptr + g, n_iter.to(tl.int64))
+    tl.store(converged_ptr + g, converged)
+    tl.store(valid_ptr + g, valid)
 
 
 @triton.jit
@@ -243,8 +240,10 @@ def _fit_rows_kernel(
     w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
     m0, m1 = _load_initial(means_init, g, smallest, largest)
     p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
+    # A component of weight 0 is infinitely far from every value: the E-step asks which one is nearer before it asks for weights.
+    m0, m1 = tl.where(w0 > 0, m0 - smallest, float("inf")), tl.where(w1 > 0, m1 - smallest, float("inf"))
     options = (tol, reg_covar, max_iter)
-    fit = _fit(x, row, valid, w0, w1, m0 - smallest, m1 - smallest, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
+    fit = _fit(x, row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
 
@@ -352,9 +351,9 @@ def _fit_candidates_kernel(
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
-def launch_rule(width: int, largest_block: int) -> dict[str, int]:
-    """Two values per thread; rows of more than `largest_block` values are LONG: read tile by tile, in every pass."""
-    block = min(max(triton.next_power_of_2(width), 64), largest_block)
+def launch_rule(width: int) -> dict[str, int]:
+    """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass."""
+    block = min(max(triton.next_power_of_2(width), 64), 1024)
     return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
 
 
@@ -397,7 +396,8 @@ def fit_gmm_1d(
             reg_covar,
             max_iter,
             TIED=covariance_type == "tied",
-            **launch_rule(width, LARGEST_ROW),
+            **launch_rule(width),
+            **register_limit(),
         )
     return fit
 
@@ -458,5 +458,6 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
-            **launch_rule(width, LARGEST_CANDIDATES),
+            **launch_rule(width),
+            **register_limit(),
         )

@@ -21,6 +21,10 @@ def _names(options: Iterable[Any]) -> str:
     return " or ".join(words) if len(words) < 3 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
+def _sizes(shape: Iterable[int | None]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
 def check_tensor(
     name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None = None
 ) -> None:
@@ -28,11 +32,10 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
     if value.dim() != len(shape):
-        raise ValueError(f"`{name}` must have {len(shape)} dimension{'s'[: len(shape) != 1]}, got shape {tuple(value.shape)}")
+        raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(value.shape)}")
     for size, wanted in zip(value.shape, shape, strict=True):
         if wanted is not None and size != wanted:
-            wanted_shape = ", ".join("any" if w is None else str(w) for w in shape)
-            raise ValueError(f"`{name}` must have shape ({wanted_shape}), got {tuple(value.shape)}")
+            raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(value.shape)}")
     if value.dtype not in dtypes:
         raise TypeError(f"`{name}` must be {_names(dtypes)}, got {_names([value.dtype])}")
     if device is None and value.device.type not in ("cpu", "cuda"):
@@ -41,14 +44,14 @@ def check_tensor(
         raise ValueError(f"`{name}` must be on {device} as the other tensors are, got {value.device}")
 
 
-def check_list(name: str, value: Any, length: int | None = None, like: str = "") -> None:
-    """A list or tuple, not empty; of this length, which is that of the argument `like`."""
+def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
+    """A list or tuple with an entry for each `entry`: not empty, or of this length, which is that of `like`."""
     if not isinstance(value, list | tuple):
-        raise TypeError(f"`{name}` must be a list with one entry per image, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type(value).__name__}")
     if length is None and len(value) == 0:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list")
     if length is not None and len(value) != length:
-        raise ValueError(f"`{name}` must have {length} entries as `{like}` has, got {len(value)}")
+        raise ValueError(f"`{name}` must have {length} entries as {like} has, got {len(value)}")
 
 
 def check_option(name: str, value: Any, options: Iterable[str]) -> None:
@@ -72,13 +75,12 @@ def check_non_negative(name: str, value: Any) -> None:
 
 def level_sizes_of(name: str, levels: Any) -> list[int]:
     """The number of anchors of each level, from a list of ints or of Tensor[A_l, 4]."""
-    if not isinstance(levels, list | tuple):
-        raise TypeError(f"`{name}` must be a list with one entry per level, got {type(levels).__name__}")
+    check_list(name, levels, "level", len(levels) if isinstance(levels, list | tuple) else None)
     sizes = []
     for i, level in enumerate(levels):
         if isinstance(level, Tensor):
             if level.dim() != 2 or level.shape[1] != 4:
-                raise ValueError(f"`{name}[{i}]` must have shape (any, 4), got {tuple(level.shape)}")
+                raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(level.shape)}")
             sizes.append(level.shape[0])
         else:
             check_int(f"{name}[{i}]", level, 0)

@@ -119,11 +119,11 @@ def _flatten(x: Tensor | Sequence[Tensor], count: Tensor | None, rows: int | Non
         if count is not None:
             check_tensor("count", count, (x.shape[0],), INDICES, x.device)
         return x, _Shape(count, None)
-    check_list("x", x, rows, like="weights")
+    check_list("x", x, "row", rows, "the fit")
     for i, row in enumerate(x):
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else None)
     if count is not None:
-        raise ValueError("`count` must be None where `x` is a list, got a value")
+        raise ValueError(f"`count` must be None where `x` is a list, got {type(count).__name__}")
     return torch.cat(list(x)), _Shape(None, [row.shape[0] for row in x])
 
 

@@ -142,9 +142,9 @@ def paa_reassign_batch(
         "pos_inds": pos_inds, "pos_gt_inds": pos_gt_inds,
     }  # fmt: skip
     for name, column in columns.items():
-        check_list(name, column, images, like="pos_losses")
+        check_list(name, column, length=images)
     if num_gts is not None:
-        check_list("num_gts", num_gts, images, like="pos_losses")
+        check_list("num_gts", num_gts, length=images)
     return _reassign(
         list(columns.values()), _levels_of_images(anchors, images), num_gts,
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
@@ -155,7 +155,7 @@ def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list
     """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
     if not isinstance(anchors, list | tuple) or not anchors or not isinstance(anchors[0], list | tuple):
         return [level_sizes_of("anchors", anchors)] * images
-    check_list("anchors", anchors, images, like="pos_losses")
+    check_list("anchors", anchors, length=images)
     sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]
     most = max(len(levels) for levels in sizes)
     return [levels + [0] * (most - len(levels)) for levels in sizes]

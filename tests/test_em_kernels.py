@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import extended_em
 import numpy as np
 import pytest
@@ -109,6 +108,20 @@ def test_strides(session, layout, rng):
         assert_row(result, row, values)
 
 
+@compiled_only
+@pytest.mark.parametrize("rows_apart", [False, True], ids=["columns far apart", "rows far apart"])
+def test_offsets_beyond_32_bits(rows_apart, rng):
+    """4 GiB of float16 that nobody touches but for a few values: the system does not provide them."""
+    values = torch.from_numpy(draw_rows(rng, 3, 3)).half()
+    strides = (2**30, 1) if rows_apart else (1, 2**30)
+    x = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((3, 3), strides)
+    x.copy_(values)
+    with execute(90):
+        result = fit(x)
+    for row, want in enumerate(values.double().numpy()):
+        assert_row(result, row, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_count_is_clamped(session, dtype, rng):
     """Whatever `count` holds nothing outside of the row is read: ptxrun would see it, and so would the NaN beyond."""
@@ -174,6 +187,15 @@ def test_initial_values(session, covariance_type, each, rng):
             mine = [None if init is None else init[row if each else 0] for init in given]
             names = ("weights", "means", "precisions")
             assert_row(result, row, values, covariance_type, **dict(zip(names, mine, strict=True)))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1e-300)])
+def test_initial_weights_at_the_edge(session, weights, rng):
+    """A component that has nothing, far from or next to values that the other one explains as exp(-800) at best."""
+    x = 50 * testing.make_losses("bimodal", 45, rng)[None]
+    result = fit(torch.from_numpy(x), inits=(torch.tensor([weights], dtype=torch.float64), None, None))
+    with np.errstate(divide="ignore"):
+        assert_row(result, 0, x[0], weights=weights)
 
 
 @pytest.mark.parametrize("options", [{"tol": 1e-8}, {"tol": 0.0, "max_iter": 7}, {"max_iter": 1}], ids=str)

@@ -21,8 +21,9 @@ import torch
 
 from torch import Tensor
 
-from .._ops import PRECISIONS, Fit, empty_fit
+from .._ops import PRECISIONS
 from ..separation import tie_tolerance
+from ._arrays import Array, flat, view
 from ._loops import compiled, over_slices
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, waking a thread 30.
@@ -164,9 +165,9 @@ def _fit_rows(
 
 
 def fit_rows(
-    x: Tensor,
-    start: np.ndarray[Any, Any],
-    count: np.ndarray[Any, Any],
+    x: Array,
+    start: Array,
+    count: Array,
     weights_init: Tensor | None,
     means_init: Tensor | None,
     precisions_init: Tensor | None,
@@ -176,23 +177,21 @@ def fit_rows(
     max_iter: int,
     precision: str,
     width: int = 0,
-) -> tuple[Fit, Tensor, Tensor]:
+) -> tuple[list[Array], Array, Array]:
     """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
-    rows, dtype = len(start), PRECISIONS[precision]
-    real = np.dtype(precision).type
+    rows, real = len(start), np.dtype(precision).type
 
-    def initial(given: Tensor | None, default: float, default_rows: int) -> np.ndarray[Any, Any]:
-        if given is None:
-            return np.full((default_rows, 2), default, real)
-        return given.to(dtype).contiguous().numpy()
+    def initial(given: Tensor | None, default: float, default_rows: int) -> Array:
+        return np.full((default_rows, 2), default, real) if given is None else flat([given], real)
 
-    fit = empty_fit(x, rows, precision)
-    assignment, score = torch.empty((rows, width), dtype=torch.bool), torch.empty((rows, width), dtype=dtype)
+    fit = [np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty(rows, real)]
+    fit += [np.empty(rows, np.int64), np.empty(rows, bool), np.empty(rows, bool)]
+    assignment, score = np.empty((rows, width), bool), np.empty((rows, width), real)
     over_slices(
-        _fit_rows, rows, SERIAL_ROWS, x.to(dtype).numpy(), start, count,
+        _fit_rows, rows, SERIAL_ROWS, x.astype(real, copy=False), start, count,
         initial(weights_init, 0.5, 1), initial(means_init, 0, 0), initial(precisions_init, 1, 1),
-        covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter, real(tie_tolerance(dtype)),
-        *(result.numpy() for result in fit), assignment.numpy(), score.numpy(),
+        covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter,
+        real(tie_tolerance(PRECISIONS[precision])), *fit, assignment, score,
     )  # fmt: skip
     return fit, assignment, score
 
@@ -209,16 +208,16 @@ def fit_gmm_1d(
     reg_covar: float,
     max_iter: int,
     precision: str,
-) -> Fit:
+) -> tuple[Tensor, ...]:
     if lengths is not None:
         size = np.asarray(lengths, np.int64)
         start = np.cumsum(size) - size
     else:
         rows, width = x.shape
         start = np.arange(rows) * width
-        size = np.full(rows, width) if count is None else count.clamp(0, width).to(torch.int64).numpy()
+        size = np.full(rows, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
     fit, _, _ = fit_rows(
-        x.reshape(-1), start, size, weights_init, means_init, precisions_init,
+        flat([x], precision).reshape(-1), start, size, weights_init, means_init, precisions_init,
         covariance_type, tol, reg_covar, max_iter, precision,
     )  # fmt: skip
-    return fit
+    return tuple(map(torch.from_numpy, fit))

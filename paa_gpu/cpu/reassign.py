@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch import Tensor
 
+from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
 from .em import fit_rows
-from .topk import flat, offsets, select_candidates
+from .topk import select
+from ._arrays import Array, flat, offsets, tensor, view
 from ._loops import compiled, over_slices
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.1 us, waking a thread 30.
@@ -86,7 +87,6 @@ def _write_images(
     bbox_weight: Any,
     num_pos: Any,
 ) -> None:
-    """The weights come as bytes [A, itemsize]: a zero has the same bytes in every dtype, half precision included."""
     for image in range(first, last):
         num_pos[image] = 0
         for p in range(pos_offset[image], pos_offset[image + 1]):
@@ -100,30 +100,58 @@ def _write_images(
                     label_weight[anchor] = 0
 
 
+def _copy(images: Sequence[Tensor]) -> Tensor:
+    """The images' targets one after the other, in memory of their own, whatever their dtype."""
+    result = images[0].new_empty((sum(len(image) for image in images), *images[0].shape[1:]))
+    to, start = _bits(result), 0
+    for image in images:
+        to[start : start + len(image)] = _bits(image)
+        start += len(image)
+    return result
+
+
+def _bits(target: Tensor) -> Array:
+    """A target as integers of the same size: zero has the same bits in every dtype."""
+    return target.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[target.itemsize]).numpy()
+
+
 def _write(
     label: Sequence[Tensor],
     label_weight: Sequence[Tensor],
     bbox_weight: Sequence[Tensor],
     pos_inds: Sequence[Tensor],
-    positive: Tensor,
-    ignored: Tensor,
+    positive: Array,
+    ignored: Array,
     num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Copies of the targets with what the masks [P] say written into them, and the number of positives of each image."""
-    targets = torch.cat(list(label)), torch.cat(list(label_weight)), torch.cat(list(bbox_weight))
-    num_pos = torch.empty(len(label), dtype=torch.int64)
+) -> tuple[Tensor, ...]:
+    """Copies of the targets with what the masks [P] say written into them, the number of positives of each image, the masks."""
+    targets = [_copy(target) for target in (label, label_weight, bbox_weight)]
+    num_pos = np.empty(len(label), np.int64)
     over_slices(
-        _write_images, len(label), 2, flat(pos_inds).to(torch.int64).contiguous().numpy(), positive.numpy(), ignored.numpy(),
-        offsets([len(inds) for inds in pos_inds]), offsets([len(image) for image in label]), num_classes,
-        targets[0].numpy(), targets[1][:, None].view(torch.uint8).numpy(), targets[2].view(torch.uint8).numpy(), num_pos.numpy(),
+        _write_images, len(label), 2, flat(pos_inds, np.int64), positive, ignored, offsets([len(inds) for inds in pos_inds]),
+        offsets([len(image) for image in label]), num_classes, *map(_bits, targets), num_pos,
     )  # fmt: skip
-    return *targets, num_pos
+    return *targets, *map(torch.from_numpy, (num_pos, positive, ignored))
 
 
-def _rows(num_gts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The image of every row, and which of the image's ground truths it is."""
+def _fit(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+    covariance_type: str,
+    precision: str,
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """loss, index, count, assignment, score of the candidates; the fit; image and ground truth of every row."""
+    loss, index, count = select(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    rows, width = loss.shape
+    fit, assignment, score = fit_rows(
+        loss.reshape(-1), np.arange(rows) * width, count, None, None, None, covariance_type, 1e-3, 1e-6, 100, precision, width
+    )
     image = np.repeat(np.arange(len(num_gts)), num_gts)
-    return torch.from_numpy(image), torch.from_numpy(np.arange(len(image)) - offsets(num_gts)[image])
+    return [loss, index, count, assignment, score], fit, [image, np.arange(rows) - offsets(num_gts)[image]]
 
 
 def fit_candidates(
@@ -136,13 +164,10 @@ def fit_candidates(
     covariance_type: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    loss, index, count = select_candidates(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    rows, width = loss.shape
-    fit, assignment, score = fit_rows(
-        loss.reshape(-1), np.arange(rows) * width, count.numpy(), None, None, None,
-        covariance_type, 1e-3, 1e-6, 100, precision, width,
-    )  # fmt: skip
-    return loss, index, count, assignment, score, *fit, *_rows(num_gts)
+    (loss, *candidates), fit, rows = _fit(
+        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
+    )
+    return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, (*candidates, *fit, *rows))
 
 
 def write_targets(
@@ -155,11 +180,10 @@ def write_targets(
     candidate_ignored: Tensor,
     num_classes: int,
 ) -> tuple[Tensor, ...]:
-    positive = torch.zeros(sum(len(inds) for inds in pos_inds), dtype=torch.bool)
-    ignored = torch.zeros_like(positive)
-    positive[index[candidate_positive]] = True
-    ignored[index[candidate_ignored]] = True
-    return *_write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes), positive, ignored
+    masks = np.zeros((2, sum(len(inds) for inds in pos_inds)), bool)
+    for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
+        mask[view(index)[view(candidates)]] = True
+    return _write(label, label_weight, bbox_weight, pos_inds, masks[0].copy(), masks[1].copy(), num_classes)
 
 
 def paa_reassign(
@@ -178,16 +202,14 @@ def paa_reassign(
     singleton: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    loss, index, count, assignment, score, *fit, fit_image, fit_gt = fit_candidates(
+    (loss, index, count, assignment, score), fit, rows = _fit(
         pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
     )
-    valid = fit[-1]
-    positive = torch.zeros(sum(len(inds) for inds in pos_inds), dtype=torch.bool)
-    ignored = torch.zeros_like(positive)
+    potential = sum(len(inds) for inds in pos_inds)
+    positive, ignored = np.zeros(potential, bool), np.zeros(potential, bool)
     over_slices(
-        _separate_rows, len(count), SERIAL_ROWS, loss.to(score.dtype).numpy(), index.numpy(), count.numpy(), valid.numpy(),
-        assignment.numpy(), score.numpy(), tuple(SCHEMES[separation]), singleton == "positive",
-        np.dtype(precision).type(tie_tolerance(score.dtype)), positive.numpy(), ignored.numpy(),
+        _separate_rows, len(count), SERIAL_ROWS, loss, index, count, fit[-1], assignment, score, tuple(SCHEMES[separation]),
+        singleton == "positive", score.dtype.type(tie_tolerance(PRECISIONS[precision])), positive, ignored,
     )  # fmt: skip
-    targets = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
-    return *targets, *fit, fit_image, fit_gt, positive, ignored
+    *targets, positive, ignored = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
+    return *targets, *map(torch.from_numpy, (*fit, *rows)), positive, ignored

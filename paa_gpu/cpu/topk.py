@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._ops import max_candidates
+from ._arrays import Array, flat, offsets, tensor
 from ._loops import compiled, over_slices
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 4 us, waking a thread 30.
@@ -155,16 +156,33 @@ def _select_rows(
         row_count[row] = count
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """The images' tensors one after the other; a single one as it is."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+def select(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+) -> tuple[Array, Array, Array]:
+    """loss, index [G, K] and count [G], as arrays; half-precision losses as float32, which holds them in the same order."""
+    images, rows = len(pos_inds), sum(num_gts)
+    levels, width = len(level_sizes) // images, max_candidates(pos_inds, level_sizes, topk)
+    loss = flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32)
+    level_bounds = np.zeros((images, levels + 1), np.int64)
+    np.cumsum(np.reshape(level_sizes, (images, levels)), axis=1, out=level_bounds[:, 1:])
 
-
-def offsets(sizes: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where each of consecutive parts begins, and where the last one ends."""
-    result = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=result[1:])
-    return result
+    group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
+    member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
+    over_slices(
+        _group_images, images, 2, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64),
+        offsets([len(inds) for inds in pos_inds]), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
+    )  # fmt: skip
+    row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
+    count = np.empty(rows, np.int64)
+    over_slices(
+        _select_rows, rows, SERIAL_ROWS, levels, topk, loss, group_start, group_stop, member, key, row_loss, row_index, count
+    )
+    return row_loss, row_index, count
 
 
 def select_candidates(
@@ -175,27 +193,5 @@ def select_candidates(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    images, rows, dtype = len(pos_inds), sum(num_gts), pos_losses[0].dtype
-    levels, width = len(level_sizes) // images, max_candidates(pos_inds, level_sizes, topk)
-    # numba has no half precision; float32 holds every such value, in the same order.
-    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    loss = flat(pos_losses).to(wide).contiguous().numpy()
-    anchor = flat(pos_inds).to(torch.int64).contiguous().numpy()
-    gt = flat(pos_gt_inds).to(torch.int64).contiguous().numpy()
-    level_bounds = np.zeros((images, levels + 1), np.int64)
-    np.cumsum(np.reshape(level_sizes, (images, levels)), axis=1, out=level_bounds[:, 1:])
-
-    group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
-    member, key = np.empty(len(anchor), np.int64), np.empty(len(anchor), np.int64)
-    over_slices(
-        _group_images, images, 2, loss.astype(np.float64).view(np.int64), anchor, gt,
-        offsets([len(inds) for inds in pos_inds]), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
-    )  # fmt: skip
-    row_loss = torch.empty((rows, width), dtype=wide)
-    row_index = torch.empty((rows, width), dtype=torch.int64)
-    count = torch.empty(rows, dtype=torch.int64)
-    over_slices(
-        _select_rows, rows, SERIAL_ROWS, levels, topk, loss, group_start, group_stop, member, key,
-        row_loss.numpy(), row_index.numpy(), count.numpy(),
-    )  # fmt: skip
-    return row_loss.to(dtype), row_index, count
+    loss, index, count = select(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    return tensor(loss, pos_losses[0].dtype), torch.from_numpy(index), torch.from_numpy(count)

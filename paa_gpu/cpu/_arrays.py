@@ -1,0 +1,47 @@
+"""Tensors as numpy arrays and back.
+
+The compiled loops work on arrays, and so does all copying around them: torch's own operations run on OpenMP threads, which a
+forked child waits for in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, Any]
+
+
+def view(tensor: Tensor) -> Array:
+    """The values of a tensor, without a copy; of bfloat16, which numpy has not, as float32."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    # bfloat16 is the upper half of a float32.
+    return (tensor.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+
+
+def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
+    """The images' values one after the other, contiguous; without a copy where there is one image of this dtype."""
+    if len(tensors) == 1:
+        return np.ascontiguousarray(view(tensors[0]), dtype)
+    return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
+
+
+def tensor(values: Array, dtype: torch.dtype) -> Tensor:
+    """A tensor of values that `dtype` can hold; without a copy where they have it."""
+    if dtype == torch.float16:
+        return torch.from_numpy(values.astype(np.float16))
+    if dtype == torch.bfloat16:
+        return torch.from_numpy((values.view(np.int32) >> 16).astype(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def offsets(sizes: Sequence[int]) -> Array:
+    """Where each of consecutive parts begins, and where the last one ends."""
+    result = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=result[1:])
+    return result

@@ -1,0 +1,187 @@
+"""Bad input: every error by its message, and the inputs untouched after it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import paa_gpu
+
+Z = torch.zeros(3, dtype=torch.int64)
+
+
+def batch(**changes):
+    """Two images of 3 potential positives on 6 anchors."""
+    one = {
+        "pos_losses": torch.tensor([1.0, 2.0, 3.0]),
+        "label": torch.tensor([0, 0, 0, 80, 80, 80]),
+        "label_weight": torch.ones(6),
+        "bbox_weight": torch.ones(6, 4),
+        "pos_inds": torch.arange(3),
+        "pos_gt_inds": Z,
+    }
+    return {**{k: [v.clone(), v.clone()] for k, v in one.items()}, "anchors": [4, 2], "num_classes": 80, **changes}
+
+
+def second(name, value):
+    """The batch with another value for the second image."""
+    return {name: [batch()[name][0], value]}
+
+
+BATCH = [
+    # type, rank, shape, dtype, device of tensors; the image named
+    ({"pos_losses": torch.zeros(3)}, TypeError, "`pos_losses` must be a list with one entry per image, got Tensor"),
+    ({"pos_losses": []}, ValueError, "`pos_losses` must have at least one entry, got an empty list"),
+    ({"label": [torch.zeros(6)]}, ValueError, "`label` must have 2 entries as `pos_losses` has, got 1"),
+    ({"num_gts": [1]}, ValueError, "`num_gts` must have 2 entries as `pos_losses` has, got 1"),
+    (second("label", None), TypeError, "`label[1]` must be a Tensor, got NoneType"),
+    (second("pos_losses", torch.zeros(3, 1)), ValueError, "`pos_losses[1]` must have 1 dimension, got shape [3, 1]"),
+    (second("bbox_weight", torch.zeros(6)), ValueError, "`bbox_weight[1]` must have 2 dimensions, got shape [6]"),
+    (second("bbox_weight", torch.zeros(6, 5)), ValueError, "`bbox_weight[1]` must have shape [6, 4], got [6, 5]"),
+    (second("label_weight", torch.zeros(5)), ValueError, "`label_weight[1]` must have shape [6], got [5]"),
+    (second("pos_inds", Z[:2]), ValueError, "`pos_inds[1]` must have shape [3], got [2]"),
+    (second("pos_gt_inds", Z[:2]), ValueError, "`pos_gt_inds[1]` must have shape [3], got [2]"),
+    ({"pos_losses": [Z, Z]}, TypeError, "`pos_losses[0]` must be float16, bfloat16, float32 or float64, got int64"),
+    (second("pos_losses", torch.zeros(3).half()), TypeError, "`pos_losses[1]` must be float32, got float16"),
+    ({"label": [torch.zeros(6)] * 2}, TypeError, "`label[0]` must be int64, got float32"),
+    ({"pos_inds": [torch.zeros(3)] * 2}, TypeError, "`pos_inds[0]` must be int64 or int32, got float32"),
+    ({"pos_gt_inds": [Z.bool()] * 2}, TypeError, "`pos_gt_inds[0]` must be int64 or int32, got bool"),
+    (second("pos_inds", Z.to("meta")), ValueError, "`pos_inds[1]` must be on cpu as the other tensors are, got meta"),
+    ({"pos_losses": [torch.zeros(3, device="meta")] * 2}, ValueError, "`pos_losses[0]` must be on a CPU or CUDA device, got meta"),
+    # anchors
+    ({"anchors": 6}, TypeError, "`anchors` must be a list with one entry per level, got int"),
+    ({"anchors": [4, 3]}, ValueError, "`anchors` must hold 6 anchors over all levels as `label[0]` does, got 7"),
+    ({"anchors": [[4, 2], [4, 1]]}, ValueError, "`anchors` must hold 6 anchors over all levels as `label[1]` does, got 5"),
+    ({"anchors": [[4, 2]]}, ValueError, "`anchors` must have 2 entries as `pos_losses` has, got 1"),
+    ({"anchors": [torch.zeros(4, 3), 2]}, ValueError, "`anchors[0]` must have shape [any, 4], got [4, 3]"),
+    ({"anchors": [7, -1]}, ValueError, "`anchors[1]` must be at least 0, got -1"),
+    ({"anchors": [[4, 2], [4.0, 2]]}, TypeError, "`anchors[1][0]` must be an int, got float"),
+    # options
+    ({"num_classes": 0}, ValueError, "`num_classes` must be at least 1, got 0"),
+    ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
+    ({"topk": 9.0}, TypeError, "`topk` must be an int, got float"),
+    ({"topk": True}, TypeError, "`topk` must be an int, got bool"),
+    ({"covariance_type": "diagonal"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'diagonal\''),
+    ({"separation": "c"}, ValueError, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
+    ({"singleton": None}, ValueError, '`singleton` must be "background" or "positive", got None'),
+    ({"precision": "float16"}, ValueError, '`precision` must be "float64" or "float32", got \'float16\''),
+    ({"num_gts": [1, -1]}, ValueError, "`num_gts[1]` must be at least 0, got -1"),
+    ({"num_gts": [1, 1.0]}, TypeError, "`num_gts[1]` must be an int, got float"),
+    # what a callable returns
+    ({"separation": lambda a, s, x, m: m}, TypeError, "`separation` must return a tuple (positive, ignored), got Tensor"),
+    ({"separation": lambda a, s, x, m: (m, m.int())}, TypeError, "`separation: ignored` must be bool, got int32"),
+    ({"separation": lambda a, s, x, m: (m[:1], m)}, ValueError, "`separation: positive` must have shape [2, 3], got [1, 3]"),
+]
+
+VALIDATED = [
+    (second("pos_inds", torch.tensor([0, 6, 2])), "`pos_inds[1]` must be in [0, 6), got 6 at position 1"),
+    (second("pos_inds", torch.tensor([0, 1, -1])), "`pos_inds[1]` must be in [0, 6), got -1 at position 2"),
+    (second("pos_inds", torch.tensor([4, 1, 4])), "`pos_inds[1]` must not repeat an index, got 4 at position 0"),
+    (second("pos_gt_inds", torch.tensor([0, 0, -1])), "`pos_gt_inds[1]` must be in [0, 1), got -1 at position 2"),
+    ({"num_gts": [1, 0]}, "`pos_gt_inds[1]` must be in [0, 0), got 0 at position 0"),
+    (second("label", torch.tensor([0, 0, 0, 81, 80, 80])), "`label[1]` must be in [0, 80], got 81 at position 3"),
+    (second("label", torch.tensor([0, 0, 0, 80, 80, -1])), "`label[1]` must be in [0, 80], got -1 at position 5"),
+    (second("pos_losses", torch.tensor([1, np.nan, 3])), "`pos_losses[1]` must be finite, got nan at position 1, ground truth 0"),
+    (second("pos_losses", torch.tensor([1, 3, -np.inf])), "`pos_losses[1]` must be finite, got -inf at position 2, ground truth 0"),
+]
+
+
+def assert_refused(arguments, error, message):
+    lists = [value for value in arguments.values() if isinstance(value, list)]
+    tensors = [item for value in lists for item in value if isinstance(item, torch.Tensor) and not item.is_meta]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        paa_gpu.paa_reassign_batch(**arguments)
+    for tensor, wanted in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.nan_to_num(7), wanted.nan_to_num(7))
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BATCH, ids=[message for _, _, message in BATCH])
+def test_batch(changes, error, message):
+    assert_refused(batch(**changes), error, message)
+
+
+@pytest.mark.parametrize(("changes", "message"), VALIDATED, ids=[message for _, message in VALIDATED])
+def test_validate(changes, message):
+    assert_refused(batch(**changes, validate=True), ValueError, message)
+    paa_gpu.paa_reassign_batch(**batch(**changes))
+
+
+def test_validate_accepts_what_is_right():
+    paa_gpu.paa_reassign_batch(**batch(validate=True))
+    paa_gpu.paa_reassign_batch(**batch(validate=True, num_gts=[3, 1]))
+
+
+def test_the_drop_in_names_its_arguments_without_an_image():
+    one = {name: value[0] if isinstance(value, list) and name != "anchors" else value for name, value in batch().items()}
+    paa_gpu.paa_reassign(**one)
+    for changes, error, message in [
+        ({"pos_losses": [1.0]}, TypeError, "`pos_losses` must be a Tensor, got list"),
+        ({"label": torch.zeros(6)}, TypeError, "`label` must be int64, got float32"),
+        ({"anchors": [6, 1]}, ValueError, "`anchors` must hold 6 anchors over all levels as `label` does, got 7"),
+        ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
+        ({"pos_inds": Z, "validate": True}, ValueError, "`pos_inds` must not repeat an index, got 0 at position 0"),
+    ]:
+        with pytest.raises(error, match="^" + re.escape(message) + "$"):
+            paa_gpu.paa_reassign(**{**one, **changes})
+    with pytest.raises(TypeError, match="num_classes"):
+        paa_gpu.paa_reassign(*list(one.values())[:7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": 3}, TypeError, "`x` must be a list with one entry per row, got int"),
+        ({"x": []}, ValueError, "`x` must have at least one entry, got an empty list"),
+        ({"x": torch.zeros(3)}, ValueError, "`x` must have 2 dimensions, got shape [3]"),
+        ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
+        ({"x": [torch.zeros(3), torch.zeros(1, 3)]}, ValueError, "`x[1]` must have 1 dimension, got shape [1, 3]"),
+        ({"x": [torch.zeros(3), torch.zeros(3).half()]}, TypeError, "`x[1]` must be float32, got float16"),
+        ({"x": [torch.zeros(3)], "count": Z}, ValueError, "`count` must be None where `x` is a list, got Tensor"),
+        ({"count": Z}, ValueError, "`count` must have shape [2], got [3]"),
+        ({"count": torch.ones(2)}, TypeError, "`count` must be int64 or int32, got float32"),
+        ({"covariance_type": "d"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'d\''),
+        ({"tol": -1e-3}, ValueError, "`tol` must not be negative, got -0.001"),
+        ({"tol": float("nan")}, ValueError, "`tol` must not be negative, got nan"),
+        ({"reg_covar": -1}, ValueError, "`reg_covar` must not be negative, got -1"),
+        ({"reg_covar": "1"}, TypeError, "`reg_covar` must be a float, got str"),
+        ({"max_iter": 0}, ValueError, "`max_iter` must be at least 1, got 0"),
+        ({"precision": 64}, ValueError, '`precision` must be "float64" or "float32", got 64'),
+        ({"weights_init": torch.ones(3)}, ValueError, "`weights_init` must have shape [2], got [3]"),
+        ({"means_init": torch.ones(3, 2)}, ValueError, "`means_init` must have shape [2, 2], got [3, 2]"),
+        ({"means_init": [1.0, 2.0]}, TypeError, "`means_init` must be a Tensor, got list"),
+        ({"precisions_init": torch.ones(2), "covariance_type": "tied"}, ValueError, "`precisions_init` must have shape [1], got [2]"),
+    ],
+)  # fmt: skip
+def test_fit(changes, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        paa_gpu.fit_gmm_1d(**{"x": torch.zeros(2, 5), **changes})
+
+
+def test_methods_of_a_fit():
+    gmm = paa_gpu.fit_gmm_1d(torch.rand(2, 5))
+    with pytest.raises(ValueError, match=re.escape("`x` must have shape [2, any], got [3, 5]")):
+        gmm.predict(torch.rand(3, 5))
+    with pytest.raises(ValueError, match=re.escape("`x` must have 2 entries as the fit has, got 1")):
+        gmm.score_samples([torch.rand(5)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pos_losses": torch.zeros(3, 1)}, ValueError, "`pos_losses` must have 1 dimension, got shape [3, 1]"),
+        ({"pos_inds": Z[:2]}, ValueError, "`pos_inds` must have shape [3], got [2]"),
+        ({"pos_gt_inds": torch.zeros(3)}, TypeError, "`pos_gt_inds` must be int64 or int32, got float32"),
+        ({"level_sizes": 4}, TypeError, "`level_sizes` must be a list with one entry per level, got int"),
+        ({"level_sizes": [3, -1]}, ValueError, "`level_sizes[1]` must be at least 0, got -1"),
+        ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
+        ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
+    ],
+)
+def test_select(changes, error, message):
+    arguments = {"pos_losses": torch.zeros(3), "pos_inds": Z, "pos_gt_inds": Z, "level_sizes": [4], "num_gt": 1, **changes}
+    with pytest.raises(error, match="^" + re.escape(message) + "$"):
+        paa_gpu.select_candidates(**arguments)

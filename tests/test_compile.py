@@ -1,0 +1,235 @@
+"""Every kernel compiles ahead of time for every target, with every option that changes its code; what the machine code takes.
+
+A driver that compiles and does not run stands in for the GPU, so the launchers decide, as they do on one, what is compiled: a
+case is a call of a launcher. A new kernel adds its calls to `CASES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from kernel_execution import INTERPRETER
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver as triton_driver
+
+from paa_gpu._ops import empty_fit
+from paa_gpu.kernels import em
+from paa_gpu.separation import SCHEMES
+
+pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
+
+CUDA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)}
+TARGETS = CUDA | {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
+USUAL_TARGETS = ("sm_75", "sm_90", "sm_120", "gfx942")
+
+#: Registers of a thread. Checked where the budget is stated.
+MOST_REGISTERS, REGISTER_TARGETS = 96, ("sm_80", "sm_90")
+
+
+#: Triton keeps what it compiled by the number of the device: each case has one of its own.
+DEVICES = itertools.count(10_000)
+
+
+class Compiled(NamedTuple):
+    name: str
+    binary: bytes
+    shared: int
+
+
+class CompileOnly(DriverBase):
+    """A device of the target to Triton; launches do nothing."""
+
+    def __init__(self, target: GPUTarget, device: int) -> None:
+        self.target, self.device, self.compiled = target, device, list[Compiled]()
+        self.utils = SimpleNamespace(
+            load_binary=self.load_binary,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 65536},
+        )
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
+        self.compiled.append(Compiled(name, binary, shared))
+        return None, name, 0, 0, 1024
+
+    @staticmethod
+    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    def get_empty_cache_for_benchmark(self) -> Any:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
+    before, driver = triton_driver._active, CompileOnly(target, next(DEVICES))
+    triton_driver.set_active(driver)
+    try:
+        with mock.patch.object(torch.version, "hip", target.arch if target.backend == "hip" else None):
+            yield driver.compiled
+    finally:
+        triton_driver.set_active(before)
+
+
+# The cases: name -> a call of a launcher, on tensors whose values nobody reads -----------------------------------------------
+
+
+def fit_rows(
+    width: int = 45, dtype: torch.dtype = torch.float32, source: str = "rows", inits: bool = False, **options: str
+) -> None:
+    options = {"covariance_type": "diag", "precision": "float64", **options}
+    x = torch.zeros(3, width, dtype=dtype)
+    count = torch.ones(3, dtype=torch.int64) if source == "count" else None
+    lengths = [width] * 3 if source == "flat" else None
+    given = [torch.ones(1 if i else 3, 2) if inits else None for i in range(3)]
+    em.fit_gmm_1d(
+        x.view(-1) if source == "flat" else x, count, lengths, *given, options["covariance_type"], 1e-3, 1e-6, 100,
+        options["precision"],
+    )  # fmt: skip
+
+
+def fit_candidates(
+    width: int = 45,
+    dtype: torch.dtype = torch.float32,
+    covariance_type: str = "diag",
+    precision: str = "float64",
+    **options: Any,
+) -> None:
+    loss, count = torch.zeros(3, width, dtype=dtype), torch.ones(3, dtype=torch.int64)
+    fit = empty_fit(loss, 3, precision)
+    mask = torch.zeros(3, width, dtype=torch.bool)
+    if options:
+        masks = {"positive": mask.view(-1), "ignored": mask.view(-1)}
+        em.launch_fit(
+            loss, count, fit, covariance_type, index=torch.zeros(3, width, dtype=torch.int64), **masks, **options
+        )
+    else:
+        em.launch_fit(
+            loss, count, fit, covariance_type, assignment=mask, score=torch.zeros(3, width, dtype=fit[0].dtype)
+        )
+
+
+def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: The launch rule: one warp, one tile of 8 and of 16 warps, several tiles.
+WIDTHS = (45, 500, 1000, 1500)
+
+#: Compiled in every run; the rest belongs to the long one.
+USUAL = {
+    "fit_rows": [
+        {},
+        {"width": 1000, "covariance_type": "tied", "dtype": torch.float64},
+        {"width": 1500, "source": "flat"},
+        {"precision": "float32", "source": "count", "inits": True},
+    ],
+    "fit_candidates": [
+        {},
+        {"separation": "mmdet"},
+        {"separation": "b", "singleton": "positive", "width": 500},
+        {"separation": "b", "width": 1500, "precision": "float32"},
+    ],
+}
+ALL = {
+    "fit_rows": [
+        *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied"), dtype=FLOATS[2:]),
+        *product(dtype=FLOATS, source=("rows", "count", "flat"), inits=(False, True)),
+    ],
+    "fit_candidates": [
+        *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied")),
+        *product(width=WIDTHS, precision=("float64", "float32"), separation=tuple(SCHEMES)),
+        *product(separation=tuple(SCHEMES), singleton=("positive",)),
+        *product(dtype=FLOATS, separation=("mmdet",)),
+    ],
+}
+LAUNCHES: dict[str, Callable[..., None]] = {"fit_rows": fit_rows, "fit_candidates": fit_candidates}
+
+
+def cases() -> list[Any]:
+    chosen = [(launch, options, ()) for launch, some in USUAL.items() for options in some]
+    chosen += [(launch, options, (pytest.mark.long,)) for launch, some in ALL.items() for options in some]
+    return [
+        pytest.param(
+            target,
+            launch,
+            options,
+            marks=marks if target in USUAL_TARGETS else pytest.mark.long,
+            id="-".join(map(str, (target, launch, *options.values()))),
+        )
+        for target in TARGETS
+        for launch, options, marks in chosen
+    ]
+
+
+@pytest.mark.parametrize(("target", "launch", "options"), cases())
+def test_compiles(target: str, launch: str, options: dict[str, Any]) -> None:
+    with compiling(TARGETS[target]) as compiled:
+        LAUNCHES[launch](**options)
+    assert compiled
+    for kernel in compiled:
+        usage = resources(kernel) if target in CUDA else spills(kernel)
+        print(f"{target} {launch} {options}: {kernel.name}, {kernel.shared} bytes of shared memory, {usage}")
+        registers = usage.pop("registers", 0)
+        assert not any(usage.values()), (kernel.name, usage)
+        assert target not in REGISTER_TARGETS or registers <= MOST_REGISTERS, (kernel.name, registers)
+        assert kernel.shared == 0 or options.get("width", 45) > 64, kernel.name
+
+
+def resources(kernel: Compiled) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory, which is where registers are spilled to, of NVIDIA machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.binary)
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    names = {"REG": "registers", "STACK": "stack", "LOCAL": "local"}
+    return {names[kind]: int(number) for kind, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+def spills(kernel: Compiled) -> dict[str, int]:
+    """Spilled registers of AMD machine code, from the notes of the ELF file: a name, then a small MessagePack integer."""
+    found = {}
+    for kind in (".vgpr_spill_count", ".sgpr_spill_count"):
+        at = kernel.binary.index(kind.encode()) + len(kind)
+        found[kind] = kernel.binary[at]
+    return found

@@ -1,0 +1,109 @@
+"""The operators as torch sees them: schema, fake, opcheck, compile; and what importing does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import paa_gpu
+from paa_gpu import _ops, testing
+
+FIT = ("diag", 1e-3, 1e-6, 100, "float64")
+
+
+@pytest.fixture
+def batch(rng):
+    """Every ground truth has a fit: opcheck takes NaN for a difference."""
+    return testing.make_batch(
+        [3, 0, 5], rng, shapes=["unimodal"], level_sizes=(60, 40), sizes=(2, 9), num_classes=4, dtype=torch.float32
+    )
+
+
+def calls(batch):
+    """Every operator with arguments of every kind it takes."""
+    losses, label, label_weight, bbox_weight, inds, gts = batch.arguments[:6]
+    sizes = [size for levels in batch.anchors for size in levels]
+    loss, index, count = _ops.select_candidates(losses, inds, gts, sizes, batch.num_gts, 9)
+    mask = index >= 0
+    two = torch.rand(1, 2)
+    yield _ops.select_candidates, (losses, inds, gts, sizes, batch.num_gts, 9)
+    yield _ops.select_candidates, ([loss.half() for loss in losses[:1]], inds[:1], gts[:1], [60, 40], [3], 2)
+    yield _ops.fit_gmm_1d, (loss, count, None, None, None, None, *FIT)
+    yield _ops.fit_gmm_1d, (torch.rand(9, 4).T, None, None, two, two, two[:, :1], "tied", 0.0, 0.0, 1, "float32")
+    yield _ops.fit_gmm_1d, (torch.rand(9), None, [2, 3, 4], None, None, None, *FIT)
+    yield _ops.fit_candidates, (losses, inds, gts, sizes, batch.num_gts, 9, "diag", "float32")
+    yield _ops.write_targets, (label, label_weight, bbox_weight, inds, index, mask, mask, 4)
+    yield _ops.paa_reassign, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
+
+
+def test_opcheck(batch):
+    for operator, arguments in calls(batch):
+        torch.library.opcheck(operator, arguments)
+
+
+def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(batch):
+    for operator, arguments in calls(batch):
+        real = operator(*arguments)
+        mode = FakeTensorMode()
+
+        def fake(value, mode=mode):
+            if isinstance(value, list):
+                return [fake(item) for item in value]
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        with mode:
+            faked = operator(*map(fake, arguments))
+        for a, b in zip(real, faked, strict=True):
+            assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def test_the_public_functions_on_fake_cuda_tensors(batch):
+    """No device, no data: shapes and devices only. The batch call takes nothing from the data when it knows num_gts."""
+    with FakeTensorMode():
+        columns = [[torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in column] for column in batch.arguments[:6]]
+        got = paa_gpu.paa_reassign_batch(*columns, batch.anchors, **batch.options)
+        gmm = paa_gpu.fit_gmm_1d(torch.empty(8, 45, device="cuda"))
+    assert [label.shape for label in got.label] == [label.shape for label in batch.label]
+    assert got.num_pos.device.type == got.fit.means.device.type == gmm.means.device.type == "cuda"
+
+
+@pytest.mark.parametrize("separation", ["mmdet", paa_gpu.separation.separate], ids=["built in", "callable"])
+def test_the_batch_call_compiles_whole(batch, separation):
+    def reassign(*columns):
+        return paa_gpu.paa_reassign_batch(*columns, batch.anchors, **batch.options, separation=separation)
+
+    wanted = reassign(*batch.arguments[:6])
+    got = torch.compile(reassign, fullgraph=True, backend="aot_eager")(*batch.arguments[:6])
+    for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(got, field), getattr(wanted, field), strict=True))
+    assert torch.equal(got.num_pos, wanted.num_pos)
+    assert torch.equal(got.fit.n_iter, wanted.fit.n_iter)
+
+
+def test_the_building_blocks_compile_whole(batch):
+    def both(losses, inds, gts):
+        candidates = paa_gpu.select_candidates(losses, inds, gts, [60, 40], num_gt=5)
+        gmm = paa_gpu.fit_gmm_1d(candidates.loss, candidates.count)
+        return candidates.index, gmm.means, gmm.predict(candidates.loss, candidates.count)
+
+    arguments = batch.pos_losses[2], batch.pos_inds[2], batch.pos_gt_inds[2]
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for a, b in zip(both(*arguments), compiled(*arguments), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_importing_is_light():
+    """Neither Triton nor numba nor scikit-learn nor a device: they come with the first call that needs them."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import paa_gpu
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"triton", "numba", "sklearn", "matplotlib"}, new
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

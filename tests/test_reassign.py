@@ -1,0 +1,362 @@
+"""Reassignment: against the oracle on recordings and random ground truths, and what holds for any input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import paa_gpu
+from paa_gpu import data, reference, testing
+from paa_gpu.em import COVARIANCE_TYPES
+from paa_gpu.separation import SCHEMES, separate
+
+GROUND_TRUTHS = 20_000
+IMAGES = 25
+FAR_OUT = [3.0001, 3.0007, 3.001, 2.9994, 3.0018, 2.9987, 2.9993, 3.0009, 17.4511]
+
+
+def assert_equal(got, wanted):
+    """Two results, tensor for tensor, to the bit."""
+    for a, b in zip(flatten(got), flatten(wanted), strict=True):
+        assert a == b if not isinstance(a, torch.Tensor) else torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def flatten(result):
+    if isinstance(result, list | tuple):
+        return [leaf for item in result for leaf in flatten(item)]
+    return [result]
+
+
+def image_of(batch: testing.Batch, image: int):
+    """The positional arguments and options of `paa_reassign` for one image of a batch."""
+    return tuple(column[image] for column in batch.arguments), {"num_classes": batch.num_classes, "num_gt": batch.num_gts[image]}
+
+
+def near(values, where, band=1e-9):
+    return bool((np.abs(np.abs(values) - where) < band).any())
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
+@pytest.mark.parametrize("shape", testing.LOSS_SHAPES)
+def test_random_ground_truths_equal_the_oracle(shape, covariance_type, rng):
+    """20,000 ground truths over all parameters, each under every scheme and both singleton rules.
+
+    Left out, and counted: rows whose component densities come within 1e-9 of each other, or whose lower bound changes by tol within 1e-9.
+    """
+    per_image = GROUND_TRUTHS // (len(testing.LOSS_SHAPES) * len(COVARIANCE_TYPES) * IMAGES)
+    batch = testing.make_batch([per_image] * IMAGES, rng, shapes=[shape], scales=(1e-3, 1e3))
+    results = {
+        (scheme, singleton): paa_gpu.paa_reassign_batch(
+            *batch.arguments, **batch.options, covariance_type=covariance_type, separation=scheme, singleton=singleton
+        )
+        for scheme in SCHEMES
+        for singleton in ("background", "positive")
+    }
+    compared, same_density, at_tolerance = 0, 0, 0
+    for image in range(IMAGES):
+        arguments = (batch.pos_losses[image], batch.pos_inds[image], batch.pos_gt_inds[image], batch.anchors[image])
+        for gt, row in enumerate(reference.ground_truths(*arguments, covariance_type=covariance_type)):
+            fit = row.mixture
+            if fit is not None:
+                close, edge = near(row.margin, 0), near(np.diff(fit.lower_bounds_), fit.tol)
+                same_density, at_tolerance = same_density + close, at_tolerance + edge
+                if edge or (close and shape != "equal"):
+                    continue
+            compared += 1
+            members = np.flatnonzero(batch.pos_gt_inds[image].numpy() == gt)
+            for (scheme, singleton), got in results.items():
+                if fit is None:
+                    kept = row.candidates if singleton == "positive" else row.candidates[:0]
+                    positive, ignored = kept, kept[:0]
+                else:
+                    masks = reference.separate(row.foreground, row.score, scheme, reference.TIE)
+                    positive, ignored = (row.candidates[mask] for mask in masks)
+                    assert got.fit.n_iter[image * per_image + gt] == fit.n_iter_
+                assert set(members[got.positive[image].numpy()[members]]) == set(positive), (image, gt, scheme)
+                assert set(members[got.ignored[image].numpy()[members]]) == set(ignored), (image, gt, scheme)
+    print(f"{shape}, {covariance_type}: {compared} compared, {same_density} same density, {at_tolerance} at the tolerance")
+    total = per_image * IMAGES
+    assert at_tolerance <= total * 0.002
+    # At scales below reg_covar's square root both components can collapse onto it: pairs, and tight clusters.
+    assert same_density <= total * {"equal": 1, "two": 0.4, "outlier": 0.4, "one": 0}.get(shape, 0.05)
+
+
+def test_recordings_equal_the_oracle(recording: data.Recording):
+    got = paa_gpu.paa_reassign(*recording.arguments, num_classes=recording.num_classes)
+    assert_equal(got, reference.paa_reassign(*recording.arguments, num_classes=recording.num_classes))
+
+
+def test_recordings_equal_what_the_published_head_did(recording: data.Recording):
+    """Positives of every box but the ties and the two that hang on float32; iterations as a second float64 fit counted them."""
+    gt = recording.gt
+    got = paa_gpu.paa_reassign_batch(*([a] for a in recording.arguments), num_classes=recording.num_classes, num_gts=[recording.num_gt])
+    assert got.fit.n_iter.tolist() == gt["iter64"].tolist()
+    positives = torch.bincount(recording.pos_gt_inds[got.positive[0]], minlength=recording.num_gt).numpy()
+    assert (positives == gt["npos64"])[~gt["tie"]].all()
+    differs = torch.from_numpy(gt["tie"] | (gt["npos32"] != gt["npos64"]))
+    assert differs.sum() <= 2
+    elsewhere = ~differs[recording.pos_gt_inds] if recording.num_gt else recording.published
+    assert torch.equal(got.positive[0][elsewhere], recording.published[elsewhere])
+
+
+def test_all_recordings_as_one_batch_under_the_authors_conventions():
+    recordings = [data.load(path) for path in data.paths()]
+    options = {"num_classes": 1, "covariance_type": "full", "separation": "paper", "singleton": "positive"}
+    columns = zip(*(recording.arguments for recording in recordings), strict=True)
+    got = paa_gpu.paa_reassign_batch(*map(list, columns), **options)
+    for image, recording in enumerate(recordings):
+        wanted = reference.paa_reassign(*recording.arguments, **options)
+        assert_equal((got.label[image], got.label_weight[image], got.bbox_weight[image], int(got.num_pos[image])), wanted)
+
+
+@pytest.mark.parametrize("losses", [[6.7] * 12, FAR_OUT], ids=["identical", "far out"])
+def test_where_scikit_learn_raises_in_float32(losses):
+    """Losses that lie close together: the published head stops training; here the float64 answer comes out."""
+    losses = torch.tensor(losses)
+    size = len(losses)
+    zeros = torch.zeros(size, dtype=torch.int64)
+    arguments = (losses, zeros, torch.ones(size), torch.ones(size, 4), torch.arange(size), zeros, [size])
+    with pytest.raises(ValueError, match="ill-defined empirical covariance"):
+        reference.paa_reassign(*arguments, num_classes=1, published=True)
+    assert_equal(paa_gpu.paa_reassign(*arguments, num_classes=1), reference.paa_reassign(*arguments, num_classes=1))
+
+
+@pytest.mark.parametrize("topk", [1, 2, 25, 10**12])
+@pytest.mark.parametrize("sizes", [(13343,), (0, 9000, 4343, 0), (100,) * 30], ids=["1 level", "empty levels", "30 levels"])
+def test_any_topk_and_levels(topk, sizes, rng):
+    batch = testing.make_batch([8], rng, level_sizes=sizes)
+    arguments, options = image_of(batch, 0)
+    got = paa_gpu.paa_reassign(*arguments, **options, topk=topk)
+    assert_equal(got, reference.paa_reassign(*arguments, num_classes=80, topk=topk))
+
+
+# --- one batch, many forms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(rng):
+    """Images without boxes at the start, in the middle and at the end; boxes of every loss shape."""
+    return testing.make_batch([0, 7, 1, 0, 40, 3, 0], rng)
+
+
+def test_a_batch_equals_its_images(batch):
+    got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    for image in range(len(batch.num_gts)):
+        arguments, options = image_of(batch, image)
+        wanted = paa_gpu.paa_reassign(*arguments, **options)
+        assert_equal((got.label[image], got.label_weight[image], got.bbox_weight[image], int(got.num_pos[image])), wanted)
+    assert got.fit_image.tolist() == [image for image, gts in enumerate(batch.num_gts) for _ in range(gts)]
+    assert got.fit_gt.tolist() == [gt for gts in batch.num_gts for gt in range(gts)]
+    assert [int(mask.sum()) for mask in got.positive] == got.num_pos.tolist()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("singleton", ["background", "positive"])
+def test_a_callable_with_a_built_in_meaning_equals_it(batch, scheme, singleton):
+    def same(assignment, score, loss, mask):
+        return separate(assignment, score, loss, mask, scheme)
+
+    built_in = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=scheme, singleton=singleton)
+    called = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=same, singleton=singleton)
+    assert_equal(built_in, called)
+
+
+def test_a_callable_runs_once_and_its_masks_are_combined(batch):
+    seen = []
+
+    def everything(assignment, score, loss, mask):
+        seen.append((assignment, score, loss, mask))
+        return torch.ones_like(mask), torch.ones_like(mask)
+
+    got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=everything)
+    ((assignment, score, loss, mask),) = seen
+    assert assignment.shape == score.shape == loss.shape == mask.shape
+    assert mask.any(1).tolist() == got.fit.valid.tolist() and not assignment[~mask].any() and (score[~mask] == -torch.inf).all()
+    assert int(mask.sum()) == int(got.num_pos.sum()) and not torch.cat(got.ignored).any()
+
+
+def test_no_number_of_ground_truths_given(batch):
+    with_trailing = [gts + (2 if gts else 0) for gts in batch.num_gts]
+    given = paa_gpu.paa_reassign_batch(*batch.arguments, num_classes=80, num_gts=with_trailing)
+    found = paa_gpu.paa_reassign_batch(*batch.arguments, num_classes=80)
+    assert_equal(given[:4], found[:4])
+    assert len(given.fit_gt) == len(found.fit_gt) + 2 * sum(gts > 0 for gts in batch.num_gts)
+    arguments, _ = image_of(batch, 4)
+    assert_equal(paa_gpu.paa_reassign(*arguments, num_classes=80), paa_gpu.paa_reassign(*arguments, num_classes=80, num_gt=40))
+
+
+def test_order_of_images_does_not_matter(batch):
+    order = [4, 0, 6, 2, 1, 3, 5]
+    turned = batch._replace(**{name: [getattr(batch, name)[i] for i in order] for name in batch._fields if name != "num_classes"})
+    plain = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    got = paa_gpu.paa_reassign_batch(*turned.arguments, **turned.options)
+    for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
+        assert_equal(getattr(got, field), [getattr(plain, field)[i] for i in order])
+    assert torch.equal(got.num_pos, plain.num_pos[order])
+
+
+def test_order_of_potential_positives_does_not_matter(batch, rng):
+    orders = [torch.from_numpy(rng.permutation(len(inds))) for inds in batch.pos_inds]
+    names = ("pos_losses", "pos_inds", "pos_gt_inds")
+    turned = batch._replace(**{n: [t[order] for t, order in zip(getattr(batch, n), orders, strict=True)] for n in names})
+    plain = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation="b")
+    got = paa_gpu.paa_reassign_batch(*turned.arguments, **turned.options, separation="b")
+    assert_equal(got[:7], plain[:7])
+    for masks, turned_masks in ((plain.positive, got.positive), (plain.ignored, got.ignored)):
+        assert_equal([mask[order] for mask, order in zip(masks, orders, strict=True)], turned_masks)
+
+
+def test_anchors_in_every_form(batch):
+    plain = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    sizes = list(testing.LEVEL_SIZES)
+    tensors = [torch.zeros(size, 4) for size in sizes]
+    uneven = [sizes if i % 2 else [*sizes, 0] for i in range(len(batch.num_gts))]
+    for anchors in (sizes, tensors, tuple(tensors), [tensors] * len(batch.num_gts), uneven):
+        assert_equal(paa_gpu.paa_reassign_batch(*batch.arguments[:6], anchors, **batch.options), plain)
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("losses", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dtypes(batch, losses, weights):
+    """Lower precision means other losses, so compared with the same values in float64; the targets keep their dtype."""
+    low = [loss.to(losses) for loss in batch.pos_losses]
+    names = ("label_weight", "bbox_weight")
+    other = batch._replace(pos_losses=low, **{n: [t.to(weights) for t in getattr(batch, n)] for n in names})
+    got = paa_gpu.paa_reassign_batch(*other.arguments, **other.options, separation="d")
+    high = batch._replace(pos_losses=[loss.double() for loss in low])
+    wanted = paa_gpu.paa_reassign_batch(*high.arguments, **high.options, separation="d")
+    assert got.label_weight[0].dtype == got.bbox_weight[0].dtype == weights
+    for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
+        assert_equal([t.double() for t in getattr(got, field)], [t.double() for t in getattr(wanted, field)])
+
+
+def test_views_int32_and_gradients(batch):
+    plain = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+
+    def spread(tensor):
+        return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+    columns = [[spread(t) for t in column] for column in batch.arguments[:6]]
+    columns[4], columns[5] = [t.int() for t in columns[4]], [t.int() for t in columns[5]]
+    columns[0] = [loss.requires_grad_() for loss in columns[0]]
+    got = paa_gpu.paa_reassign_batch(*columns, batch.anchors, **batch.options)
+    assert_equal(got, plain)
+    assert not any(leaf.requires_grad for leaf in flatten(got) if isinstance(leaf, torch.Tensor))
+
+
+def test_inputs_are_not_modified(batch):
+    before = [[t.clone() for t in column] for column in batch.arguments[:6]]
+    got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    for label in (*got.label, *got.label_weight, *got.bbox_weight):
+        label.fill_(3)
+    assert_equal(list(batch.arguments[:6]), before)
+
+
+def test_targets_outside_the_potential_positives_are_kept(batch):
+    """Ignored anchors, other weights, labels of a previous assignment: all pass through."""
+    image = 4
+    arguments, options = image_of(batch, image)
+    others = torch.ones(len(arguments[1]), dtype=torch.bool)
+    others[arguments[4]] = False
+    label, label_weight, bbox_weight = (t.clone() for t in arguments[1:4])
+    label[others], label_weight[others], bbox_weight[others] = 5, 0.25, -1
+    label_weight[~others], bbox_weight[~others] = 2, 3
+    got = paa_gpu.paa_reassign(arguments[0], label, label_weight, bbox_weight, *arguments[4:], **options, separation="d")
+    positive, ignored = (
+        mask[0]
+        for mask in paa_gpu.paa_reassign_batch(*([a] for a in arguments), num_classes=80, num_gts=[40], separation="d")[-2:]
+    )
+    inds = arguments[4]
+    assert torch.equal(got[0][others], label[others]) and torch.equal(got[1][others], label_weight[others])
+    assert torch.equal(got[2][others], bbox_weight[others])
+    assert torch.equal(got[0][inds[positive]], label[inds[positive]]) and (got[0][inds[~positive]] == 80).all()
+    assert (got[2][inds[positive]] == 3).all() and (got[2][inds[~positive]] == 0).all()
+    assert ignored.any() and (got[1][inds[ignored]] == 0).all() and (got[1][inds[~ignored]] == 2).all()
+    assert got[3] == positive.sum()
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_potential_positives():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    label, weight, boxes = torch.tensor([1, 80, 80]), torch.tensor([1.0, 0.0, 1.0]), torch.rand(3, 4)
+    for num_gt in (None, 0, 4):
+        got = paa_gpu.paa_reassign(torch.zeros(0), label, weight, boxes, nothing, nothing, [2, 1], num_classes=80, num_gt=num_gt)
+        assert_equal(got, (label, weight, boxes, 0))
+        assert got[0] is not label
+
+
+def test_no_anchors():
+    nothing = torch.zeros(0, dtype=torch.int64)
+    got = paa_gpu.paa_reassign(torch.zeros(0), nothing, torch.zeros(0), torch.zeros(0, 4), nothing, nothing, [], num_classes=80)
+    assert got[3] == 0 and got[2].shape == (0, 4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("separation", [*SCHEMES, separate])
+def test_a_loss_that_is_not_finite_costs_its_ground_truth_only(bad, separation, rng):
+    batch = testing.make_batch([6, 5], rng, shapes=["bimodal"], sizes=(5, 9))
+    plain = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=separation, singleton="positive")
+    broken = [batch.pos_losses[0].clone(), batch.pos_losses[1]]
+    members = batch.pos_gt_inds[0] == 2
+    broken[0][members.nonzero()[0]] = bad
+    other = batch._replace(pos_losses=broken)
+    got = paa_gpu.paa_reassign_batch(*other.arguments, **other.options, separation=separation, singleton="positive")
+    assert got.fit.valid.tolist() == [i != 2 for i in range(11)]
+    assert not got.positive[0][members].any() and not got.ignored[0][members].any()
+    assert torch.equal(got.positive[0][~members], plain.positive[0][~members])
+    assert torch.equal(got.positive[1], plain.positive[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("separation", ["paper", separate])
+def test_a_singleton_that_is_not_finite_is_no_positive(bad, separation):
+    zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    for loss, wanted in ((2.0, 1), (bad, 0)):
+        arguments = (torch.tensor([loss]), zero, one, one[:, None].expand(1, 4), zero, zero, [1])
+        assert paa_gpu.paa_reassign(*arguments, num_classes=80, separation=separation, singleton="positive")[3] == wanted
+        assert paa_gpu.paa_reassign(*arguments, num_classes=80, separation=separation)[3] == 0
+
+
+def test_a_loss_that_is_not_finite_but_not_selected_does_no_harm():
+    losses = torch.tensor([1.0, 2.0, 1.1, np.nan, np.inf])
+    zeros = torch.zeros(5, dtype=torch.int64)
+    arguments = (losses, zeros, torch.ones(5), torch.ones(5, 4), torch.arange(5), zeros, [5])
+    assert paa_gpu.paa_reassign(*arguments, num_classes=80, topk=3)[3] > 0
+    assert paa_gpu.paa_reassign(*arguments, num_classes=80, topk=4)[3] == 0
+
+
+def test_indices_out_of_range_are_left_out_and_touch_nothing():
+    """The tensors lie within larger ones, so that a write outside them would show."""
+    inds = torch.tensor([0, -1, 6, 1, 2**40, -(2**62), 2, 3, 4, 5])
+    gts = torch.tensor([0, 0, 0, -1, 0, 0, 2**40, 1, 1, 7])
+    around = [torch.full((30,), 3), torch.full((30,), 3.0), torch.full((30, 4), 3.0)]
+    before = [t.clone() for t in around]
+    label, label_weight, bbox_weight = (t[12:18] for t in around)
+    got = paa_gpu.paa_reassign(
+        torch.arange(10.0), label, label_weight, bbox_weight, inds, gts, [6], num_classes=80, num_gt=2, singleton="positive"
+    )
+    assert_equal(around, before)
+    # 0 is alone with its ground truth; 3 and 4 share one; 1, 2 and 5 have no ground truth and become background.
+    assert got[0].tolist() == [3, 80, 80, 3, 80, 80] and got[3] == 2
+
+
+def test_thousands_of_ground_truths(rng):
+    batch = testing.make_batch([10_000], rng, sizes=(2, 4), level_sizes=(40_000, 10_000))
+    got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    arguments, _ = image_of(batch, 0)
+    rows = list(reference.ground_truths(arguments[0], arguments[4], arguments[5], arguments[6]))[::100]
+    for gt, row in enumerate(rows):
+        members = batch.pos_gt_inds[0] == gt * 100
+        assert set(np.flatnonzero((got.positive[0] & members).numpy())) == set(row.positive)
+
+
+def test_a_ground_truth_with_every_anchor(rng):
+    batch = testing.make_batch([1], rng, shapes=["unimodal"], sizes=(13343, 13343))
+    arguments, options = image_of(batch, 0)
+    assert_equal(paa_gpu.paa_reassign(*arguments, **options), reference.paa_reassign(*arguments, num_classes=80))

@@ -1,0 +1,77 @@
+"""The separation schemes on a row small enough to read: losses 1 to 6, foreground and scores given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paa_gpu.separation import SCHEMES, separate
+
+#                      1      2      3      4     5     6
+FOREGROUND = [True, False, True, True, False, False]
+SCORE = [0.1, 0.2, 0.9, 0.3, 0.0, 0.8]  # highest foreground: 3; highest background: 6
+
+
+def run(foreground, score, scheme, mask=None):
+    assignment = torch.tensor([foreground])
+    mask = torch.ones_like(assignment) if mask is None else torch.tensor([mask])
+    positive, ignored = separate(assignment, torch.tensor([score], dtype=torch.float64), None, mask, scheme)
+    assert not (positive & ignored).any()
+    return [i + 1 for i in range(len(score)) if positive[0, i]], [i + 1 for i in range(len(score)) if ignored[0, i]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "positive", "ignored"),
+    [
+        ("mmdet", [1, 3], []),
+        ("paper", [1, 2, 3], []),
+        ("a", [1, 3, 4], []),
+        ("b", [1, 2, 3], [4, 5]),
+        ("d", [1, 3], [4]),
+    ],
+)
+def test_schemes(scheme, positive, ignored):
+    assert run(FOREGROUND, SCORE, scheme) == (positive, ignored)
+
+
+def test_every_scheme_is_tested():
+    assert set(SCHEMES) == {"mmdet", "paper", "a", "b", "d"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_without_foreground(scheme):
+    assert run([False] * 3, [0.1, 0.2, 0.3], scheme) == ([1, 2, 3] if scheme == "paper" else [], [])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "positive", "ignored"), [("mmdet", [1, 2], []), ("a", [1, 2, 3], []), ("b", [1, 2], [3]), ("d", [1, 2], [3])]
+)
+def test_without_background(scheme, positive, ignored):
+    assert run([True] * 3, [0.1, 0.3, 0.2], scheme) == (positive, ignored)
+
+
+def test_scheme_b_with_the_best_background_before_the_threshold():
+    assert run([True, False, True, False], [0.1, 0.9, 0.8, 0.2], "b") == ([1, 2, 3], [])
+
+
+def test_scores_within_the_tolerance_tie_and_the_first_wins():
+    score = [0.5, 0.5 + 0.9e-9, 0.5 + 0.8e-9]
+    assert run([True] * 3, score, "mmdet") == ([1], [])
+    assert run([True] * 3, [0.5, 0.5 + 2e-9, 0.5], "mmdet") == ([1, 2], [])
+    # the best background candidate of "b" likewise: 2 ties with 4
+    assert run([True, False, False, False], [0.9, 0.5, 0.1, 0.5 + 0.5e-9], "b") == ([1], [])
+
+
+def test_padding_and_rows_without_a_fit():
+    for scheme in SCHEMES:
+        positive, ignored = run([True] * 4, [0.1, 0.2, 9.0, 9.0], scheme, mask=[True, True, False, False])
+        assert set(positive) <= {1, 2} and not set(ignored) & {3, 4}
+        assert run([True] * 2, [0.1, 0.2], scheme, mask=[False, False]) == ([], [])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_empty(shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for scheme in SCHEMES:
+        positive, ignored = separate(mask, torch.zeros(shape), None, mask, scheme)
+        assert positive.shape == ignored.shape == shape
