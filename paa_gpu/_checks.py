@@ -101,7 +101,7 @@ def check_values(
     num_gt: int,
     num_classes: int,
 ) -> None:
-    """The values of one image; `image` is what its arguments are indexed with in the message. Reads the tensors, so it synchronises."""
+    """The values of one image, at the price of reading them. `image` is what follows an argument's name in the message."""
 
     def refuse(wrong: Tensor, name: str, value: Tensor, must: str, where: str = "") -> None:
         if bool(wrong.any()):

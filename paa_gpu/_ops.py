@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op, infer_schema
+from torch.library import custom_op, infer_schema
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -47,14 +47,25 @@ def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     )
 
 
-def _operator(stem: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operators() -> dict[str, Any]:
+    """The operators by name."""
+    return {
+        "select_candidates": select_candidates,
+        "fit_gmm_1d": fit_gmm_1d,
+        "fit_candidates": fit_candidates,
+        "write_targets": write_targets,
+        "paa_reassign": paa_reassign,
+    }
+
+
+def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:
     def implementation(package: str, name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             return getattr(importlib.import_module(f"paa_gpu.{package}.{stem}"), name)(*args)
 
         return run
 
-    def register(contract: Callable[..., Any]) -> CustomOpDef:
+    def register(contract: Callable[..., Any]) -> Any:
         name = contract.__name__
         schema = infer_schema(contract, mutates_args=())
         operator = custom_op(f"paa_gpu::{name}", implementation("kernels", name), mutates_args=(), schema=schema)
@@ -74,7 +85,7 @@ def select_candidates(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [G, K] ascending, then +inf; index [G, K] into the concatenated pos_inds, then -1; count [G]."""
+    """Loss [G, K] ascending, then +inf; index [G, K] into the concatenated pos_inds, then -1; count [G]."""
     rows, width = sum(num_gts), max_candidates(pos_inds, level_sizes, topk)
     like = pos_losses[0]
     return (
@@ -126,7 +137,7 @@ def paa_reassign(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
-    """label [A], label_weight [A], bbox_weight [A, 4], num_pos [B]; the fit; fit_image, fit_gt [G]; positive, ignored [P]."""
+    """Label [A], label_weight [A], bbox_weight [A, 4], num_pos [B]; the fit; fit_image, fit_gt [G]; positive, ignored [P]."""
     rows = sum(num_gts)
     return (
         *_empty_targets(label, label_weight, bbox_weight),
@@ -151,7 +162,7 @@ def fit_candidates(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor,
 ]:  # fmt: skip
-    """loss, index, count (see `select_candidates`), assignment [G, K] (True: foreground), score [G, K]; the fit; fit_image, fit_gt.
+    """loss, index, count as `select_candidates`; assignment [G, K] (True: foreground), score [G, K]; the fit; fit_image, fit_gt.
 
     assignment is False and score -inf at padding and in rows that are not valid.
     """
@@ -179,7 +190,7 @@ def write_targets(
     candidate_ignored: Tensor,
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
+    """Label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
     return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
 
 

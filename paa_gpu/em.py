@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ class GaussianMixture1D(NamedTuple):
         return torch.where(self.valid, total, torch.nan), size.to(score.dtype)
 
 
-class _Shape(NamedTuple):
+@dataclass(frozen=True)
+class _Shape:
     """How rows were given: padded, with or without counts, or as a list."""
 
     count: Tensor | None
@@ -109,7 +111,7 @@ class _Shape(NamedTuple):
 
     def restore(self, result: Tensor) -> Tensor | list[Tensor]:
         """A result per value, in the form the values were given."""
-        return result if self.lengths is None else list(result.split(self.lengths))
+        return result if self.lengths is None else list(torch.split(result, self.lengths))
 
 
 def _flatten(x: Tensor | Sequence[Tensor], count: Tensor | None, rows: int | None = None) -> tuple[Tensor, _Shape]:
@@ -127,15 +129,14 @@ def _flatten(x: Tensor | Sequence[Tensor], count: Tensor | None, rows: int | Non
     return torch.cat(list(x)), _Shape(None, [row.shape[0] for row in x])
 
 
-def _initial(name: str, value: Tensor | None, rows: int, size: int, device: torch.device) -> Tensor | None:
+def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) -> Tensor | None:
     """Initial values [size] or [G, size] as [1, size] or [G, size]."""
     if value is None:
         return None
-    if isinstance(value, Tensor) and value.dim() == 1:
-        check_tensor(name, value, (size,), FLOATS, device)
-        return value.detach()[None]
-    check_tensor(name, value, (rows, size), FLOATS, device)
-    return value.detach()
+    one_for_all = isinstance(value, Tensor) and value.dim() == 1
+    check_tensor(name, value, (size,) if one_for_all else (rows, size), FLOATS, device)
+    detached: Tensor = value.detach()
+    return detached[None] if one_for_all else detached
 
 
 def fit_gmm_1d(
@@ -197,4 +198,4 @@ def fit_gmm_1d(
         max_iter,
         precision,
     )
-    return GaussianMixture1D(*fit, covariance_type)
+    return GaussianMixture1D._make([*fit, covariance_type])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ Anchors = Sequence[Tensor] | Sequence[int]
 Separation = str | Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 SINGLETONS = ("background", "positive")
+
+# The tensors of an image: name, shape (A anchors, P potential positives), dtypes.
+_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], tuple[torch.dtype, ...]], ...] = (
+    ("pos_losses", ("P",), FLOATS),
+    ("label", ("A",), (torch.int64,)),
+    ("label_weight", ("A",), FLOATS),
+    ("bbox_weight", ("A", 4), FLOATS),
+    ("pos_inds", ("P",), INDICES),
+    ("pos_gt_inds", ("P",), INDICES),
+)
 
 
 class Reassignment(NamedTuple):
@@ -86,9 +96,9 @@ def paa_reassign(
             ValueError names the position of an index out of range or repeated, a label outside [0, num_classes], or a loss that
             is not finite.
 
-    Ties: equal losses by anchor index, scores within 1e-9 by (loss, anchor index). A ground truth with a non-finite loss among its
-    candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out of
-    range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2, algorithm 1.
+    Ties: equal losses by anchor index, scores within 1e-9 by (loss, anchor index). A ground truth with a non-finite loss among
+    its candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out
+    of range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2.
     """
     result = _reassign(
         [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
@@ -137,16 +147,13 @@ def paa_reassign_batch(
     """
     check_list("pos_losses", pos_losses)
     images = len(pos_losses)
-    columns = {
-        "pos_losses": pos_losses, "label": label, "label_weight": label_weight, "bbox_weight": bbox_weight,
-        "pos_inds": pos_inds, "pos_gt_inds": pos_gt_inds,
-    }  # fmt: skip
-    for name, column in columns.items():
+    columns = [pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds]
+    for (name, _, _), column in zip(_ARGUMENTS, columns, strict=True):
         check_list(name, column, length=images)
     if num_gts is not None:
         check_list("num_gts", num_gts, length=images)
     return _reassign(
-        list(columns.values()), _levels_of_images(anchors, images), num_gts,
+        columns, _levels_of_images(anchors, images), num_gts,
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
     )  # fmt: skip
 
@@ -204,42 +211,37 @@ def _reassign(
             label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes
         )
     else:
-        *targets, num_pos, w, m, v, lower_bound, n_iter, converged, valid, fit_image, fit_gt, positive, ignored = _ops.paa_reassign(
+        results = _ops.paa_reassign(
             *columns, flat_sizes, num_gts, num_classes, topk, covariance_type, separation, singleton, precision
         )
-        fit = [w, m, v, lower_bound, n_iter, converged, valid]
+        targets, num_pos, fit, (fit_image, fit_gt, positive, ignored) = results[:3], results[3], results[4:11], results[11:]
     anchors, potential = [len(image) for image in label], [len(inds) for inds in pos_inds]
+    label, label_weight, bbox_weight = (list(torch.split(target, anchors)) for target in targets)
     return Reassignment(
-        *(list(target.split(anchors)) for target in targets),
+        label,
+        label_weight,
+        bbox_weight,
         num_pos,
-        GaussianMixture1D(*fit, covariance_type),
+        GaussianMixture1D._make([*fit, covariance_type]),
         fit_image,
         fit_gt,
-        list(positive.split(potential)),
-        list(ignored.split(potential)),
+        list(torch.split(positive, potential)),
+        list(torch.split(ignored, potential)),
     )
 
 
-def _check_tensors(
-    columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]
-) -> None:
-    first = [column[0] for column in columns]
+def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
+    device = None
     for image, end in enumerate(suffix):
-        losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = (column[image] for column in columns)
-
-        def check(column: int, name: str, value: Tensor, shape: tuple[int | None, ...], dtypes: Sequence[torch.dtype]) -> None:
-            here = None if column == image == 0 else first[0].device
-            check_tensor(f"{name}{end}", value, shape, (first[column].dtype,) if image else dtypes, here)
-
-        check(0, "pos_losses", losses, (None,), FLOATS)
-        check(1, "label", label, (None,), (torch.int64,))
-        check(2, "label_weight", label_weight, (label.shape[0],), FLOATS)
-        check(3, "bbox_weight", bbox_weight, (label.shape[0], 4), FLOATS)
-        check(4, "pos_inds", pos_inds, (losses.shape[0],), INDICES)
-        check(5, "pos_gt_inds", pos_gt_inds, (losses.shape[0],), INDICES)
-        if sum(level_sizes[image]) != label.shape[0]:
+        sizes: dict[str, int] = {}
+        for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
+            wanted = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+            check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
+            sizes[shape[0]] = column[image].shape[0]
+            device = column[image].device
+        if sum(level_sizes[image]) != sizes["A"]:
             raise ValueError(
-                f"`anchors` must hold {label.shape[0]} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
+                f"`anchors` must hold {sizes['A']} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
             )
 
 
@@ -262,7 +264,7 @@ def _separate(
     position = torch.arange(loss.shape[1], device=loss.device)
     mask = (position < count[:, None]) & valid[:, None]
     masks = separation(assignment, score, loss, mask)
-    if not isinstance(masks, tuple) or len(masks) != 2:
+    if not isinstance(masks, tuple) or len(masks) != 2:  # type: ignore[redundant-expr]  # a caller's
         raise TypeError(f"`separation` must return a tuple (positive, ignored), got {type(masks).__name__}")
     for name, candidates in zip(("positive", "ignored"), masks, strict=True):
         check_tensor(f"separation: {name}", candidates, tuple(loss.shape), (torch.bool,), loss.device)

@@ -2,10 +2,10 @@
 
 Written for clarity; slow, on the CPU. scikit-learn is imported when called. Two conventions, two precisions:
 
-* mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`; the authors' repository:
-  `"full"`, `"paper"`, `"positive"`.
-* `published=True` fits the losses as they come, as both do: float32, not shifted, ties of the score decided by the last bit.
-  It raises what scikit-learn raises. `published=False` fits them in float64 minus their minimum, with the library's rule for ties.
+* mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`; the authors'
+  repository: `"full"`, `"paper"`, `"positive"`.
+* `published=True` fits the losses as they come, as both do: float32, not shifted, ties of the score decided by the last bit, and
+  whatever scikit-learn raises. `published=False` fits them in float64 minus their minimum, with the library's rule for ties.
 """
 
 from __future__ import annotations

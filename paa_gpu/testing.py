@@ -43,7 +43,8 @@ class Batch(NamedTuple):
         return {"num_classes": self.num_classes, "num_gts": self.num_gts}
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._replace(**{name: [t.to(device) for t in getattr(self, name)] for name in self._fields[:6]})
+        columns = ([tensor.to(device) for tensor in column] for column in self[:6])
+        return Batch._make([*columns, *self[6:]])
 
 
 def make_losses(shape: str, size: int, rng: np.random.Generator) -> Array:
@@ -82,7 +83,8 @@ def make_batch(
     images = [
         _make_image(num_gt, rng, shapes, sizes, scales, level_sizes, num_classes, dtype) for num_gt in num_gts
     ]  # fmt: skip
-    return Batch(*map(list, zip(*images, strict=True)), [list(level_sizes)] * len(num_gts), num_classes, list(num_gts))
+    columns = map(list, zip(*images, strict=True))
+    return Batch._make([*columns, [list(level_sizes)] * len(num_gts), num_classes, list(num_gts)])
 
 
 def _make_image(
@@ -95,9 +97,9 @@ def _make_image(
     num_classes: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    scale = np.exp(rng.uniform(*np.log(scales), num_gt))
+    scale = np.exp(rng.uniform(np.log(scales[0]), np.log(scales[1]), num_gt))
     rows = [
-        make_losses(shapes[rng.integers(len(shapes))], int(rng.integers(*sizes, endpoint=True)), rng) * scale[gt]
+        make_losses(shapes[int(rng.integers(len(shapes)))], int(rng.integers(*sizes, endpoint=True)), rng) * scale[gt]
         for gt in range(num_gt)
     ]
     anchors, gt_of = sum(level_sizes), np.repeat(np.arange(num_gt), [len(row) for row in rows])

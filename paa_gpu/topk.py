@@ -17,8 +17,8 @@ class Candidates(NamedTuple):
     """The candidates of G ground truths, at most K each, a row ascending by (loss, anchor index)."""
 
     loss: Tensor  #: Tensor[G, K], dtype of the losses; +inf at padding
-    index: Tensor  #: Tensor[G, K] int64 into `pos_inds`; -1 at padding
-    count: Tensor  #: Tensor[G] int64, candidates of each ground truth; what follows them is padding
+    index: Tensor  # type: ignore[assignment]  #: Tensor[G, K] int64 into `pos_inds`; -1 at padding
+    count: Tensor  # type: ignore[assignment]  #: Tensor[G] int64, candidates of each ground truth; what follows them is padding
 
 
 def select_candidates(

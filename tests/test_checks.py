@@ -50,7 +50,11 @@ BATCH = [
     ({"pos_inds": [torch.zeros(3)] * 2}, TypeError, "`pos_inds[0]` must be int64 or int32, got float32"),
     ({"pos_gt_inds": [Z.bool()] * 2}, TypeError, "`pos_gt_inds[0]` must be int64 or int32, got bool"),
     (second("pos_inds", Z.to("meta")), ValueError, "`pos_inds[1]` must be on cpu as the other tensors are, got meta"),
-    ({"pos_losses": [torch.zeros(3, device="meta")] * 2}, ValueError, "`pos_losses[0]` must be on a CPU or CUDA device, got meta"),
+    (
+        {"pos_losses": [torch.zeros(3, device="meta")] * 2},
+        ValueError,
+        "`pos_losses[0]` must be on a CPU or CUDA device, got meta",
+    ),
     # anchors
     ({"anchors": 6}, TypeError, "`anchors` must be a list with one entry per level, got int"),
     ({"anchors": [4, 3]}, ValueError, "`anchors` must hold 6 anchors over all levels as `label[0]` does, got 7"),
@@ -64,7 +68,11 @@ BATCH = [
     ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
     ({"topk": 9.0}, TypeError, "`topk` must be an int, got float"),
     ({"topk": True}, TypeError, "`topk` must be an int, got bool"),
-    ({"covariance_type": "diagonal"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'diagonal\''),
+    (
+        {"covariance_type": "diagonal"},
+        ValueError,
+        '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'diagonal\'',
+    ),
     ({"separation": "c"}, ValueError, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
     ({"singleton": None}, ValueError, '`singleton` must be "background" or "positive", got None'),
     ({"precision": "float16"}, ValueError, '`precision` must be "float64" or "float32", got \'float16\''),
@@ -85,7 +93,10 @@ VALIDATED = [
     (second("label", torch.tensor([0, 0, 0, 81, 80, 80])), "`label[1]` must be in [0, 80], got 81 at position 3"),
     (second("label", torch.tensor([0, 0, 0, 80, 80, -1])), "`label[1]` must be in [0, 80], got -1 at position 5"),
     (second("pos_losses", torch.tensor([1, np.nan, 3])), "`pos_losses[1]` must be finite, got nan at position 1, ground truth 0"),
-    (second("pos_losses", torch.tensor([1, 3, -np.inf])), "`pos_losses[1]` must be finite, got -inf at position 2, ground truth 0"),
+    (
+        second("pos_losses", torch.tensor([1, 3, -np.inf])),
+        "`pos_losses[1]` must be finite, got -inf at position 2, ground truth 0",
+    ),
 ]
 
 

@@ -92,9 +92,8 @@ def test_values_close_together_keep_their_digits(rng):
     x = torch.from_numpy(1e4 + rng.normal(size=(5, 45)) * 1e-3).float()
     with pytest.raises(ValueError, match="ill-defined empirical covariance"):
         row = x[0].numpy()[:, None]
-        GaussianMixture(
-            2, covariance_type="diag", means_init=[row.min(0), row.max(0)], weights_init=[0.5, 0.5], precisions_init=[[1.0], [1.0]]
-        ).fit(row)
+        initial = {"weights_init": [0.5, 0.5], "means_init": [row.min(0), row.max(0)], "precisions_init": [[1.0], [1.0]]}
+        GaussianMixture(2, covariance_type="diag", **initial).fit(row)
     got = paa_gpu.fit_gmm_1d(x)
     for i, row in enumerate(x.double().numpy()):
         assert_close(got, extended_em.fit(row), i)
@@ -208,7 +207,7 @@ def test_losses_of_lower_precision_are_fitted_in_float64(dtype, rng):
 
 
 def test_float32_fit_agrees_with_float64(rng):
-    """Measured: of 2,100 rows of all shapes at most 2 % differ by an iteration; the parameters of the others by at most 1e-3."""
+    """Measured: of 2,100 rows of all shapes none takes another number of iterations, and weights and means agree to 7.3e-6."""
     rows = draw_rows(rng, 2100)
     x, count = pad(rows, torch.float32)
     single, double = paa_gpu.fit_gmm_1d(x, count, precision="float32"), paa_gpu.fit_gmm_1d(x, count)
@@ -219,8 +218,8 @@ def test_float32_fit_agrees_with_float64(rng):
         float((getattr(single, name)[same].double() - getattr(double, name)[same]).abs().max()) for name in ("weights", "means")
     )
     print(f"float32: {int((~same).sum())} of {len(rows)} rows take another number of iterations; parameters within {error:.1e}")
-    assert (~same).float().mean() <= 0.02
-    assert error <= 1e-3
+    assert (~same).float().mean() <= 0.002
+    assert error <= 3e-5
 
 
 def test_views_need_no_copy_of_the_callers(rng):

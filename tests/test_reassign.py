@@ -37,7 +37,7 @@ def near(values, where, band=1e-9):
     return bool((np.abs(np.abs(values) - where) < band).any())
 
 
-# --- parity ----------------------------------------------------------------------------------------------------------------------
+# --- parity ---
 
 
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
@@ -45,7 +45,8 @@ def near(values, where, band=1e-9):
 def test_random_ground_truths_equal_the_oracle(shape, covariance_type, rng):
     """20,000 ground truths over all parameters, each under every scheme and both singleton rules.
 
-    Left out, and counted: rows whose component densities come within 1e-9 of each other, or whose lower bound changes by tol within 1e-9.
+    Left out, and counted: rows whose component densities come within 1e-9 of each other, or whose lower bound changes by tol
+    within 1e-9.
     """
     per_image = GROUND_TRUTHS // (len(testing.LOSS_SHAPES) * len(COVARIANCE_TYPES) * IMAGES)
     batch = testing.make_batch([per_image] * IMAGES, rng, shapes=[shape], scales=(1e-3, 1e3))
@@ -93,7 +94,8 @@ def test_recordings_equal_the_oracle(recording: data.Recording):
 def test_recordings_equal_what_the_published_head_did(recording: data.Recording):
     """Positives of every box but the ties and the two that hang on float32; iterations as a second float64 fit counted them."""
     gt = recording.gt
-    got = paa_gpu.paa_reassign_batch(*([a] for a in recording.arguments), num_classes=recording.num_classes, num_gts=[recording.num_gt])
+    options = {"num_classes": recording.num_classes, "num_gts": [recording.num_gt]}
+    got = paa_gpu.paa_reassign_batch(*([argument] for argument in recording.arguments), **options)
     assert got.fit.n_iter.tolist() == gt["iter64"].tolist()
     positives = torch.bincount(recording.pos_gt_inds[got.positive[0]], minlength=recording.num_gt).numpy()
     assert (positives == gt["npos64"])[~gt["tie"]].all()
@@ -134,7 +136,7 @@ def test_any_topk_and_levels(topk, sizes, rng):
     assert_equal(got, reference.paa_reassign(*arguments, num_classes=80, topk=topk))
 
 
-# --- one batch, many forms -------------------------------------------------------------------------------------------------------
+# --- one batch, many forms ---
 
 
 @pytest.fixture
@@ -279,7 +281,7 @@ def test_targets_outside_the_potential_positives_are_kept(batch):
     assert got[3] == positive.sum()
 
 
-# --- edges -----------------------------------------------------------------------------------------------------------------------
+# --- edges ---
 
 
 def test_no_potential_positives():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def expected(losses, inds, gts, sizes, num_gt, topk):
     rows = []
     for gt in range(num_gt):
         row = []
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in itertools.pairwise(bounds):
             members = np.flatnonzero((gts == gt) & (inds >= low) & (inds < high))
             row.extend(members[np.lexsort((inds[members], losses[members]))][:topk])
         row = np.array(row, dtype=int)

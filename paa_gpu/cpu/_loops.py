@@ -20,7 +20,7 @@ compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @functools.cache
-def _executor(process: int) -> ThreadPoolExecutor:
+def _executor(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
     """The pool of a process: a forked child has another id, and with it a pool of its own."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="paa_gpu")
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch import Tensor
 
 from .._ops import PRECISIONS
@@ -42,7 +41,7 @@ def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, f
 
 
 @compiled
-def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> float:
+def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
     """Fill the responsibilities; return the mean log-density. One exp and one log per value; both components stay exact
     where one of them is tiny."""
     c0, h0 = _density_terms(weight, variance, 0)

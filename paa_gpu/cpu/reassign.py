@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
-from .em import fit_rows
-from .topk import select
 from ._arrays import Array, flat, offsets, tensor, view
 from ._loops import compiled, over_slices
+from .em import fit_rows
+from .topk import select
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.1 us, waking a thread 30.
 SERIAL_ROWS = 512
@@ -211,5 +211,5 @@ def paa_reassign(
         _separate_rows, len(count), SERIAL_ROWS, loss, index, count, fit[-1], assignment, score, tuple(SCHEMES[separation]),
         singleton == "positive", score.dtype.type(tie_tolerance(PRECISIONS[precision])), positive, ignored,
     )  # fmt: skip
-    *targets, positive, ignored = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
-    return *targets, *map(torch.from_numpy, (*fit, *rows)), positive, ignored
+    *targets, kept, dropped = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
+    return *targets, *map(torch.from_numpy, (*fit, *rows)), kept, dropped

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from torch import Tensor
 
 from .._ops import max_candidates
@@ -105,7 +104,7 @@ def _insert(slot: int, key: Any, chosen: Any, size: int) -> int:
 
 @compiled
 def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
-    """chosen = the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
+    """Chosen = the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
     if len(chosen) > INSERTION_LIMIT:
         chosen[:] = start + np.argsort(key[start:stop], kind="mergesort")[: len(chosen)]
         return

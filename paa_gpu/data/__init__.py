@@ -51,7 +51,7 @@ def load(path: Path = BUNDLED) -> Recording:
     with np.load(path) as file:
         stored = {name: file[name] for name in file.files}
     meta = json.loads(str(stored["meta"]))
-    anchors = [_anchors(*size, stride) for size, stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
+    anchors = [_anchors(height, width, stride) for (height, width), stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
     pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))
     pos_gt_inds = torch.from_numpy(stored["pos_gt_inds"].astype(np.int64))
     label = torch.full((sum(map(len, anchors)),), meta["num_classes"])
@@ -79,3 +79,15 @@ def _anchors(height: int, width: int, stride: int) -> Tensor:
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     centre = torch.stack([x, y, x, y], -1).reshape(-1, 4) * float(stride)
     return centre + torch.tensor([-4.0, -4.0, 4.0, 4.0]) * stride
+
+
+def picture(recording: Recording) -> Any:
+    """The recording's image as the network saw it, a Pillow image; it needs a checkout for all but those of the bundled picture."""
+    from PIL import Image
+
+    file, scale = {
+        "OSBS_029": (HERE / "OSBS_029_800x800.jpg", 2),
+        "YELL_541": (HERE.parents[1] / "tests" / "data" / "YELL_541_1249x1035.jpg", 1),
+    }[recording.meta["image"]]
+    corners = [scale * corner for corner in recording.meta["crop_xyxy"]]
+    return Image.open(file).convert("RGB").crop(corners).resize(recording.meta["input_wh"], Image.Resampling.BILINEAR)

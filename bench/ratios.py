@@ -1,0 +1,94 @@
+"""`python -m bench.ratios`: this library against the published loop, on the CPU, side by side in one run.
+
+Every result is checked before it is timed; times are medians of 5 interleaved rounds. Run it with OMP_NUM_THREADS=1, as `make
+bench` does: more threads make the published loop slower and erratic. The library's loops get all cores all the same.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import sklearn
+import torch
+
+import paa_gpu
+
+from . import cases, providers
+
+IMPORTS = """
+import time, torch
+start = time.perf_counter()
+import paa_gpu
+print(time.perf_counter() - start)
+"""
+
+
+def main() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    baseline = "mmdet's PAAHead" if importlib.util.find_spec("mmdet") else "paa_gpu.reference(published=True)"
+    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
+          f"{platform.python_version()}, torch {torch.__version__}, scikit-learn {sklearn.__version__}; baseline: {baseline}")  # fmt: skip
+    for name in ("recorded", "coco_like", "crowded"):
+        batch(name)
+    one_by_one()
+    fits()
+    imports()
+
+
+def batch(name: str) -> None:
+    inputs = cases.BATCHES[name]()
+    positives, differ = providers.check_agreement(inputs, providers.library)
+    loop, ours = providers.interleaved([lambda: providers.published(inputs), lambda: providers.library(inputs)])
+    boxes = sum(inputs.num_gts)
+    print(f"paa_reassign_batch, {name}: {len(inputs.num_gts)} images, {boxes} boxes, {positives} positives ({differ} labels of the "
+          f"published float32 loop differ): {ours * 1e3:.2f} ms, {ours / boxes * 1e6:.2f} us a box; loop {loop * 1e3:.0f} ms, "
+          f"{loop / ours:.0f}x")  # fmt: skip
+
+
+def one_by_one() -> None:
+    inputs = cases.recorded()
+    providers.check_agreement(inputs, providers.library_one_by_one)
+    ratios = []
+    for image in cases.split(inputs):
+        loop, ours = providers.interleaved(
+            [lambda image=image: providers.published(image), lambda image=image: providers.library_one_by_one(image)]
+        )
+        ratios.append(loop / ours)
+    print(f"paa_reassign, the recorded images one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
+          f"{max(ratios):.0f}x")  # fmt: skip
+    single = cases.testing.make_batch([1], cases.np.random.default_rng(3), ["bimodal"], (60, 60), dtype=torch.float32)
+    providers.check_agreement(single, providers.library_one_by_one)
+    loop, ours = providers.interleaved(
+        [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=20
+    )
+    print(f"paa_reassign, one box: {ours * 1e6:.0f} us; loop {loop * 1e3:.2f} ms, {loop / ours:.0f}x")
+
+
+def fits() -> None:
+    """Microseconds a row and iteration, and a call: the slope and the intercept of the times over the number of rows."""
+    few, many = cases.losses(7, 45), cases.losses(2000, 45)
+    iterations = [int(paa_gpu.fit_gmm_1d(x).n_iter.sum()) for x in (few, many)]
+    times = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(few), lambda: paa_gpu.fit_gmm_1d(many)], rounds=51)
+    slope = times[1] / iterations[1]
+    print(f"fit_gmm_1d, 2,000 rows of 45, {iterations[1] / 2000:.1f} iterations a row: {times[1] * 1e3:.2f} ms, {slope * 1e6:.3f} us a row "
+          f"and iteration; 7 rows: {times[0] * 1e6:.0f} us a call")  # fmt: skip
+
+
+def imports() -> None:
+    times = []
+    for _ in range(5):
+        got = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+        times.append(float(got.stdout))
+        time.sleep(0.1)
+    print(f"import paa_gpu, beyond torch: {statistics.median(times) * 1e3:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""`python -m paa_gpu`: what runs where on this machine, and the demonstration on a real recording."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, data, paa_reassign_batch, reference, select_candidates
+from ._ops import operators
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, print, write the picture."""
+    recordings = data.paths()
+    parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--image", type=int, default=0, choices=range(len(recordings)), metavar="N",
+        help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, the others come with a checkout",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    report_versions()
+    report_implementations()
+    demonstrate(data.load(recordings[options.image]), options.out)
+
+
+def report_versions() -> None:
+    """The packages and devices at hand."""
+    print(f"paa_gpu {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            print(f"  {package:<13}{importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package:<13}not installed")
+    print(f"  {'CPU':<13}{torch.get_num_threads()} threads")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"  {'CUDA':<13}{', '.join(devices) or 'no device'}")
+
+
+def report_implementations() -> None:
+    """Which implementation each operator would use here."""
+    triton = "Triton kernels" if importlib.util.find_spec("triton") else "none: Triton is not installed"
+    if not torch.cuda.is_available():
+        triton += " (no device here)"
+    print(f"\n{'operator':<20}{'CPU tensors':<24}CUDA tensors")
+    for name in operators():
+        print(f"{name:<20}{'numba loops':<24}{triton}")
+
+
+def demonstrate(recording: data.Recording, out: Path) -> None:
+    """Reassign one real image, compare with scikit-learn, draw."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = [[tensor.to(device)] for tensor in recording.arguments[:6]]
+    options: dict[str, Any] = {"num_classes": recording.num_classes}
+
+    def reassign() -> Any:
+        result = paa_reassign_batch(*arguments, recording.anchors, num_gts=[recording.num_gt], **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    result, ours = median_time(reassign, 20)
+    candidates = select_candidates(
+        *(recording.arguments[i].to(device) for i in (0, 4, 5)), recording.anchors, num_gt=recording.num_gt
+    )
+    print(f"\nimage {recording.name} on {device}: {recording.num_gt} boxes, {len(recording.pos_inds)} potential positives,")
+    print(f"{int(candidates.count.sum())} candidates, {int(result.num_pos)} positives")
+    print(f"  paa_gpu              {ours * 1e3:10.2f} ms")
+    if importlib.util.find_spec("sklearn"):
+        published, loop = median_time(lambda: reference.paa_reassign(*recording.arguments, published=True, **options), 3)
+        oracle = reference.paa_reassign(*recording.arguments, **options)
+        agreement = [
+            "equal" if torch.equal(targets[0].cpu(), wanted) else "DIFFERENT"
+            for targets, wanted in zip(result[:3], oracle[:3], strict=True)
+        ]
+        print(f"  published loop       {loop * 1e3:10.2f} ms, {loop / ours:.0f} times as long ({published[3]} positives)")
+        print(f"  against scikit-learn in float64: label {agreement[0]}, label_weight {agreement[1]}, bbox_weight {agreement[2]}")
+    else:
+        print("  scikit-learn is not installed: neither compared nor timed (pip install paa-gpu[demo])")
+    if not importlib.util.find_spec("matplotlib") or not importlib.util.find_spec("PIL"):
+        print("  matplotlib or Pillow is not installed: no picture (pip install paa-gpu[demo])")
+    elif recording.num_gt == 0:
+        print("  no boxes: no picture")
+    else:
+        from .plot import plot_recording
+
+        plot_recording(recording, *(move_to_cpu(value) for value in (result, candidates)), out)
+        print(f"  picture: {out}")
+
+
+def median_time(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """The result of a call and the median of its times in seconds, after one call to warm up."""
+    result, times = call(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return result, statistics.median(times)
+
+
+def move_to_cpu(value: Any) -> Any:
+    """A tensor, or named tuples and lists of tensors, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(move_to_cpu, value))
+    return [move_to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

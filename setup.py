@@ -1,0 +1,41 @@
+"""Metadata, and the one mapping: `kernels/` is installed as `paa_gpu.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="paa-gpu",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "paa_gpu/__init__.py").read_text())[1],
+    description="Probabilistic anchor assignment (PAA) on the GPU and the CPU: selection, mixture fit, reassignment",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # The tracked link paa_gpu/kernels makes the mapping true for checkouts, mypy and editors; installs go by the mapping.
+    packages=[*find_packages(include=["paa_gpu", "paa_gpu.*"], exclude=["paa_gpu.kernels*"]), "paa_gpu.kernels"],
+    package_dir={"paa_gpu.kernels": "kernels"},
+    package_data={"paa_gpu": ["py.typed"], "paa_gpu.data": ["*.npz", "*.jpg", "*.md", "LICENSE.*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9",
+        "triton>=3.5; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "numba>=0.61",
+    ],
+    extras_require={
+        "demo": ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.7"],
+        "test": ["paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "build>=1.2"],
+        "dev": ["paa-gpu[test]", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

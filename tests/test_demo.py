@@ -1,0 +1,56 @@
+"""`python -m paa_gpu`: what it says and draws, and how it does without the optional packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from paa_gpu import __main__, data
+
+
+def test_the_demonstration(tmp_path, capsys):
+    out = tmp_path / "picture.png"
+    __main__.main(["--out", str(out)])
+    text = capsys.readouterr().out
+    recording = data.load()
+    assert f"image {recording.name}" in text
+    assert f"{recording.num_gt} boxes, {len(recording.pos_inds)} potential positives" in text
+    assert f"{recording.published.sum()} positives" in text
+    assert "label equal, label_weight equal, bbox_weight equal" in text
+    for name in ("paa_reassign", "fit_gmm_1d", "select_candidates"):
+        assert name in text
+    with Image.open(out) as picture:
+        assert picture.width > 1000
+        assert picture.height > 500
+
+
+def test_another_image(tmp_path, capsys):
+    number = next(i for i, path in enumerate(data.paths()) if path.stem == "g03_YELL_541_late")
+    __main__.main(["--out", str(tmp_path / "picture.png"), "--image", str(number)])
+    assert "g03_YELL_541_late" in capsys.readouterr().out
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_an_image_without_boxes(tmp_path, capsys):
+    number = next(i for i, path in enumerate(data.paths()) if path.stem.startswith("g12"))
+    __main__.main(["--out", str(tmp_path / "picture.png"), "--image", str(number)])
+    assert "no boxes: no picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("sklearn", "scikit-learn is not installed"), ("matplotlib", "matplotlib or Pillow is not installed")]
+)
+def test_without_optional_packages(missing, message, tmp_path):
+    code = f"""
+import importlib.util as util, sys
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)
+sys.modules[{missing!r}] = None
+from paa_gpu.__main__ import main
+main(["--out", {str(tmp_path / "picture.png")!r}])
+"""
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert message in got.stdout

@@ -1,0 +1,70 @@
+"""What is installed: from a wheel, in a fresh environment, imported from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+USE = """
+import sys, torch, paa_gpu, paa_gpu.kernels
+from paa_gpu import data
+assert all(sys.argv[1] in module.__file__ for module in (paa_gpu, paa_gpu.kernels)), (paa_gpu.__file__, paa_gpu.kernels.__file__)
+recording = data.load()
+assert len(data.paths()) == 1
+assert paa_gpu.paa_reassign(*recording.arguments, num_classes=recording.num_classes)[3] == recording.published.sum()
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    # What git tracks, as a clone has it: no build leftovers of the checkout.
+    subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"paa_gpu"}
+    for name in ("py.typed", "kernels/__init__.py", "cpu/em.py", "data/g01_OSBS_029_late.npz", "data/OSBS_029_800x800.jpg"):
+        assert f"paa_gpu/{name}" in names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert any(name.endswith("LICENSE.deepforest.txt") for name in names)
+    assert wheel.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_elsewhere(wheel, tmp_path):
+    """In an environment of its own, which sees our dependencies but not the checkout."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-c", USE, str(site)], cwd=tmp_path, env=environment, check=True)
+
+
+def test_kernels_refuse_another_name():
+    code = "import kernels"
+    got = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: this package must be imported as `paa_gpu.kernels`, got `kernels`" in got.stderr
+
+
+def test_kernels_are_a_tracked_link():
+    assert (ROOT / "paa_gpu" / "kernels").readlink() == Path("../kernels")
+    tracked = subprocess.run(["git", "ls-files", "-s", "paa_gpu/kernels"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert tracked.stdout.startswith("120000 ")
