@@ -38,12 +38,12 @@ def _side(axis: tl.constexpr, n_axes: tl.constexpr):
 
 
 @triton.jit
-def _compare_and_swap(key, tie, descending, axis: tl.constexpr, n_axes: tl.constexpr):
+def _compare_and_swap(key, tie, axis: tl.constexpr, n_axes: tl.constexpr):
     # The sum over an axis of two, less one's own value, is the other's: integers wrap around.
     other_key = tl.sum(key, axis, keep_dims=True) - key
     other_tie = tl.sum(tie, axis, keep_dims=True) - tie
     after = (key > other_key) | ((key == other_key) & (tie > other_tie))
-    swap = after != ((descending ^ _side(axis, n_axes)) != 0)
+    swap = after != (_side(axis, n_axes) != 0)
     return tl.where(swap, other_key, key), tl.where(swap, other_tie, tie)
 
 
@@ -61,9 +61,12 @@ def sort_pairs(key, tie, inside, LOG_BLOCK: tl.constexpr):
     cube_key = tl.reshape(tl.where(inside, key, ~smallest_integer(key.dtype)), [2] * LOG_BLOCK)
     cube_tie = tl.reshape(tl.where(inside, tie, ~smallest_integer(tie.dtype)), [2] * LOG_BLOCK)
     for stage in tl.static_range(1, LOG_BLOCK + 1):
-        descending = 0
+        # Every other run descends: its complements ascend. (A direction for each comparison is more masks than AMD has registers.)
         if stage < LOG_BLOCK:
-            descending = _side(LOG_BLOCK - 1 - stage, LOG_BLOCK)
+            descending = -_side(LOG_BLOCK - 1 - stage, LOG_BLOCK)
+            cube_key, cube_tie = cube_key ^ descending, cube_tie ^ descending
         for axis in tl.static_range(LOG_BLOCK - stage, LOG_BLOCK):
-            cube_key, cube_tie = _compare_and_swap(cube_key, cube_tie, descending, axis, LOG_BLOCK)
+            cube_key, cube_tie = _compare_and_swap(cube_key, cube_tie, axis, LOG_BLOCK)
+        if stage < LOG_BLOCK:
+            cube_key, cube_tie = cube_key ^ descending, cube_tie ^ descending
     return tl.reshape(cube_key, key.shape), tl.reshape(cube_tie, tie.shape)

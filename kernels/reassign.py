@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import PRECISIONS, empty_fit
-from paa_gpu.kernels._launch import device_guard, keep, stage
+from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels.em import launch_fit
 from paa_gpu.kernels.topk import (
     BLOCK_P,
@@ -102,6 +102,7 @@ def _write(
             *targets,
             num_pos,
             BLOCK=BLOCK_P,
+            **register_limit(),
         )
 
 
@@ -203,6 +204,7 @@ def write_targets(
                 index.numel(),
                 inds.shape[0],
                 BLOCK=BLOCK_P,
+                **register_limit(),
             )
     _write(targets, num_pos, inds, table, starts[0][-1], positive, ignored, num_classes)
     keep(num_pos, table)

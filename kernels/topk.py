@@ -15,7 +15,7 @@ it does not matter in which order the atomics filled a bucket. What the host kno
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import max_candidates
-from paa_gpu.kernels._launch import device_guard, keep, stage
+from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels._numeric import ordered_key, smallest_integer, sort_pairs
 
 BLOCK_P = 512  # potential positives per program of the kernels that go over all of them
@@ -352,11 +352,11 @@ def launch_select(
     with device_guard(batch.losses):
         if batch.blocks:
             _count_kernel[(batch.blocks,)](
-                *inds, batch.rows, batch.buckets, rank, positive, ignored, num_pos, BLOCK=BLOCK_P
+                *inds, batch.rows, batch.buckets, rank, positive, ignored, num_pos, BLOCK=BLOCK_P, **register_limit()
             )
         if batch.blocks and batch.rows:
             _scatter_kernel[(batch.blocks,)](
-                batch.losses, batch.losses.stride(0), *inds, batch.buckets, rank, key, tie, BLOCK=BLOCK_P
+                batch.losses, batch.losses.stride(0), *inds, batch.buckets, rank, key, tie, BLOCK=BLOCK_P, **register_limit()
             )
         if batch.rows:
             _select_kernel[(batch.rows,)](
@@ -375,6 +375,7 @@ def launch_select(
                 LEVELS=triton.next_power_of_2(max(levels, 8)),
                 LOG_SLOTS=LOG_SLOTS,
                 num_warps=1,
+                **register_limit(),
             )
     return selection
 

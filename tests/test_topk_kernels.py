@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def expected_rows(losses, inds, gts, sizes, num_gt, topk):
     for gt in range(num_gt):
         row = [
             in_order(losses, inds, np.flatnonzero((owners == gt) & (anchors >= low) & (anchors < high)))[:topk]
-            for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+            for low, high in itertools.pairwise(bounds)
         ]
         yield in_order(losses, inds, np.concatenate(row))
 
