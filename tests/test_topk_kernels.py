@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -231,7 +232,7 @@ def test_order_of_inputs_does_not_matter(session, rng):
 def test_any_schedule_gives_the_same_bits(rng):
     """Programs and warps in other orders fill the buckets in other orders; anchors occur twice, with ties."""
     losses, inds, gts = draw_image(rng, 1500, 3)
-    inds[700:] = inds[:800]
+    inds[700:] = inds[:800].clone()
     results = []
     for seed in (None, 0, 1, 2, 3):
         with execute(90, seed=seed):
@@ -239,6 +240,20 @@ def test_any_schedule_gives_the_same_bits(rng):
     for other in results[1:]:
         assert torch.equal(bits(results[0][0]), bits(other[0]))
         assert torch.equal(results[0][1], other[1]) and torch.equal(results[0][2], other[2])
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", [75, 90])
+def test_a_ticket_comes_after_all_counts(capability):
+    """Programs run one by one here, so that only the code can show it: a barrier between the last count and the ticket."""
+    inds, bucket, rank = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    starts = torch.tensor(kernels.image_starts([5], [1], [1]))
+    with execute(capability):
+        compiled = kernels._count_kernel[(1,)](inds, 1, inds, 1, starts, 1, 1, bucket, rank, None, None, None, BLOCK=kernels.BLOCK_P)
+    assert bucket.tolist() == [0, 5, 1] and sorted(rank.tolist()) == [0, 1, 2, 3, 4]
+    atomics = [m.start() for m in re.finditer(r"\batom\.global", compiled.asm["ptx"])]
+    assert "acq_rel" in compiled.asm["ptx"][atomics[-1] :].partition("\n")[0]
+    assert "bar.sync" in compiled.asm["ptx"][atomics[-2] : atomics[-1]]
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------------
