@@ -1,0 +1,111 @@
+"""What only a GPU can show: no synchronisation, CUDA graphs, other devices than the current one. Skipped without one.
+
+That the results are right is shown there by the same suite as everywhere: `pytest --execution cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import paa_gpu
+from paa_gpu import testing
+from paa_gpu.separation import separate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def batch() -> testing.Batch:
+    return testing.make_batch([0, 7, 1, 0, 40, 3], np.random.default_rng(0), dtype=torch.float32)
+
+
+def tensors(got: paa_gpu.Reassignment) -> list[torch.Tensor]:
+    images = [*got.label, *got.label_weight, *got.bbox_weight, *got.positive, *got.ignored]
+    return [*images, got.num_pos, *got.fit[:7], got.fit_image, got.fit_gt]
+
+
+def assert_equal(got: paa_gpu.Reassignment, wanted: paa_gpu.Reassignment) -> None:
+    """Equal but for the last bits of the parameters."""
+    for a, b in zip(tensors(got), tensors(wanted), strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("separation", ["mmdet", separate], ids=["built in", "callable"])
+def test_the_batch_call_does_not_synchronise(batch, separation, request):
+    wanted = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=separation)
+    on_device = batch.to("cuda")
+    paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options, separation=separation)  # compiles
+    request.getfixturevalue("no_synchronisation")
+    got = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options, separation=separation)
+    torch.cuda.set_sync_debug_mode("default")
+    assert_equal(got, wanted)
+
+
+def test_the_building_blocks_do_not_synchronise(request):
+    x = torch.rand(10, 45, device="cuda")
+    rows = [torch.rand(n, device="cuda") for n in (45, 2, 100)]
+    inds = torch.arange(20, device="cuda")
+    calls = [
+        lambda: paa_gpu.fit_gmm_1d(x),
+        lambda: paa_gpu.fit_gmm_1d(rows),
+        lambda: paa_gpu.select_candidates(x[0, :20], inds, inds % 3, [10, 10], num_gt=3),
+    ]
+    for call in calls:
+        call()
+    request.getfixturevalue("no_synchronisation")
+    for call in calls:
+        call()
+
+
+def test_a_captured_graph(batch):
+    on_device = batch.to("cuda")
+
+    def call():
+        return paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
+
+    wanted = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for losses in on_device.pos_losses:
+        losses.mul_(2)
+    for _ in range(3):
+        graph.replay()
+    doubled = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
+    assert_equal(captured, doubled)
+    assert not torch.equal(wanted.fit.means, doubled.fit.means)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU here")
+def test_another_device_than_the_current_one(batch):
+    other = torch.device("cuda", torch.cuda.device_count() - 1)
+    on_device = batch.to(other)
+    got = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
+    assert torch.cuda.current_device() != other.index
+    assert all(tensor.device == other for tensor in tensors(got))
+    assert_equal(got, paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options))
+
+
+def test_work_on_a_stream_of_its_own(batch):
+    on_device, stream = batch.to("cuda"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
+    stream.synchronize()
+    assert_equal(got, paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options))
