@@ -43,7 +43,7 @@ def library(batch: testing.Batch) -> Targets:
 
 
 def library_one_by_one(batch: testing.Batch) -> Targets:
-    """`paa_reassign` for one image after the other, which finds the number of ground truths itself, as the published loop does."""
+    """`paa_reassign` for one image after the other; it finds the number of ground truths itself, as the published loop does."""
     columns = zip(*batch.arguments, strict=True)
     return [paa_gpu.paa_reassign(*arguments, num_classes=batch.num_classes) for arguments in columns]
 

@@ -8,7 +8,9 @@ from . import cases, providers
 
 
 @pytest.mark.parametrize("case", cases.BATCHES)
-@pytest.mark.parametrize("provider", [providers.library, providers.library_one_by_one, providers.published], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "provider", [providers.library, providers.library_one_by_one, providers.published], ids=lambda p: p.__name__
+)
 def test_reassign(benchmark, case, provider):
     benchmark.group = f"reassign {case}"
     batch = cases.BATCHES[case]()

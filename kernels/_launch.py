@@ -39,5 +39,5 @@ def keep(result: Tensor, staged: Tensor) -> None:
 
 
 def register_limit() -> dict[str, int]:
-    """Launch option: 96 registers a thread. Left alone, ptxas takes 64 or 80 in kernels of 8 or 16 warps, and spills the rest."""
+    """Launch option: at most 96 registers a thread, where Triton has such an option (NVIDIA)."""
     return {} if torch.version.hip else {"maxnreg": 96}

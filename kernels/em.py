@@ -225,12 +225,12 @@ def _fit_rows_kernel(
     g = tl.program_id(0).to(tl.int64)
     if offset_ptr is not None:
         first = tl.load(offset_ptr + g)
-        n = tl.load(offset_ptr + g + 1) - first
+        n = (tl.load(offset_ptr + g + 1) - first).to(tl.int32)
         x_ptr += first * stride_xk
     else:
-        n = width.to(tl.int64)
+        n = width
         if count_ptr is not None:
-            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg).to(tl.int64), 0), n)
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg), 0), width).to(tl.int32)
         x_ptr += g * stride_xg
     end = n if LONG else BLOCK_K
     smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
@@ -269,7 +269,7 @@ def _first_best(x, row, end, fit, among_foreground, TIE: tl.constexpr, BLOCK_K: 
         tile, inside = _tile(x, row, start, BLOCK_K, LONG)
         score, foreground = _score(tile, inside, fit, TIE)
         tied = inside & (foreground == among_foreground) & (score >= best - TIE)
-        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K).to(tl.int32), NOBODY)))
+        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K), NOBODY)))
     return first
 
 
@@ -317,7 +317,7 @@ def _fit_candidates_kernel(
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
     g = tl.program_id(0).to(tl.int64)
     loss_ptr += g * width
-    n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width)
+    n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width).to(tl.int32)
     end = n if LONG else BLOCK_K
     smallest, largest, valid = _find_range(loss_ptr, 1, n, end, DTYPE, BLOCK_K)
     row = (loss_ptr, 1, n, smallest)
@@ -335,26 +335,31 @@ def _fit_candidates_kernel(
             best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
     for start in range(0, width if LONG else BLOCK_K, BLOCK_K):
         position = _positions(start, BLOCK_K)
-        element = g * width + position
         tile, inside = _tile(x, row, start, BLOCK_K, LONG)
         score, foreground = _score(tile, inside & valid, fit, TIE)
         if assignment_ptr is not None:
-            _store_pairs(assignment_ptr, element, foreground, position < width)
-            _store_pairs(score_ptr, element, score, position < width)
+            _store_pairs(assignment_ptr + g * width, position, foreground, position < width)
+            _store_pairs(score_ptr + g * width, position, score, position < width)
         if SCHEME is not None:
             positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
             if SINGLETON_POSITIVE:
                 # The smallest finite value is infinite where the only candidate is not finite.
                 positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
-            index = _load_pairs(index_ptr, element, inside, -1)
+            index = _load_pairs(index_ptr + g * width, position, inside, -1)
             _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
 
 
 def launch_rule(width: int) -> dict[str, int]:
-    """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass."""
+    """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass.
+
+    ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
+    kernel gets the 80 to 94 it needs, and would spill under the limit.
+    """
     block = min(max(triton.next_power_of_2(width), 64), 1024)
-    return {"BLOCK_K": block, "LONG": width > block, "num_warps": block // 64}
+    if width > block:
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16}
+    return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
 
 
 def fit_gmm_1d(
@@ -397,7 +402,6 @@ def fit_gmm_1d(
             max_iter,
             TIED=covariance_type == "tied",
             **launch_rule(width),
-            **register_limit(),
         )
     return fit
 
@@ -459,5 +463,4 @@ def launch_fit(
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
             **launch_rule(width),
-            **register_limit(),
         )

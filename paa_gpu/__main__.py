@@ -61,19 +61,18 @@ def report_implementations() -> None:
 def demonstrate(recording: data.Recording, out: Path) -> None:
     """Reassign one real image, compare with scikit-learn, draw."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = [[tensor.to(device)] for tensor in recording.arguments[:6]]
+    columns: Any = [*([tensor.to(device)] for tensor in recording.arguments[:6]), recording.anchors]
     options: dict[str, Any] = {"num_classes": recording.num_classes}
 
     def reassign() -> Any:
-        result = paa_reassign_batch(*arguments, recording.anchors, num_gts=[recording.num_gt], **options)
+        result = paa_reassign_batch(*columns, num_gts=[recording.num_gt], **options)
         if device == "cuda":
             torch.cuda.synchronize()
         return result
 
     result, ours = median_time(reassign, 20)
-    candidates = select_candidates(
-        *(recording.arguments[i].to(device) for i in (0, 4, 5)), recording.anchors, num_gt=recording.num_gt
-    )
+    losses, inds, gts = (columns[i][0] for i in (0, 4, 5))
+    candidates = select_candidates(losses, inds, gts, recording.anchors, num_gt=recording.num_gt)
     print(f"\nimage {recording.name} on {device}: {recording.num_gt} boxes, {len(recording.pos_inds)} potential positives,")
     print(f"{int(candidates.count.sum())} candidates, {int(result.num_pos)} positives")
     print(f"  paa_gpu              {ours * 1e3:10.2f} ms")
@@ -95,7 +94,7 @@ def demonstrate(recording: data.Recording, out: Path) -> None:
     else:
         from .plot import plot_recording
 
-        plot_recording(recording, *(move_to_cpu(value) for value in (result, candidates)), out)
+        plot_recording(recording, move_to_cpu(result), move_to_cpu(candidates), out)
         print(f"  picture: {out}")
 
 

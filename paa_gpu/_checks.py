@@ -31,16 +31,18 @@ def check_tensor(
     """A tensor of this shape (None: any size), one of these dtypes, on this device (None: the CPU or any CUDA device)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
-    if value.dim() != len(shape):
-        raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(value.shape)}")
-    for size, wanted in zip(value.shape, shape, strict=True):
+    sizes = value.shape
+    if len(sizes) != len(shape):
+        raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(sizes)}")
+    for size, wanted in zip(sizes, shape, strict=True):
         if wanted is not None and size != wanted:
-            raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(value.shape)}")
+            raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
     if value.dtype not in dtypes:
         raise TypeError(f"`{name}` must be {_names(dtypes)}, got {_names([value.dtype])}")
-    if device is None and value.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`{name}` must be on a CPU or CUDA device, got {value.device}")
-    if device is not None and value.device != device:
+    if device is None:
+        if not (value.is_cpu or value.is_cuda):
+            raise ValueError(f"`{name}` must be on a CPU or CUDA device, got {value.device}")
+    elif value.device != device:
         raise ValueError(f"`{name}` must be on {device} as the other tensors are, got {value.device}")
 
 

@@ -82,7 +82,9 @@ def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Te
 
     axes.imshow(image, alpha=0.75)
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        style = {"edgecolor": ORANGE, "linewidth": 2.5, "zorder": 4} if i == gt else {"edgecolor": "white", "linewidth": 0.8}
+        style: dict[str, Any] = (
+            {"edgecolor": ORANGE, "linewidth": 2.5, "zorder": 4} if i == gt else {"edgecolor": "white", "linewidth": 0.8}
+        )
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
     axes.plot(*centres[~chosen].T, ".", color=BLUE, markersize=2.5)
     axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=4.5)

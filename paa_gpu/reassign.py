@@ -215,8 +215,8 @@ def _reassign(
             *columns, flat_sizes, num_gts, num_classes, topk, covariance_type, separation, singleton, precision
         )
         targets, num_pos, fit, (fit_image, fit_gt, positive, ignored) = results[:3], results[3], results[4:11], results[11:]
-    anchors, potential = [len(image) for image in label], [len(inds) for inds in pos_inds]
-    label, label_weight, bbox_weight = (list(torch.split(target, anchors)) for target in targets)
+    anchors, potential = [image.shape[0] for image in label], [inds.shape[0] for inds in pos_inds]
+    label, label_weight, bbox_weight = (_images(target, anchors) for target in targets)
     return Reassignment(
         label,
         label_weight,
@@ -225,9 +225,14 @@ def _reassign(
         GaussianMixture1D._make([*fit, covariance_type]),
         fit_image,
         fit_gt,
-        list(torch.split(positive, potential)),
-        list(torch.split(ignored, potential)),
+        _images(positive, potential),
+        _images(ignored, potential),
     )
+
+
+def _images(flat: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The parts of a flat result, one per image."""
+    return [flat] if len(sizes) == 1 else list(flat.split_with_sizes(sizes))
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
@@ -247,8 +252,9 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Se
 
 def _num_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
     """The largest index of each image and one more: the one synchronisation of a caller who does not know them."""
-    largest = [inds.max().long() if len(inds) else torch.full((), -1, device=inds.device) for inds in pos_gt_inds]
-    return [max(index + 1, 0) for index in torch.stack(largest).tolist()]
+    largest = [inds.amax() for inds in pos_gt_inds if inds.shape[0]]
+    found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
+    return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 
 
 def _separate(

@@ -1,9 +1,29 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+from kernel_execution import execute
 
 from paa_gpu import data
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--execution",
+        default="cpu",
+        help="what the operators run for CPU tensors in the whole run: cpu (default, numba); interpreter (with TRITON_INTERPRET=1); "
+        "or a compute capability such as 90, for the kernels as compiled",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def suite_execution(request: pytest.FixtureRequest) -> Iterator[None]:
+    execution = request.config.getoption("--execution")
+    with contextlib.nullcontext() if execution == "cpu" else execute(execution):
+        yield
 
 
 def recording_paths() -> list:

@@ -50,7 +50,7 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
         import ptxrun
 
         settings = {"seed": 1, "racecheck": 2, **settings}
-        with ptxrun.active(capability=execution, **settings) as session, triton_on_cpu():
+        with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu():
             yield session
 
 

@@ -41,7 +41,8 @@ def test_an_image_without_boxes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [("sklearn", "scikit-learn is not installed"), ("matplotlib", "matplotlib or Pillow is not installed")]
+    ("missing", "message"),
+    [("sklearn", "scikit-learn is not installed"), ("matplotlib", "matplotlib or Pillow is not installed")],
 )
 def test_without_optional_packages(missing, message, tmp_path):
     code = f"""

@@ -356,25 +356,53 @@ def wanted_masks(candidates, separation, singleton):
     return positive, ignored
 
 
+@compiled_only
+@pytest.mark.parametrize("rows", [400, pytest.param(5000, marks=pytest.mark.long)])
+def test_random_rows_against_the_cpu_path(rows, rng):
+    """The fit against that of the CPU path; the masks against the separation of the kernel's own assignment and scores."""
+    candidates = random_candidates(rng, rows)
+    wanted = _ops.fit_gmm_1d(
+        candidates.loss, candidates.counts, None, None, None, None, "diag", 1e-3, 1e-6, 100, "float64"
+    )
+    with execute(90):
+        assignment, score, fitted = launch(candidates)
+        positive, ignored, _ = launch(candidates, separation="b")
+    for got, want in zip(fitted, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+    mask = (torch.arange(candidates.loss.shape[1]) < candidates.counts[:, None]) & wanted[-1][:, None]
+    masks = separate(assignment, score, candidates.loss, mask, "b")
+    assert torch.equal(positive, candidates.scatter(masks[0]))
+    assert torch.equal(ignored, candidates.scatter(masks[1]))
+
+
 @pytest.mark.parametrize("separation", ["mmdet", "b"])
 def test_first_of_tied_scores_wins(session, separation, rng):
-    """Pairs symmetric about their mean, and equal losses: the scores differ in their last bits or not at all."""
+    """Pairs symmetric about the mean of their component: what reaches them from the other one, 1e-13 to 1e-9, is a tie."""
     rows = []
-    for _ in range(MANY):
-        a, b = rng.uniform(0.1, 1), rng.uniform(5, 9)
-        gap = rng.uniform(0.01, 0.2, 2)
-        rows.append(np.array([a, a + gap[0], b, b + gap[1]]))
-        rows.append(np.array([a, a, a + gap[0], b, b, b]))
-    candidates = Candidates(rows, 6, rng)
+    for _ in range(20):
+        pair = rng.uniform(0.1, 1) + np.array([0, 0.1])
+        rows.append(np.concatenate([pair, pair[1] + rng.uniform(2.5, 3.5) + np.array([0, 1.4])]))
+    candidates = Candidates(rows, 4, rng)
+    _, score, _ = candidates.fitted()
+    higher = score[:, 1] - score[:, 0]
+    close = (higher > 1e-14) & (higher < 0.9e-9)
+    assert close.sum() >= 5
     positive, ignored, _ = launch(candidates, separation=separation)
     wanted = wanted_masks(candidates, separation, "background")
     assert torch.equal(positive, candidates.scatter(wanted[0]))
     assert torch.equal(ignored, candidates.scatter(wanted[1]))
-    # The first of the two foreground candidates is the threshold, and with "b" the first background one ends the ignored.
-    pairs = candidates.index[::2]
-    assert positive[pairs[:, 0]].all() and not positive[pairs[:, 1]].any()
-    if separation == "b":
-        assert ignored[pairs[:, 1]].all() and not ignored[pairs[:, 2:4]].any()
+    first, second = candidates.index[close][:, 0], candidates.index[close][:, 1]
+    assert positive[first].all() and not positive[second].any()
+
+
+def test_first_of_equal_losses_wins(session, rng):
+    """Equal losses have equal scores: only the first of them is positive, whether the fit finds one component or two."""
+    rows = [np.array([2.0] * 5), np.array([1.0, 1.0, 1.0, 8.0, 8.0]), np.array([3.0, 3.0])]
+    candidates = Candidates(rows, 5, rng)
+    positive, ignored, _ = launch(candidates, separation="b")
+    assert positive[candidates.index[:, 0]].all() and positive.sum() == 3
+    # Of the second row: background begins with its first candidate, behind the two other foreground ones.
+    assert ignored[candidates.index[1]].tolist() == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

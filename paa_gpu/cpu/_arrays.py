@@ -6,6 +6,7 @@ forked child waits for in vain.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,9 @@ def tensor(values: Array, dtype: torch.dtype) -> Tensor:
 
 def offsets(sizes: Sequence[int]) -> Array:
     """Where each of consecutive parts begins, and where the last one ends."""
-    result = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=result[1:])
-    return result
+    return np.array([0, *itertools.accumulate(sizes)], np.int64)
+
+
+def lengths(tensors: Sequence[Tensor]) -> list[int]:
+    """The first size of each (`len` of a tensor is slow)."""
+    return [tensor.shape[0] for tensor in tensors]

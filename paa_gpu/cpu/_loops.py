@@ -32,6 +32,9 @@ def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: 
     a thread would take longer than they do.
     """
     slices = 1 if rows < serial_below else min(torch.get_num_threads(), rows)
+    if slices == 1:
+        loop(0, rows, *args)
+        return
     bounds = [rows * i // slices for i in range(slices + 1)]
     others = [_executor(os.getpid()).submit(loop, bounds[i], bounds[i + 1], *args) for i in range(1, slices)]
     loop(bounds[0], bounds[1], *args)

@@ -12,6 +12,7 @@ until the lower bound changes by less than `tol`, as in scikit-learn's `Gaussian
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -163,6 +164,12 @@ def _fit_rows(
         mean += shift
 
 
+@functools.cache
+def _defaults(precision: str) -> tuple[Array, Array, Array]:
+    """Weights and precisions for all rows; no means: each row's own minimum and maximum."""
+    return np.full((1, 2), 0.5, precision), np.empty((0, 2), precision), np.ones((1, 2), precision)
+
+
 def fit_rows(
     x: Array,
     start: Array,
@@ -179,17 +186,16 @@ def fit_rows(
 ) -> tuple[list[Array], Array, Array]:
     """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
     rows, real = len(start), np.dtype(precision).type
-
-    def initial(given: Tensor | None, default: float, default_rows: int) -> Array:
-        return np.full((default_rows, 2), default, real) if given is None else flat([given], real)
-
+    weights, means, precisions = (
+        default if given is None else flat([given], real)
+        for given, default in zip((weights_init, means_init, precisions_init), _defaults(precision), strict=True)
+    )
     fit = [np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty(rows, real)]
     fit += [np.empty(rows, np.int64), np.empty(rows, bool), np.empty(rows, bool)]
     assignment, score = np.empty((rows, width), bool), np.empty((rows, width), real)
     over_slices(
         _fit_rows, rows, SERIAL_ROWS, x.astype(real, copy=False), start, count,
-        initial(weights_init, 0.5, 1), initial(means_init, 0, 0), initial(precisions_init, 1, 1),
-        covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter,
+        weights, means, precisions, covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter,
         real(tie_tolerance(PRECISIONS[precision])), *fit, assignment, score,
     )  # fmt: skip
     return fit, assignment, score

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
-from ._arrays import Array, flat, offsets, tensor, view
+from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, over_slices
 from .em import fit_rows
 from .topk import select
@@ -100,19 +100,12 @@ def _write_images(
                     label_weight[anchor] = 0
 
 
-def _copy(images: Sequence[Tensor]) -> Tensor:
-    """The images' targets one after the other, in memory of their own, whatever their dtype."""
-    result = images[0].new_empty((sum(len(image) for image in images), *images[0].shape[1:]))
-    to, start = _bits(result), 0
-    for image in images:
-        to[start : start + len(image)] = _bits(image)
-        start += len(image)
-    return result
-
-
-def _bits(target: Tensor) -> Array:
-    """A target as integers of the same size: zero has the same bits in every dtype."""
-    return target.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[target.itemsize]).numpy()
+def _copy(images: Sequence[Tensor]) -> Array:
+    """The images' targets one after the other, in memory of their own, as integers of the same size: zero has the same bits in
+    every dtype."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images[0].itemsize]
+    bits = [image.view(integer).numpy() for image in images]
+    return bits[0].copy() if len(bits) == 1 else np.concatenate(bits)
 
 
 def _write(
@@ -125,13 +118,15 @@ def _write(
     num_classes: int,
 ) -> tuple[Tensor, ...]:
     """Copies of the targets with what the masks [P] say written into them, the number of positives of each image, the masks."""
-    targets = [_copy(target) for target in (label, label_weight, bbox_weight)]
+    inputs = (label, label_weight, bbox_weight)
+    targets = [_copy(images) for images in inputs]
     num_pos = np.empty(len(label), np.int64)
     over_slices(
-        _write_images, len(label), 2, flat(pos_inds, np.int64), positive, ignored, offsets([len(inds) for inds in pos_inds]),
-        offsets([len(image) for image in label]), num_classes, *map(_bits, targets), num_pos,
+        _write_images, len(label), 2, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
+        offsets(lengths(label)), num_classes, *targets, num_pos,
     )  # fmt: skip
-    return *targets, *map(torch.from_numpy, (num_pos, positive, ignored))
+    written = [torch.from_numpy(bits).view(images[0].dtype) for bits, images in zip(targets, inputs, strict=True)]
+    return *written, *map(torch.from_numpy, (num_pos, positive, ignored))
 
 
 def _fit(
@@ -180,7 +175,7 @@ def write_targets(
     candidate_ignored: Tensor,
     num_classes: int,
 ) -> tuple[Tensor, ...]:
-    masks = np.zeros((2, sum(len(inds) for inds in pos_inds)), bool)
+    masks = np.zeros((2, sum(lengths(pos_inds))), bool)
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
     return _write(label, label_weight, bbox_weight, pos_inds, masks[0].copy(), masks[1].copy(), num_classes)
@@ -205,7 +200,7 @@ def paa_reassign(
     (loss, index, count, assignment, score), fit, rows = _fit(
         pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
     )
-    potential = sum(len(inds) for inds in pos_inds)
+    potential = sum(lengths(pos_inds))
     positive, ignored = np.zeros(potential, bool), np.zeros(potential, bool)
     over_slices(
         _separate_rows, len(count), SERIAL_ROWS, loss, index, count, fit[-1], assignment, score, tuple(SCHEMES[separation]),

@@ -82,12 +82,17 @@ def _anchors(height: int, width: int, stride: int) -> Tensor:
 
 
 def picture(recording: Recording) -> Any:
-    """The recording's image as the network saw it, a Pillow image; it needs a checkout for all but those of the bundled picture."""
+    """The recording's image as the network saw it, for Pillow; those not cut from the bundled picture need a checkout."""
     from PIL import Image
 
     file, scale = {
         "OSBS_029": (HERE / "OSBS_029_800x800.jpg", 2),
         "YELL_541": (HERE.parents[1] / "tests" / "data" / "YELL_541_1249x1035.jpg", 1),
     }[recording.meta["image"]]
-    corners = [scale * corner for corner in recording.meta["crop_xyxy"]]
-    return Image.open(file).convert("RGB").crop(corners).resize(recording.meta["input_wh"], Image.Resampling.BILINEAR)
+    left, upper, right, lower = (scale * corner for corner in recording.meta["crop_xyxy"])
+    return (
+        Image.open(file)
+        .convert("RGB")
+        .crop((left, upper, right, lower))
+        .resize(recording.meta["input_wh"], Image.Resampling.BILINEAR)
+    )
