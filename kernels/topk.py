@@ -313,6 +313,7 @@ def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequ
 
 
 def concatenate(images: Sequence[Tensor]) -> Tensor:
+    """The images' tensors one after the other; a single one as it is."""
     return images[0] if len(images) == 1 else torch.cat(list(images))
 
 
