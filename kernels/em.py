@@ -55,9 +55,7 @@ def _load_pairs(ptr, offset, mask, other):
     """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
     first, second = tl.split(offset)
     first_mask, second_mask = tl.split(mask)
-    return tl.join(
-        tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other)
-    )
+    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
 
 
 @triton.jit
@@ -91,8 +89,7 @@ def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
     """The tile at `start`: that in registers, `x`, where it is the only one."""
     if LONG:
         return _load_tile(row, start, BLOCK_K)
-    else:
-        return x, _positions(start, BLOCK_K) < row[2]
+    return x, _positions(start, BLOCK_K) < row[2]
 
 
 @triton.jit

@@ -65,7 +65,7 @@ class CompileOnly(DriverBase):
         return None, name, 0, 0, 1024
 
     @staticmethod
-    def launcher_cls(source: Any, metadata: Any) -> Callable[..., None]:
+    def launcher_cls(*_: Any) -> Callable[..., None]:
         return lambda *args: None
 
     @classmethod
@@ -137,13 +137,9 @@ def fit_candidates(
     mask = torch.zeros(3, width, dtype=torch.bool)
     if options:
         masks = {"positive": mask.view(-1), "ignored": mask.view(-1)}
-        em.launch_fit(
-            loss, count, fit, covariance_type, index=torch.zeros(3, width, dtype=torch.int64), **masks, **options
-        )
+        em.launch_fit(loss, count, fit, covariance_type, index=torch.zeros(3, width, dtype=torch.int64), **masks, **options)
     else:
-        em.launch_fit(
-            loss, count, fit, covariance_type, assignment=mask, score=torch.zeros(3, width, dtype=fit[0].dtype)
-        )
+        em.launch_fit(loss, count, fit, covariance_type, assignment=mask, score=torch.zeros(3, width, dtype=fit[0].dtype))
 
 
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
