@@ -1,7 +1,7 @@
 """Every kernel compiles ahead of time for every target, with every option that changes its code; what the machine code takes.
 
 A driver that compiles and does not run stands in for the GPU, so the launchers decide, as they do on one, what is compiled: a
-case is a call of a launcher. A new kernel adds its calls to `CASES`.
+case is a call of a launcher. A new kernel adds its calls to `USUAL`, `ALL` and `LAUNCHES`.
 """
 
 from __future__ import annotations
