@@ -61,7 +61,8 @@ def sort_pairs(key, tie, inside, LOG_BLOCK: tl.constexpr):
     cube_key = tl.reshape(tl.where(inside, key, ~smallest_integer(key.dtype)), [2] * LOG_BLOCK)
     cube_tie = tl.reshape(tl.where(inside, tie, ~smallest_integer(tie.dtype)), [2] * LOG_BLOCK)
     for stage in tl.static_range(1, LOG_BLOCK + 1):
-        # Every other run descends: its complements ascend. (A direction for each comparison is more masks than AMD has registers.)
+        # Every other run descends: its complements ascend. A direction for each comparison would be more masks than
+        # AMD has scalar registers.
         if stage < LOG_BLOCK:
             descending = -_side(LOG_BLOCK - 1 - stage, LOG_BLOCK)
             cube_key, cube_tie = cube_key ^ descending, cube_tie ^ descending

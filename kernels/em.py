@@ -1,20 +1,21 @@
 """Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
 
-A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. Its n
-values x stay in registers, shifted by their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. All its n
+values x are taken less their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
 z = (x - m)^2 / 2v,
 
-    E-step   e = exp(-|z_0 - z_1|), times q of the farther component and 1 times q of the nearer one; d is their sum
-             responsibilities r = these two divided by d, accurate when they are tiny
-             lower bound      = mean(log d - min z), up to the constant log(2 pi) / 2
+    E-step   d_k = q_k exp(min z - z_k): 1 for the nearer component and exp(-|z_0 - z_1|) for the other one, times q
+             responsibilities r_k = d_k / (d_0 + d_1), accurate when they are tiny
+             lower bound          = mean(log(d_0 + d_1) - min z), up to the constant log(2 pi) / 2
     M-step   n_k = sum r_k + 10 eps, m_k = sum(r_k x) / n_k, w_k = n_k / sum n
              v_k = sum(r_k (x - m_k)^2) / n_k + reg_covar, with the new means
 
 until the lower bound changes by less than `tol`.
 
-A row is a block [BLOCK_K // 2, 2] whose pairs lie in one thread: one logarithm serves both, and every sum begins inside a thread.
-Were it to begin with an exchange between threads, Triton would fuse the products into it, and the lanes of a warp would
-disagree in the last bit about whether the row has converged. Rows of up to 64 values take one warp, no shared memory, no barrier.
+A row is one tile [BLOCK_K // 2, 2] in registers, a LONG row several that are read again in every pass. The pairs of a tile lie in
+one thread: one logarithm serves both, and every sum begins inside a thread. Were it to begin with an exchange between threads,
+Triton would fuse the products into it, and the lanes of a warp would disagree in the last bit about whether the row has
+converged. Rows of up to 64 values take one warp, no shared memory and no barrier.
 """
 
 from __future__ import annotations
@@ -55,9 +56,7 @@ def _load_pairs(ptr, offset, mask, other):
     """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
     first, second = tl.split(offset)
     first_mask, second_mask = tl.split(mask)
-    return tl.join(
-        tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other)
-    )
+    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
 
 
 @triton.jit
@@ -91,8 +90,7 @@ def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
     """The tile at `start`: that in registers, `x`, where it is the only one."""
     if LONG:
         return _load_tile(row, start, BLOCK_K)
-    else:
-        return x, _positions(start, BLOCK_K) < row[2]
+    return x, _positions(start, BLOCK_K) < row[2]
 
 
 @triton.jit
@@ -111,7 +109,7 @@ def _find_range(x_ptr, stride_xk, n, end, DTYPE: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def _joint(x, w0, w1, m0, m1, v0, v1):
-    """Both components' densities times exp(nearest), and nearest: the smaller of their halves of squared distances."""
+    """d_0 and d_1 of the module's docstring, and min z."""
     p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
     z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
     z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
@@ -121,7 +119,7 @@ def _joint(x, w0, w1, m0, m1, v0, v1):
 
 @triton.jit
 def _responsibilities(x, inside, w0, w1, m0, m1, v0, v1):
-    """Responsibilities, zero outside; the joint density as exp(-nearest) * density, one outside."""
+    """Responsibilities and min z, zero outside; d_0 + d_1, one outside."""
     d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
     share = tl.where(inside, 1 / (d0 + d1), 0.0)
     return d0 * share, d1 * share, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)

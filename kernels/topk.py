@@ -9,7 +9,8 @@ launches, whose cost grows with P + G:
     select    one program per row sorts its bucket, a block at a time, and keeps what can still be a candidate
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
-it does not matter in which order the atomics filled a bucket. What the host knows comes as one integer tensor, `Batch.table`.
+it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31
+potential positives. What the host knows comes as one integer tensor, `Batch.table`.
 """
 
 from __future__ import annotations
@@ -313,6 +314,7 @@ def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequ
 
 
 def concatenate(images: Sequence[Tensor]) -> Tensor:
+    """The images' tensors one after the other; a single one as it is."""
     return images[0] if len(images) == 1 else torch.cat(list(images))
 
 

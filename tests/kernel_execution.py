@@ -79,9 +79,7 @@ def assert_written(*tensors: Tensor) -> None:
     """No element is poisoned memory, whatever else it is."""
     for tensor in tensors:
         unwritten = (_bytes(tensor) == _POISON).all(-1)
-        assert not unwritten.any(), (
-            f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
-        )
+        assert not unwritten.any(), f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
 
 
 def _bytes(tensor: Tensor) -> Tensor:

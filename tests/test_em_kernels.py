@@ -298,9 +298,7 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
                 torch.empty((rows, width), dtype=torch.bool),
                 torch.empty((rows, width), dtype=_ops.PRECISIONS[precision]),
             )
-            em.launch_fit(
-                candidates.loss, candidates.counts, fitted, covariance_type, assignment=outputs[0], score=outputs[1]
-            )
+            em.launch_fit(candidates.loss, candidates.counts, fitted, covariance_type, assignment=outputs[0], score=outputs[1])
         else:
             outputs = torch.zeros(candidates.size, dtype=torch.bool), torch.zeros(candidates.size, dtype=torch.bool)
             em.launch_fit(
@@ -361,9 +359,7 @@ def wanted_masks(candidates, separation, singleton):
 def test_random_rows_against_the_cpu_path(rows, rng):
     """The fit against that of the CPU path; the masks against the separation of the kernel's own assignment and scores."""
     candidates = random_candidates(rng, rows)
-    wanted = _ops.fit_gmm_1d(
-        candidates.loss, candidates.counts, None, None, None, None, "diag", 1e-3, 1e-6, 100, "float64"
-    )
+    wanted = _ops.fit_gmm_1d(candidates.loss, candidates.counts, None, None, None, None, "diag", 1e-3, 1e-6, 100, "float64")
     with execute(90):
         assignment, score, fitted = launch(candidates)
         positive, ignored, _ = launch(candidates, separation="b")

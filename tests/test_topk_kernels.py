@@ -182,14 +182,13 @@ def test_strided_inputs_and_index_types(session, images, dtype, rng):
 
 
 def test_offsets_beyond_two_to_the_31(session, rng):
-    """Memory that nobody touches costs nothing: every 2^28th element of 2^32 bytes and more, as one image's tensors."""
-    stride, potential = 2**28 + 1, 10
-    losses, inds, gts = draw_image(rng, potential, 1, torch.float16)
-    far = [torch.empty(stride * potential, dtype=dtype) for dtype in (torch.float16, torch.int32, torch.int32)]
-    views = [memory[::stride] for memory in far]
-    for view, tensor in zip(views, (losses, inds, gts), strict=True):
+    """Memory that nobody touches costs nothing: the last of nine elements lies 2^31 elements behind the first."""
+    stride, potential = 2**28 + 1, 9
+    memory = torch.empty(stride * potential, dtype=torch.float16), torch.empty(stride * potential, dtype=torch.int32)
+    far = memory[0][::stride], memory[1][::stride], memory[1][1::stride]
+    for view, tensor in zip(far, draw_image(rng, potential, 1, torch.float16), strict=True):
         view.copy_(tensor)
-    check([tuple(views)], LEVEL_SIZES, [1])
+    check([far], LEVEL_SIZES, [1])
 
 
 def test_indices_out_of_range_are_nobodys_candidates(session):
@@ -249,7 +248,9 @@ def test_a_ticket_comes_after_all_counts(capability):
     inds, bucket, rank = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
     starts = torch.tensor(kernels.image_starts([5], [1], [1]))
     with execute(capability):
-        compiled = kernels._count_kernel[(1,)](inds, 1, inds, 1, starts, 1, 1, bucket, rank, None, None, None, BLOCK=kernels.BLOCK_P)
+        compiled = kernels._count_kernel[(1,)](
+            inds, 1, inds, 1, starts, 1, 1, bucket, rank, None, None, None, BLOCK=kernels.BLOCK_P
+        )
     assert bucket.tolist() == [0, 5, 1] and sorted(rank.tolist()) == [0, 1, 2, 3, 4]
     atomics = [m.start() for m in re.finditer(r"\batom\.global", compiled.asm["ptx"])]
     assert "acq_rel" in compiled.asm["ptx"][atomics[-1] :].partition("\n")[0]
