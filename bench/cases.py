@@ -39,11 +39,17 @@ def one_image() -> testing.Batch:
     return split(coco_like())[0]
 
 
+def one_box() -> testing.Batch:
+    """One image with one box of 60 potential positives, float32 losses."""
+    return testing.make_batch([1], np.random.default_rng(3), ["bimodal"], (60, 60), dtype=torch.float32)
+
+
 BATCHES: dict[str, Callable[[], testing.Batch]] = {
     "recorded": recorded,
     "coco_like": coco_like,
     "crowded": crowded,
     "one_image": one_image,
+    "one_box": one_box,
 }
 
 #: Rows x length of the fit alone.

@@ -63,7 +63,7 @@ def one_by_one() -> None:
         ratios.append(loop / ours)
     print(f"paa_reassign, the recorded images one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
           f"{max(ratios):.0f}x")  # fmt: skip
-    single = cases.testing.make_batch([1], cases.np.random.default_rng(3), ["bimodal"], (60, 60), dtype=torch.float32)
+    single = cases.one_box()
     providers.check_agreement(single, providers.library_one_by_one)
     loop, ours = providers.interleaved(
         [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=20
@@ -72,13 +72,14 @@ def one_by_one() -> None:
 
 
 def fits() -> None:
-    """Microseconds a row and iteration, and a call: the slope and the intercept of the times over the number of rows."""
+    """Microseconds a row and iteration of many rows, and what a call of a few rows takes beyond that."""
     few, many = cases.losses(7, 45), cases.losses(2000, 45)
-    iterations = [int(paa_gpu.fit_gmm_1d(x).n_iter.sum()) for x in (few, many)]
-    times = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(few), lambda: paa_gpu.fit_gmm_1d(many)], rounds=51)
-    slope = times[1] / iterations[1]
-    print(f"fit_gmm_1d, 2,000 rows of 45, {iterations[1] / 2000:.1f} iterations a row: {times[1] * 1e3:.2f} ms, {slope * 1e6:.3f} us a row "
-          f"and iteration; 7 rows: {times[0] * 1e6:.0f} us a call")  # fmt: skip
+    few_iterations, iterations = (int(paa_gpu.fit_gmm_1d(x).n_iter.sum()) for x in (few, many))
+    (many_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(many)], rounds=51)
+    (few_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(few)], rounds=51, repeats=20)
+    each = many_time / iterations
+    print(f"fit_gmm_1d, 2,000 rows of 45, {iterations / 2000:.1f} iterations a row: {many_time * 1e3:.2f} ms, {each * 1e6:.3f} us a row "
+          f"and iteration; 7 rows: {few_time * 1e6:.0f} us, {few_iterations} iterations on one thread")  # fmt: skip
 
 
 def imports() -> None:

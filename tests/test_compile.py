@@ -26,7 +26,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._ops import empty_fit
-from paa_gpu.kernels import em
+from paa_gpu.kernels import em, reassign, topk
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -142,6 +142,21 @@ def fit_candidates(
         em.launch_fit(loss, count, fit, covariance_type, assignment=mask, score=torch.zeros(3, width, dtype=fit[0].dtype))
 
 
+def select(
+    dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int = 1, levels: int = 5, masks: bool = True
+) -> None:
+    losses, inds = torch.zeros(stride * 9, dtype=dtype)[::stride], torch.zeros(stride * 9, dtype=index)[::stride]
+    batch = topk.gather_batch([losses], [inds], [inds], [9] * levels, [3], 9)
+    flat = [torch.zeros(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)]
+    topk.launch_select(batch, 9, *flat if masks else ())
+
+
+def write(dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int = 1) -> None:
+    targets = torch.zeros(9, dtype=torch.int64), torch.zeros(9, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
+    inds, masks = torch.zeros(stride * 9, dtype=index)[::stride], torch.zeros(2, 3, dtype=torch.bool)
+    reassign.write_targets(*([t] for t in targets), [inds], torch.zeros(2, 3, dtype=torch.int64), masks, masks, 80)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -165,7 +180,10 @@ USUAL = {
         {"separation": "b", "singleton": "positive", "width": 500},
         {"separation": "b", "width": 1500, "precision": "float32"},
     ],
+    "select": [{}, {"dtype": torch.float64, "index": torch.int32, "stride": 2}],
+    "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32, "stride": 2}],
 }
+INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
     "fit_rows": [
         *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied"), dtype=FLOATS[2:]),
@@ -177,8 +195,17 @@ ALL = {
         *product(separation=tuple(SCHEMES), singleton=("positive",)),
         *product(dtype=FLOATS, separation=("mmdet",)),
     ],
+    "select": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES), *product(levels=(1, 9, 17), masks=(True, False))],
+    "write": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES)],
 }
-LAUNCHES: dict[str, Callable[..., None]] = {"fit_rows": fit_rows, "fit_candidates": fit_candidates}
+LAUNCHES: dict[str, Callable[..., None]] = {
+    "fit_rows": fit_rows,
+    "fit_candidates": fit_candidates,
+    "select": select,
+    "write": write,
+}
+#: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
+ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel")
 
 
 def cases() -> list[Any]:
@@ -208,7 +235,7 @@ def test_compiles(target: str, launch: str, options: dict[str, Any]) -> None:
         registers = usage.pop("registers", 0)
         assert not any(usage.values()), (kernel.name, usage)
         assert target not in REGISTER_TARGETS or registers <= MOST_REGISTERS, (kernel.name, registers)
-        assert kernel.shared == 0 or options.get("width", 45) > 64, kernel.name
+        assert kernel.shared == 0 or kernel.name not in ONE_WARP or options.get("width", 45) > 64, kernel.name
 
 
 def resources(kernel: Compiled) -> dict[str, int]:

@@ -40,6 +40,7 @@ def calls(batch):
     yield _ops.paa_reassign, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
 
 
+@pytest.mark.slow
 def test_opcheck(batch):
     for operator, arguments in calls(batch):
         torch.library.opcheck(operator, arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,7 @@ def near(values, where, band=1e-9):
 # --- parity ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type", COVARIANCE_TYPES)
 @pytest.mark.parametrize("shape", testing.LOSS_SHAPES)
 def test_random_ground_truths_equal_the_oracle(shape, covariance_type, rng):
@@ -362,3 +365,18 @@ def test_a_ground_truth_with_every_anchor(rng):
     batch = testing.make_batch([1], rng, shapes=["unimodal"], sizes=(13343, 13343))
     arguments, options = image_of(batch, 0)
     assert_equal(paa_gpu.paa_reassign(*arguments, **options), reference.paa_reassign(*arguments, num_classes=80))
+
+
+def test_nothing_of_size_potential_positives_times_ground_truths(rng):
+    """numpy reports its allocations; one byte for each pair of a potential positive and a ground truth would be 24 million."""
+    batch = testing.make_batch([2000], rng, sizes=(4, 8))
+    paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    tracemalloc.start()
+    paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    anchors, potential, rows = len(batch.label[0]), len(batch.pos_inds[0]), batch.num_gts[0]
+    width = 9 * len(testing.LEVEL_SIZES)
+    # Targets 28 bytes an anchor; a handful of numbers a potential positive; loss, index, score, assignment of a candidate.
+    assert peak < 28 * anchors + 64 * potential + 48 * rows * width
+    assert peak < potential * rows

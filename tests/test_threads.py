@@ -58,6 +58,7 @@ with ThreadPoolExecutor(4) as pool:
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_from_four_threads():
     """Loops are loaded, or compiled, by whichever thread comes first."""
     subprocess.run([sys.executable, "-c", FIRST_USE], check=True, timeout=300)
@@ -68,6 +69,7 @@ def _child(queue, batch):
     queue.put(bits(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_child_process_after_first_use(method):
     batch = make()
@@ -113,6 +115,7 @@ for module in (em, reassign, topk):
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_starts_hot(tmp_path):
     """The first one compiles into an empty cache, the second one finds everything there."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

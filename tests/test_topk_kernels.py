@@ -1,0 +1,336 @@
+"""The selection kernels as they are executed: compiled for several capabilities, or interpreted (see `kernel_execution`)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+
+from paa_gpu import _ops
+from paa_gpu.kernels import topk as kernels
+from paa_gpu.kernels._numeric import ordered_key, sort_pairs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LEVEL_SIZES = (1300, 400, 0, 90, 10)
+#: Potential positives and ground truths of each image. Empty images stand at the start, in the middle and at the end.
+IMAGES = ((0, 0), (0, 3), (150, 4), (0, 0), (40, 0), (400, 2), (7, 30), (0, 2), (0, 0))
+#: The interpreter takes a tenth of a second for one round of a row.
+LONG_ROW = 300 if INTERPRETER else 3000
+
+
+@pytest.fixture(params=EXECUTIONS)
+def execution(request):
+    return request.param
+
+
+@pytest.fixture
+def session(execution):
+    with execute(execution) as session:
+        yield session
+
+
+def draw_losses(rng, potential, dtype, special=True):
+    """Many ties, and where `special` the values at the ends of the order; NaN of both signs and of several payloads."""
+    losses = torch.from_numpy(rng.normal(size=potential).round(1)).to(dtype)
+    if special:
+        values = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 5e-324, 6e-8, -1e-45]
+        where = rng.random(potential) < 0.3
+        losses[torch.from_numpy(where)] = torch.tensor(rng.choice(values, where.sum()), dtype=torch.float64).to(dtype)
+    return losses
+
+
+def draw_image(rng, potential, num_gt, dtype=torch.float32, sizes=LEVEL_SIZES, special=True):
+    """pos_losses, pos_inds in random order, pos_gt_inds."""
+    inds = torch.from_numpy(rng.permutation(sum(sizes))[:potential])
+    return draw_losses(rng, potential, dtype, special), inds, torch.from_numpy(rng.integers(max(num_gt, 1), size=potential))
+
+
+def in_order(losses, inds, members):
+    """Members by loss, NaN last whatever its sign; then by anchor."""
+    values = losses.double().numpy()[members]
+    return members[np.lexsort((inds.numpy()[members], np.where(np.isnan(values), 0, values), np.isnan(values)))]
+
+
+def expected_rows(losses, inds, gts, sizes, num_gt, topk):
+    bounds, anchors, owners = np.cumsum([0, *sizes]), inds.numpy(), gts.numpy()
+    for gt in range(num_gt):
+        row = [
+            in_order(losses, inds, np.flatnonzero((owners == gt) & (anchors >= low) & (anchors < high)))[:topk]
+            for low, high in itertools.pairwise(bounds)
+        ]
+        yield in_order(losses, inds, np.concatenate(row))
+
+
+def select(images, level_sizes, num_gts, topk=9):
+    """The operator, on poisoned memory."""
+    with poisoned_outputs():
+        result = _ops.select_candidates(*map(list, zip(*images, strict=True)), level_sizes, num_gts, topk)
+    assert_written(*result)
+    return result
+
+
+def bits(losses):
+    return losses.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[losses.element_size()])
+
+
+def check(images, sizes, num_gts, topk=9):
+    """Exactly the candidates of the specification, their losses to the bit."""
+    loss, index, count = select(images, [size for _ in images for size in sizes], num_gts, topk)
+    width = max(min(len(losses), sum(min(topk, size) for size in sizes)) for losses, _, _ in images)
+    assert loss.shape == index.shape == (sum(num_gts), width)
+    row, first = 0, 0
+    for (losses, inds, gts), num_gt in zip(images, num_gts, strict=True):
+        for wanted in expected_rows(losses, inds, gts, sizes, num_gt, topk):
+            n = len(wanted)
+            assert int(count[row]) == n
+            assert index[row].tolist() == [*(wanted + first), *[-1] * (width - n)]
+            assert torch.equal(bits(loss[row, :n]), bits(losses[torch.from_numpy(wanted)]))
+            assert (loss[row, n:] == np.inf).all()
+            row += 1
+        first += len(losses)
+
+
+# --- what is selected --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topk", [1, 9, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_with_ties_and_special_values(session, dtype, topk, rng):
+    images = [draw_image(rng, potential, num_gt, dtype) for potential, num_gt in IMAGES]
+    check(images, LEVEL_SIZES, [num_gt for _, num_gt in IMAGES], topk)
+
+
+@pytest.mark.parametrize("topk", [5, 60])
+def test_rows_of_any_length(session, topk, rng):
+    """All lengths around the slots of a round and around half of them, which is what one pass can find."""
+    lengths = (0, 1, 2, 31, 32, 33, 45, 63, 64, 65, 0, 127, 128, 129, 191, 192, 193, LONG_ROW, 0)
+    potential = sum(lengths)
+    losses, inds, _ = draw_image(rng, potential, 1, sizes=(potential, 50))
+    gts = torch.from_numpy(rng.permutation(np.repeat(np.arange(len(lengths)), lengths)))
+    check([(losses, inds, gts)], (potential // 3, potential // 3, potential), [len(lengths)], topk)
+
+
+@pytest.mark.parametrize("topk", [64, 200] if INTERPRETER else [63, 64, 65, 128, 200])
+def test_more_candidates_than_one_pass_finds(session, topk, rng):
+    sizes = (300, 129, 128, 64, 3)
+    check([draw_image(rng, 600, 1, torch.float64, sizes), draw_image(rng, 300, 2, torch.float64, sizes)], sizes, [1, 2], topk)
+
+
+@pytest.mark.parametrize("sizes", [(500,), (0, 0, 500, 0), (29,) * 17], ids=["one level", "empty levels", "17 levels"])
+def test_any_levels(session, sizes, rng):
+    for topk in (1, 2**40):
+        check([draw_image(rng, 200, 4, sizes=sizes)], sizes, [4], topk)
+
+
+def test_levels_differ_between_images(session, rng):
+    sizes = [(40, 20), (0, 60), (59, 1)]
+    images = [draw_image(rng, 50, 3, sizes=size) for size in sizes]
+    _, index, count = select(images, [n for size in sizes for n in size], [3, 3, 3], 2)
+    rows = [
+        wanted + 50 * image
+        for image, (tensors, size) in enumerate(zip(images, sizes, strict=True))
+        for wanted in expected_rows(*tensors, size, 3, 2)
+    ]
+    assert [row[:n].tolist() for row, n in zip(index, count, strict=True)] == [row.tolist() for row in rows]
+
+
+def test_losses_are_ordered_in_their_own_precision(session):
+    losses = 1 + torch.arange(20, 0, -1, dtype=torch.float64) * 1e-15
+    gts = torch.zeros(20, dtype=torch.int64)
+    _, index, _ = select([(losses, torch.arange(20), gts)], [20], [1], 3)
+    assert index.tolist() == [[19, 18, 17]]
+
+
+def test_many_images(session, rng):
+    """More than one block of image numbers, most of them without boxes."""
+    shapes = [(int(rng.integers(1, 8)), int(rng.integers(1, 3))) if i % 7 == 3 else (0, 0) for i in range(130)]
+    images = [draw_image(rng, *shape, sizes=(60, 20)) for shape in shapes]
+    check(images, (60, 20), [num_gt for _, num_gt in shapes], 4)
+
+
+@pytest.mark.parametrize("num_gts", [[0], [3], [0, 0], [0, 2, 0]], ids=str)
+@pytest.mark.parametrize("potential", [0, 5])
+def test_nothing_to_select(session, num_gts, potential, rng):
+    images = [draw_image(rng, potential if num_gt == 0 else 0, 1) for num_gt in num_gts]
+    check(images, LEVEL_SIZES, num_gts)
+
+
+def test_thousands_of_ground_truths(session, rng):
+    """More rows than one block of the prefix sum."""
+    potential, num_gt = (40, 520) if INTERPRETER else (1200, 1500)
+    check([draw_image(rng, potential, num_gt, sizes=(2000, 500))], (2000, 500), [num_gt], 2)
+
+
+# --- how the inputs lie --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("images", [1, 2])
+def test_strided_inputs_and_index_types(session, images, dtype, rng):
+    drawn = [draw_image(rng, 100, 3) for _ in range(images)]
+    strided = [
+        (torch.stack([losses, losses + 1], 1)[:, 0], inds.to(dtype).repeat_interleave(3)[1::3], gts.to(dtype).expand(2, -1)[1])
+        for losses, inds, gts in drawn
+    ]
+    check(strided, LEVEL_SIZES, [3] * images)
+
+
+def test_offsets_beyond_two_to_the_31(session, rng):
+    """Memory that nobody touches costs nothing: every 2^28th element of 2^32 bytes and more, as one image's tensors."""
+    stride, potential = 2**28 + 1, 10
+    losses, inds, gts = draw_image(rng, potential, 1, torch.float16)
+    far = [torch.empty(stride * potential, dtype=dtype) for dtype in (torch.float16, torch.int32, torch.int32)]
+    views = [memory[::stride] for memory in far]
+    for view, tensor in zip(views, (losses, inds, gts), strict=True):
+        view.copy_(tensor)
+    check([tuple(views)], LEVEL_SIZES, [1])
+
+
+def test_indices_out_of_range_are_nobodys_candidates(session):
+    """Also those that are in range of the next image."""
+    inds = torch.tensor([0, -1, 4, 1, 2**40, -(2**62), 2, 3, 2**63 - 1, -(2**63), 2**31, 2**32])
+    gts = torch.tensor([0, 0, 0, -1, 0, 0, 2, 1, 0, 0, 0, 0])
+    other = torch.tensor([3.0]), torch.tensor([3]), torch.tensor([-(2**63)])
+    _, index, count = select([(torch.arange(12.0), inds, gts), other, other], [3, 1] * 3, [2, 3, 0])
+    assert count.tolist() == [1, 1, 0, 0, 0]
+    assert index[:2].tolist() == [[0, -1, -1, -1], [7, -1, -1, -1]]
+
+
+def test_a_batch_out_of_range_everywhere(session):
+    nowhere = torch.full((700,), 2**62), torch.full((700,), -5)
+    for inds, gts in ((nowhere[0], torch.zeros(700, dtype=torch.int64)), (torch.arange(700), nowhere[1])):
+        _, index, count = select([(torch.zeros(700), inds, gts)], [700], [2])
+        assert count.tolist() == [0, 0] and (index == -1).all()
+
+
+def test_repeated_anchors_stay_within_the_row(session):
+    inds = torch.zeros(200, dtype=torch.int64)
+    _, index, count = select([(torch.arange(200.0), inds, inds + gt) for gt in (0, 1)], [1, 1] * 2, [2, 2])
+    assert index.tolist() == [[0, 1], [-1, -1], [-1, -1], [200, 201]] and count.tolist() == [2, 0, 0, 2]
+
+
+# --- repeatability -------------------------------------------------------------------------------------------------------------
+
+
+def test_order_of_inputs_does_not_matter(session, rng):
+    losses, inds, gts = draw_image(rng, 500, 3, special=False)
+    plain = select([(losses, inds, gts)], [*LEVEL_SIZES], [3])
+    order = torch.from_numpy(rng.permutation(500))
+    turned = select([(losses[order], inds[order], gts[order])], [*LEVEL_SIZES], [3])
+    assert torch.equal(plain[0], turned[0]) and torch.equal(plain[2], turned[2])
+    there = plain[1] >= 0
+    assert torch.equal(plain[1][there], order[turned[1][there]])
+
+
+@compiled_only
+def test_any_schedule_gives_the_same_bits(rng):
+    """Programs and warps in other orders fill the buckets in other orders; anchors occur twice, with ties."""
+    losses, inds, gts = draw_image(rng, 1500, 3)
+    inds[700:] = inds[:800].clone()
+    results = []
+    for seed in (None, 0, 1, 2, 3):
+        with execute(90, seed=seed):
+            results.append(select([(losses, inds, gts)], [*LEVEL_SIZES], [3], 30))
+    for other in results[1:]:
+        assert torch.equal(bits(results[0][0]), bits(other[0]))
+        assert torch.equal(results[0][1], other[1]) and torch.equal(results[0][2], other[2])
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", [75, 90])
+def test_a_ticket_comes_after_all_counts(capability):
+    """Programs run one by one here, so that only the code can show it: a barrier between the last count and the ticket."""
+    inds, bucket, rank = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    starts = torch.tensor(kernels.image_starts([5], [1], [1]))
+    with execute(capability):
+        compiled = kernels._count_kernel[(1,)](inds, 1, inds, 1, starts, 1, 1, bucket, rank, None, None, None, BLOCK=kernels.BLOCK_P)
+    assert bucket.tolist() == [0, 5, 1] and sorted(rank.tolist()) == [0, 1, 2, 3, 4]
+    atomics = [m.start() for m in re.finditer(r"\batom\.global", compiled.asm["ptx"])]
+    assert "acq_rel" in compiled.asm["ptx"][atomics[-1] :].partition("\n")[0]
+    assert "bar.sync" in compiled.asm["ptx"][atomics[-2] : atomics[-1]]
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _key_kernel(x_ptr, key_ptr, n, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
+    tl.store(key_ptr + offset, ordered_key(x), mask=offset < n)
+
+
+@triton.jit
+def _sort_kernel(key_ptr, tie_ptr, n, LOG_BLOCK: tl.constexpr):
+    offset = tl.arange(0, 1 << LOG_BLOCK)
+    key = tl.load(key_ptr + offset, mask=offset < n, other=0)
+    tie = tl.load(tie_ptr + offset, mask=offset < n, other=0)
+    key, tie = sort_pairs(key, tie, offset < n, LOG_BLOCK)
+    tl.store(key_ptr + offset, key)
+    tl.store(tie_ptr + offset, tie)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ordered_keys(session, dtype):
+    info = torch.finfo(dtype)
+    groups = [
+        [-np.inf], [info.min], [-1.0], [-info.tiny], [-info.smallest_normal * info.eps], [0.0, -0.0],
+        [info.smallest_normal * info.eps], [info.tiny], [1 - info.eps / 2], [1.0], [1 + info.eps], [info.max], [np.inf],
+        [np.nan, -np.nan],
+    ]  # fmt: skip
+    x = torch.tensor([value for group in groups for value in group], dtype=torch.float64).to(dtype)
+    payload = bits(torch.tensor([np.inf, -np.inf], dtype=dtype)) + 1  # NaN with another payload, of either sign
+    x = torch.cat([x, payload.view(dtype)])
+    place = [i for i, group in enumerate(groups) for _ in group] + [len(groups) - 1] * 2
+    key = torch.empty(len(x), dtype=torch.int64 if dtype == torch.float64 else torch.int32)
+    _key_kernel[(1,)](x, key, len(x), BLOCK=32, num_warps=1)
+    assert np.unique(key.numpy(), return_inverse=True)[1].tolist() == place
+
+
+@pytest.mark.parametrize("log_block", [1, 5, 7])
+def test_sort_pairs(session, log_block, rng):
+    n = max(2**log_block - 3, 1)
+    for dtype in (torch.int32, torch.int64):
+        ends = torch.iinfo(dtype)
+        key = torch.from_numpy(rng.choice([ends.min, ends.max, -1, 0, 1], 2**log_block)).to(dtype)
+        tie = torch.from_numpy(rng.permutation(2**log_block)) - 3
+        order = np.lexsort((tie[:n], key[:n]))
+        wanted = key[:n][order].tolist(), tie[:n][order].tolist()
+        _sort_kernel[(1,)](key, tie, n, LOG_BLOCK=log_block, num_warps=1)
+        assert (key[:n].tolist(), tie[:n].tolist()) == wanted
+        assert (key[n:] == ends.max).all() and (tie[n:] == 2**63 - 1).all()
+
+
+# --- work ----------------------------------------------------------------------------------------------------------------------
+
+
+def work(rng, potential, num_gt):
+    """Warp instructions less moves, and load sectors over those needed, of each kernel."""
+    image = draw_image(rng, potential, num_gt, sizes=(potential, potential // 4), special=False)
+    with execute(90, seed=None, racecheck=0, count=True) as session:
+        select([image], [potential, potential // 4], [num_gt])
+    kernels = session.by_kernel()
+    instructions = {name: n.warp_instructions - n.warp_classes["mov"] for name, n in kernels.items()}
+    return instructions, {name: n.load_sectors / (n.load_bytes / 32) for name, n in kernels.items()}
+
+
+@compiled_only
+def test_work_grows_with_the_potential_positives(rng):
+    """Ten times the boxes over the same potential positives: at most 1.5 times the instructions, loads coalesced."""
+    few, sectors_few = work(rng, 200_000, 60)
+    many, sectors_many = work(rng, 200_000, 600)
+    ratio = sum(many.values()) / sum(few.values())
+    print(f"60 boxes {few}, sectors {sectors_few}; 600 boxes {many}, sectors {sectors_many}; ratio {ratio:.2f}")
+    assert ratio <= 1.5
+    assert max(*sectors_few.values(), *sectors_many.values()) <= 1.5
+
+
+def test_image_starts():
+    starts = kernels.image_starts([0, 5, 513], [2, 0, 1], [7, 8, 9])
+    assert starts == [[0, 0, 1, 3], [0, 0, 5, 518], [0, 2, 2, 3], [0, 7, 15, 24]]
