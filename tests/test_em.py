@@ -177,10 +177,12 @@ def test_a_list_of_ragged_rows_equals_each_alone(rng):
             assert bic[i].isnan()
             continue
         alone = paa_gpu.fit_gmm_1d(row[None])
-        assert all(torch.equal(a[i], b[0]) for a, b in zip(got[:7], alone[:7], strict=True))
+        # The sums of a kernel that makes room for longer rows are ordered otherwise.
+        for a, b in zip(got[:7], alone[:7], strict=True):
+            torch.testing.assert_close(a[i], b[0], rtol=1e-12, atol=1e-12)
         assert torch.equal(labels[i], alone.predict(row[None])[0])
-        assert torch.equal(scores[i], alone.score_samples(row[None])[0])
-        assert torch.equal(resp[i], alone.predict_proba(row[None])[0])
+        torch.testing.assert_close(scores[i], alone.score_samples(row[None])[0], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(resp[i], alone.predict_proba(row[None])[0], rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(bic[i], alone.bic(row[None])[0])
         torch.testing.assert_close(aic[i], alone.aic(row[None])[0])
 
