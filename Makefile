@@ -5,19 +5,34 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: demo test test-fast test-long lint bench bench-quick clean
+.PHONY: demo test test-fast test-long test-ptxrun lint bench bench-quick clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
 
+# Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
+# on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
+PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py
+KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_launch.py
+
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" $(KERNELS)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 90 $(PUBLIC)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not long and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" \
+	  --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(KERNELS)
+	for way in 75 80 86 89 90 100 120; do \
+	  $(BIN)/python -m pytest -n 2 -m "not long" --execution $$way $(PUBLIC) || exit 1; \
+	done
+
+test-ptxrun: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/ptxrun
 
 lint: $(READY)
 	$(BIN)/ruff check .

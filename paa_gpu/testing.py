@@ -144,7 +144,6 @@ def triton_on_cpu() -> Iterator[None]:
                 "triton_on_cpu() must run under Triton's interpreter (TRITON_INTERPRET=1) or an active ptxrun session"
             )
     with ExitStack() as stack:
-        for operator in vars(_ops).values():
-            if hasattr(operator, "set_kernel_enabled"):
-                stack.enter_context(operator.set_kernel_enabled("cpu", False))
+        for operator in _ops.operators().values():
+            stack.enter_context(operator.set_kernel_enabled("cpu", False))
         yield

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from kernel_execution import execute
 
 from paa_gpu import data
 
@@ -15,14 +13,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--execution",
         default="cpu",
         help="what the operators run for CPU tensors in the whole run: cpu (default, numba); interpreter (with TRITON_INTERPRET=1); "
-        "or a compute capability such as 90, for the kernels as compiled",
+        "a compute capability such as 90, for the kernels as compiled; or cuda, for a GPU",
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def suite_execution(request: pytest.FixtureRequest) -> Iterator[None]:
     execution = request.config.getoption("--execution")
-    with contextlib.nullcontext() if execution == "cpu" else execute(execution):
+    if execution == "cpu":
+        yield
+        return
+    from kernel_execution import execute  # Triton, where it is needed
+
+    with execute(execution):
         yield
 
 

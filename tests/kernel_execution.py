@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from paa_gpu import _ops
+from paa_gpu.kernels import em, reassign, topk
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -35,6 +37,7 @@ EXECUTIONS = (
         pytest.param(capability, marks=(compiled_only, *([] if capability in (75, 90, 120) else [pytest.mark.long])))
         for capability in (75, 80, 86, 89, 90, 100, 120)
     ]
+    + [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))]
 )
 
 _POISON = 0xAA
@@ -46,12 +49,35 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
     if execution == "interpreter":
         with triton_on_cpu():
             yield None
+    elif execution == "cuda":
+        with _cuda_for_cpu_tensors():
+            yield None
     else:
         import ptxrun
 
         settings = {"seed": 1, "racecheck": 2, **settings}
         with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu():
             yield session
+
+
+@contextlib.contextmanager
+def _cuda_for_cpu_tensors() -> Iterator[None]:
+    """CPU tensors go to the GPU, the kernels run there, the results come back: the same tests, on a device."""
+
+    def through_cuda(kernels: Any) -> Any:
+        def move(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [move(item) for item in value]
+            return value.cuda() if isinstance(value, Tensor) else value
+
+        return lambda *args: tuple(result.cpu() for result in kernels(*map(move, args)))
+
+    with contextlib.ExitStack() as stack:
+        for name, operator in _ops.operators().items():
+            stack.enter_context(operator.set_kernel_enabled("cpu", False))
+            module = {"select_candidates": topk, "fit_gmm_1d": em}.get(name, reassign)
+            stack.enter_context(mock.patch.object(module, name, through_cuda(getattr(module, name))))
+        yield
 
 
 @contextlib.contextmanager
