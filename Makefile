@@ -41,6 +41,7 @@ lint: $(READY)
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios
+	PYTHONPATH=tests $(BIN)/python -m bench.work
 	$(BIN)/python -m pytest bench --benchmark-only
 
 bench-quick: $(READY)

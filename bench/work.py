@@ -1,0 +1,67 @@
+"""`PYTHONPATH=tests python -m bench.work`: what the compiled kernels do, counted on the CPU by ptxrun. No time: there is no GPU in it.
+
+Warp instructions (PTX, moves left out) by class, and the 32-byte sectors that loads touch over those their bytes fill, for one
+`paa_reassign_batch` of the recorded images, of a crowded image and of ten times fewer boxes over the same potential positives; then the EM loop
+alone, a row and iteration.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import ptxrun
+import torch
+
+import paa_gpu
+from paa_gpu import testing
+
+from . import cases
+
+CAPABILITY = 90
+
+
+def main() -> None:
+    batches = {
+        "recorded": cases.recorded(),
+        "600 boxes": crowd(600),
+        "60 boxes": crowd(60),
+    }
+    for name, batch in batches.items():
+        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+            got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+        positives = sum(inds.shape[0] for inds in batch.pos_inds)
+        print(f"\n{name}: {len(batch.num_gts)} images, {sum(batch.num_gts)} boxes, {positives} potential positives, "
+              f"{int(got.num_pos.sum())} positives, sm_{CAPABILITY}")  # fmt: skip
+        for kernel, counters in session.by_kernel().items():
+            sectors = counters.load_sectors / max(counters.load_bytes / 32, 1)
+            print(f"  {kernel:<24}{report(counters.warp_classes)}; load sectors {sectors:.2f} of those needed")
+    print(f"\nEM loop, a row of 45 and iteration, sm_{CAPABILITY}")
+    for precision in ("float64", "float32"):
+        print(f"  {precision:<24}{report(em_iteration(precision))}")
+
+
+def crowd(boxes: int) -> testing.Batch:
+    """One image of 200,000 potential positives, however many boxes share them."""
+    rng, each = np.random.default_rng(0), 200_000 // boxes
+    return testing.make_batch([boxes], rng, ["bimodal"], (each, each), level_sizes=(200_000, 50_000), dtype=torch.float32)
+
+
+def em_iteration(precision: str) -> Counter[str]:
+    """The difference between 13 and 3 iterations of 20 rows, for one."""
+    x, counted = cases.losses(20, 45), []
+    for max_iter in (3, 13):
+        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+            paa_gpu.fit_gmm_1d(x, tol=0.0, max_iter=max_iter, precision=precision)
+        counted.append(session.counters.warp_classes)
+    return Counter({name: (counted[1][name] - counted[0][name]) / 200 for name in counted[1]})
+
+
+def report(classes: Any) -> str:
+    counts = {name: number for name, number in classes.most_common() if name != "mov" and number}
+    return f"{sum(counts.values()):,.0f} instructions: " + ", ".join(f"{name} {number:,.0f}" for name, number in counts.items())
+
+
+if __name__ == "__main__":
+    main()
