@@ -18,7 +18,7 @@ KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassig
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" $(KERNELS)
-	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 90 $(PUBLIC)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 120 $(PUBLIC)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long and not slow" \

@@ -18,7 +18,7 @@ from paa_gpu import testing
 
 def make():
     # Enough rows of every loop for more than one slice.
-    return testing.make_batch([600, 40, 0, 7], np.random.default_rng(5), sizes=(2, 20))
+    return testing.make_batch([2100, 40, 0, 7, 1], np.random.default_rng(5), sizes=(2, 6))
 
 
 def bits(batch, separation="b"):

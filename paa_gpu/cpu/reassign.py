@@ -14,10 +14,10 @@ from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, over_slices
 from .em import fit_rows
-from .topk import select
+from .topk import SERIAL_IMAGES, select
 
-# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.1 us, waking a thread 30.
-SERIAL_ROWS = 512
+# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.3 us, handing over to a thread 100.
+SERIAL_ROWS = 2048
 
 
 @compiled
@@ -122,7 +122,7 @@ def _write(
     targets = [_copy(images) for images in inputs]
     num_pos = np.empty(len(label), np.int64)
     over_slices(
-        _write_images, len(label), 2, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
+        _write_images, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
         offsets(lengths(label)), num_classes, *targets, num_pos,
     )  # fmt: skip
     written = [torch.from_numpy(bits).view(images[0].dtype) for bits, images in zip(targets, inputs, strict=True)]

@@ -17,8 +17,10 @@ from .._ops import max_candidates
 from ._arrays import Array, flat, lengths, offsets, tensor
 from ._loops import compiled, over_slices
 
-# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 4 us, waking a thread 30.
-SERIAL_ROWS = 32
+# Rows and images below which a second thread costs more than it saves, measured on 2 cores: a row takes 1 us, an image of
+# 10,000 potential positives 100, and handing over to a thread 100.
+SERIAL_ROWS = 512
+SERIAL_IMAGES = 4
 
 
 # Up to this many candidates are kept in order by insertion, which beats a merge sort there; more would make it quadratic.
@@ -67,50 +69,54 @@ def _group_images(
         start, stop = pos_offset[image], pos_offset[image + 1]
         row, num_gt = gt_offset[image], gt_offset[image + 1] - gt_offset[image]
         ascending = True
+        group = np.empty(stop - start, np.int64)
         group_stop[row * levels : (row + num_gt) * levels] = 0
         for p in range(start, stop):
             ascending &= p == start or anchor[p - 1] < anchor[p]
-            group = _group_of(anchor[p], gt[p], row, num_gt, level_bounds[image])
-            if group >= 0:
-                group_stop[group] += 1
+            g = _group_of(anchor[p], gt[p], row, num_gt, level_bounds[image])
+            group[p - start] = g
+            if g >= 0:
+                group_stop[g] += 1
         place = start
-        for group in range(row * levels, (row + num_gt) * levels):
-            size = group_stop[group]
-            group_start[group] = group_stop[group] = place
+        for g in range(row * levels, (row + num_gt) * levels):
+            size = group_stop[g]
+            group_start[g] = group_stop[g] = place
             place += size
         order = np.arange(0) if ascending else np.argsort(anchor[start:stop], kind="mergesort")
         for i in range(stop - start):
-            p = start + (i if ascending else order[i])
-            group = _group_of(anchor[p], gt[p], row, num_gt, level_bounds[image])
-            if group >= 0:
-                member[group_stop[group]], key[group_stop[group]] = p, _ordered_key(loss_bits[p])
-                group_stop[group] += 1
+            at = i if ascending else order[i]
+            g = group[at]
+            if g >= 0:
+                place = group_stop[g]
+                member[place], key[place] = start + at, _ordered_key(loss_bits[start + at])
+                group_stop[g] += 1
 
 
 @compiled
-def _insert(slot: int, key: Any, chosen: Any, size: int) -> int:
-    """Insert a slot behind those of chosen[:size] with the same key or a smaller one; the last is lost where chosen is full."""
-    if size < len(chosen):
-        size += 1
-    elif size == 0 or key[slot] >= key[chosen[size - 1]]:
-        return size
-    place = size - 1
+def _insert(slot: int, key: Any, chosen: Any, place: int) -> None:
+    """Insert a slot behind those of chosen[:place] with the same key or a smaller one; what stood at `place` is lost."""
     while place > 0 and key[slot] < key[chosen[place - 1]]:
         chosen[place] = chosen[place - 1]
         place -= 1
     chosen[place] = slot
-    return size
 
 
 @compiled
 def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
-    """Chosen = the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
-    if len(chosen) > INSERTION_LIMIT:
-        chosen[:] = start + np.argsort(key[start:stop], kind="mergesort")[: len(chosen)]
+    """chosen = the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
+    size = len(chosen)
+    if size > INSERTION_LIMIT:
+        chosen[:] = start + np.argsort(key[start:stop], kind="mergesort")[:size]
         return
-    size = 0
-    for slot in range(start, stop):
-        size = _insert(slot, key, chosen, size)
+    for place in range(size):
+        _insert(start + place, key, chosen, place)
+    if size == 0:
+        return
+    largest = key[chosen[size - 1]]
+    for slot in range(start + size, stop):
+        if key[slot] < largest:
+            _insert(slot, key, chosen, size - 1)
+            largest = key[chosen[size - 1]]
 
 
 @compiled
@@ -119,8 +125,8 @@ def _sort(key: Any, chosen: Any) -> None:
     if len(chosen) > INSERTION_LIMIT:
         chosen[:] = chosen[np.argsort(key[chosen], kind="mergesort")]
         return
-    for size in range(len(chosen)):
-        _insert(chosen[size], key, chosen[: size + 1], size)
+    for place in range(len(chosen)):
+        _insert(chosen[place], key, chosen, place)
 
 
 @compiled
@@ -172,7 +178,7 @@ def select(
     group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
     member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
     over_slices(
-        _group_images, images, 2, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64),
+        _group_images, images, SERIAL_IMAGES, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64),
         offsets(lengths(pos_inds)), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
     )  # fmt: skip
     row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
