@@ -62,15 +62,16 @@ def check_agreement(batch: testing.Batch, provider: Callable[[testing.Batch], Ta
     return total, differ
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: int = 1) -> list[float]:
-    """The median time of each call, in seconds, over `rounds` in which each takes its turn, the mean of `repeats` at a time."""
+def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Sequence[int] | None = None) -> list[float]:
+    """The median time of each call, in seconds, over `rounds` in which each takes its turn, the mean of its `repeats` at a time:
+    a call of a millisecond is not timed once after a loop of half a second, with cold caches and a sleeping core."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     for _ in range(rounds):
-        for taken, call in zip(times, calls, strict=True):
+        for taken, call, count in zip(times, calls, repeats or [1] * len(calls), strict=True):
             start = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(count):
                 call()
-            taken.append((time.perf_counter() - start) / repeats)
+            taken.append((time.perf_counter() - start) / count)
     return [statistics.median(taken) for taken in times]

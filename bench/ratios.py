@@ -58,7 +58,8 @@ def one_by_one() -> None:
     ratios = []
     for image in cases.split(inputs):
         loop, ours = providers.interleaved(
-            [lambda image=image: providers.published(image), lambda image=image: providers.library_one_by_one(image)]
+            [lambda image=image: providers.published(image), lambda image=image: providers.library_one_by_one(image)],
+            repeats=[1, 20],
         )
         ratios.append(loop / ours)
     print(f"paa_reassign, the recorded images one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
@@ -66,7 +67,7 @@ def one_by_one() -> None:
     single = cases.one_box()
     providers.check_agreement(single, providers.library_one_by_one)
     loop, ours = providers.interleaved(
-        [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=20
+        [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=[5, 100]
     )
     print(f"paa_reassign, one box: {ours * 1e6:.0f} us; loop {loop * 1e3:.2f} ms, {loop / ours:.0f}x")
 
@@ -76,7 +77,7 @@ def fits() -> None:
     few, many = cases.losses(7, 45), cases.losses(2000, 45)
     few_iterations, iterations = (int(paa_gpu.fit_gmm_1d(x).n_iter.sum()) for x in (few, many))
     (many_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(many)], rounds=51)
-    (few_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(few)], rounds=51, repeats=20)
+    (few_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(few)], rounds=51, repeats=[20])
     each = many_time / iterations
     print(f"fit_gmm_1d, 2,000 rows of 45, {iterations / 2000:.1f} iterations a row: {many_time * 1e3:.2f} ms, {each * 1e6:.3f} us a row "
           f"and iteration; 7 rows: {few_time * 1e6:.0f} us, {few_iterations} iterations on one thread")  # fmt: skip

@@ -252,7 +252,7 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Se
 
 def _num_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
     """The largest index of each image and one more: the one synchronisation of a caller who does not know them."""
-    largest = [inds.amax() for inds in pos_gt_inds if inds.shape[0]]
+    largest = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
     found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
     return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 

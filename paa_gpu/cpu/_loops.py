@@ -18,6 +18,10 @@ from numba import njit
 # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
+# For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the
+# same on any number of threads; infinities and NaN stay what they are.
+compiled_sums = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+
 
 @functools.cache
 def _executor(process: int) -> ThreadPoolExecutor:  # noqa: ARG001

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._ops import PRECISIONS
 from ..separation import tie_tolerance
 from ._arrays import Array, flat, view
-from ._loops import compiled, over_slices
+from ._loops import compiled, compiled_sums, over_slices
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
@@ -45,7 +45,7 @@ def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, f
     return real(math.log(w) - math.log(2 * math.pi * v) / 2), real(0.5 / v)
 
 
-@compiled
+@compiled_sums
 def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
     """Fill the responsibilities; return the mean log-density.
 
@@ -72,7 +72,7 @@ def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any
     return (total + math.log(product)) / y.dtype.type(len(y))
 
 
-@compiled
+@compiled_sums
 def _maximisation(
     y: Any, r0: Any, r1: Any, tied: bool, reg_covar: float, empty: float, weight: Any, mean: Any, variance: Any
 ) -> None:

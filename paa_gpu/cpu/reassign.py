@@ -16,7 +16,7 @@ from ._loops import compiled, over_slices
 from .em import fit_rows
 from .topk import SERIAL_IMAGES, select
 
-# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.3 us, handing over to a thread 100.
+# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.3 us, handing over 100.
 SERIAL_ROWS = 2048
 
 

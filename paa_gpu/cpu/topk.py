@@ -103,7 +103,7 @@ def _insert(slot: int, key: Any, chosen: Any, place: int) -> None:
 
 @compiled
 def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
-    """chosen = the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
+    """Make chosen the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
     size = len(chosen)
     if size > INSERTION_LIMIT:
         chosen[:] = start + np.argsort(key[start:stop], kind="mergesort")[:size]
@@ -177,9 +177,9 @@ def select(
 
     group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
     member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
+    bits = loss.astype(np.float64).view(np.int64)
     over_slices(
-        _group_images, images, SERIAL_IMAGES, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64),
-        offsets(lengths(pos_inds)), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
+        _group_images, images, SERIAL_IMAGES, bits, flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
     )  # fmt: skip
     row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
     count = np.empty(rows, np.int64)
