@@ -178,14 +178,12 @@ def select(
     group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
     member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
     bits = loss.astype(np.float64).view(np.int64)
-    over_slices(
-        _group_images, images, SERIAL_IMAGES, bits, flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts), level_bounds, group_start, group_stop, member, key,
-    )  # fmt: skip
+    grouping = (bits, flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts))
+    groups = (group_start, group_stop, member, key)
+    over_slices(_group_images, images, SERIAL_IMAGES, *grouping, level_bounds, *groups)
     row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
     count = np.empty(rows, np.int64)
-    over_slices(
-        _select_rows, rows, SERIAL_ROWS, levels, topk, loss, group_start, group_stop, member, key, row_loss, row_index, count
-    )
+    over_slices(_select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, row_loss, row_index, count)
     return row_loss, row_index, count
 
 
