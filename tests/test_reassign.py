@@ -84,8 +84,8 @@ def test_random_ground_truths_equal_the_oracle(shape, covariance_type, images, r
     print(f"{shape}, {covariance_type}: {compared} compared, {same_density} same density, {at_tolerance} at the tolerance")
     total = PER_IMAGE * images
     assert at_tolerance <= total * 0.002
-    # At scales below reg_covar's square root both components can collapse onto it: pairs, and tight clusters.
-    assert same_density <= total * {"equal": 1, "two": 0.4, "outlier": 0.4, "one": 0}.get(shape, 0.05)
+    # At scales near the square root of reg_covar both components can collapse onto it: pairs, and tight clusters (measured: 7, 13 %).
+    assert same_density <= total * {"equal": 1, "two": 0.2, "outlier": 0.2, "one": 0}.get(shape, 0.05)
 
 
 def test_recordings_equal_the_oracle(recording: data.Recording):
