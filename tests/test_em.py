@@ -83,8 +83,8 @@ def test_against_scikit_learn(covariance_type, rng):
         np.testing.assert_allclose(one.bic(x), oracle.bic(shifted[:, None]), rtol=1e-8)
         np.testing.assert_allclose(one.aic(x), oracle.aic(shifted[:, None]), rtol=1e-8)
     print(f"{covariance_type}: {left_out} of {len(rows)} rows left out")
-    # Left out are what collapses onto reg_covar: the tight clusters and the equal rows, 2 of 7 shapes, and a few pairs.
-    assert left_out <= len(rows) * 0.6
+    # Left out is what collapses onto reg_covar, tight clusters and a few pairs (measured: 30 to 47 rows).
+    assert left_out <= len(rows) * 0.3
 
 
 def test_values_close_together_keep_their_digits(rng):
