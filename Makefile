@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+# mmdetection and what it needs, on top of what $(VENV) has.
+MMDET_VENV ?= .venv-mmdet
+MMDET_BIN = $(MMDET_VENV)/bin
+MMDET_READY = $(MMDET_VENV)/.installed
 
-.PHONY: demo test test-fast test-long test-ptxrun lint bench bench-quick clean
+.PHONY: demo test test-fast test-long test-ptxrun test-mmdet lint bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -34,6 +38,10 @@ test-long: $(READY)
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
 
+# More threads than one make scikit-learn slower and erratic.
+test-mmdet: $(MMDET_READY)
+	OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m pytest -n 2 tests/mmdet
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,10 +55,20 @@ bench: $(READY)
 bench-quick: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.2 --benchmark-min-rounds=3
 
+bench-mmdet: $(MMDET_READY)
+	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
+
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(MMDET_READY): tests/mmdet/requirements.txt $(READY)
+	$(PYTHON) -m venv $(MMDET_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(MMDET_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(MMDET_BIN)/python -m pip install --quiet --no-deps --requirement tests/mmdet/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png
+	rm -rf $(VENV) $(MMDET_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png

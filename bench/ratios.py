@@ -7,7 +7,6 @@ bench` does: more threads make the published loop slower and erratic. The librar
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import platform
 import statistics
@@ -32,7 +31,7 @@ print(time.perf_counter() - start)
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
-    baseline = "mmdet's PAAHead" if importlib.util.find_spec("mmdet") else "paa_gpu.reference(published=True)"
+    baseline = "mmdet's PAAHead" if providers.has_mmdet() else "paa_gpu.reference(published=True)"
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
           f"{platform.python_version()}, torch {torch.__version__}, scikit-learn {sklearn.__version__}; baseline: {baseline}")  # fmt: skip
     for name in ("recorded", "coco_like", "crowded"):
