@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
+INTEGERS = (*INDICES, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _names(options: Iterable[Any]) -> str:
@@ -68,9 +69,13 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
 
 
-def check_non_negative(name: str, value: Any) -> None:
+def check_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
+
+
+def check_non_negative(name: str, value: Any) -> None:
+    check_float(name, value)
     if not value >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value}")
 

@@ -6,7 +6,7 @@ numba one (`paa_gpu/cpu/`): functions of the same name and signature in the modu
 operator first runs. Operators take what the public functions have checked, and return flat, freshly allocated tensors.
 
 Shapes: B images, `len(level_sizes) // B` pyramid levels, A anchors and P potential positives over all images,
-G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row.
+G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row; D detections over all images.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
     )
 
 
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The number as this dtype holds it, as torch rounds a Python number before it compares a tensor with it."""
+    return torch.tensor(value, dtype=dtype).item()
+
+
 def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]."""
     dtype = PRECISIONS[precision]
@@ -60,6 +65,7 @@ def operators() -> dict[str, Any]:
         "fit_candidates": fit_candidates,
         "write_targets": write_targets,
         "paa_reassign": paa_reassign,
+        "score_voting": score_voting,
     }
 
 
@@ -199,6 +205,23 @@ def write_targets(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
     return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
+
+
+@_operator("voting")
+def score_voting(
+    det_bboxes: Sequence[Tensor],
+    det_labels: Sequence[Tensor],
+    mlvl_bboxes: Sequence[Tensor],
+    mlvl_nms_scores: Sequence[Tensor],
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """The voted det_bboxes [D, 5] and det_labels [D] of all images; within an image by class, or in the order of the inputs."""
+    detections = sum(image.shape[0] for image in det_bboxes)
+    return det_bboxes[0].new_empty((detections, 5)), det_labels[0].new_empty(detections)
 
 
 def _empty_targets(
