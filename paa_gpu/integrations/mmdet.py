@@ -5,12 +5,13 @@ For a model that is built, `accelerate(model)`; in a configuration file
     custom_imports = dict(imports=["paa_gpu.integrations.mmdet"])
     model = dict(bbox_head=dict(type="PAAHeadGPU", ...))  # or "LADHeadGPU"; the arguments of the published head
 
-The whole batch is reassigned in one call that does not synchronise. What a subclass of the published heads overrides stays
-in force: the accelerated class comes after it in the order of inheritance. So one that overrides
+The whole batch is reassigned in one call that does not synchronise; voting takes one call an image. What a subclass of the
+published heads overrides stays in force: the accelerated class comes after it in the order of inheritance. So one that overrides
 
 * `gmm_separation_scheme` has it called for every ground truth of the batch, with mmdetection's arguments: slower;
 * `loss_by_feat` or (LADHead) `get_label_assignment` has it, and there the library's `paa_reassign`, image by image;
-* `paa_reassign` has it called image by image; with `super().paa_reassign(...)` it reaches the library.
+* `paa_reassign` has it called image by image; with `super().paa_reassign(...)` it reaches the library;
+* `score_voting` has it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from .._checks import check_option
 from ..reassign import Reassignment, paa_reassign_batch
 from ..topk import select_candidates
+from ..voting import score_voting
 
 __all__ = ["PRESETS", "LADHeadGPU", "PAAHeadGPU", "accelerate", "restore"]
 
@@ -53,9 +55,10 @@ class Preset(NamedTuple):
 
     separation: str  #: see `paa_gpu.separation`
     singleton: str  #: what a ground truth with one candidate gets
+    offset: float  #: added to the widths and heights of boxes in score voting
 
 
-PRESETS = {"mmdet": Preset("mmdet", "background"), "paper": Preset("paper", "positive")}
+PRESETS = {"mmdet": Preset("mmdet", "background", 0.0), "paper": Preset("paper", "positive", 1.0)}
 
 
 def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
@@ -67,9 +70,9 @@ def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
     Args:
         model_or_head: a detector of mmdetection or another module with such heads in it (a teacher that LAD keeps outside its
             modules included), or a head.
-        preset: "mmdet", or "paper" for the authors' conventions: separation "paper", and a ground truth with one
-            candidate keeps it. A subclass's own `gmm_separation_scheme` comes before the preset's separation. None: "mmdet" for a
-            head that is not accelerated yet, no change for others.
+        preset: "mmdet", or "paper" for the authors' conventions: separation "paper", a ground truth with one candidate keeps it,
+            and score voting adds 1 to widths and heights. A subclass's own `gmm_separation_scheme` comes before the preset's
+            separation. None: "mmdet" for a head that is not accelerated yet, no change for others.
 
     Returns:
         `model_or_head`, the same object.
@@ -161,6 +164,13 @@ class PAAHeadGPU(PAAHead):
         columns = [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)]
         out = _reassign(self, columns, [anchors], [num_gt])
         return out.label[0], out.label_weight[0], out.bbox_weight[0], int(out.num_pos)
+
+    def score_voting(
+        self, det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor, score_thr: float
+    ) -> tuple[Tensor, Tensor]:
+        """The detections of one image: see `paa_gpu.score_voting`."""
+        offset = PRESETS[self.preset].offset
+        return score_voting(det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores, score_thr, offset=offset)
 
 
 @MODELS.register_module()

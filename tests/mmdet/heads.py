@@ -179,3 +179,11 @@ def assert_same_outside(tied: Tensor, ties: int, got: Tensor, wanted: Tensor) ->
     assert not (differs & ~tied).any()
     assert differs.sum() <= ties
     print(f"{ties} ties, {int(differs.sum())} labels differ there")
+
+
+def assert_same_detections(got: InstanceData, wanted: InstanceData) -> None:
+    """The same detections in the same order; boxes, which are weighted means of up to a thousand, within float32 rounding."""
+    assert torch.equal(got.labels, wanted.labels)
+    assert torch.equal(got.scores, wanted.scores)
+    largest = max(wanted.bboxes.abs().flatten().tolist(), default=0.0)
+    torch.testing.assert_close(got.bboxes, wanted.bboxes, rtol=1e-6, atol=1e-6 * largest)
