@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-import stand_in  # noqa: F401  # before mmcv, which mmdet imports
+import stand_in  # noqa: F401  # before mmcv's operators
 import torch
 from mmdet.utils import register_all_modules
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mmdet
+import stand_in  # noqa: F401  # before mmcv's operators
 import torch
 from mmdet.models.dense_heads import LADHead, PAAHead
 from mmdet.registry import MODELS
