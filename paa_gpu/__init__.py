@@ -1,6 +1,7 @@
 """Probabilistic anchor assignment (PAA): reassignment and score voting for a whole batch of images, on the GPU and the CPU."""
 
 from .em import GaussianMixture1D, fit_gmm_1d
+from .head import PAAHead, levels_to_images
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
 from .voting import score_voting, score_voting_batch
@@ -10,8 +11,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Candidates",
     "GaussianMixture1D",
+    "PAAHead",
     "Reassignment",
     "fit_gmm_1d",
+    "levels_to_images",
     "paa_reassign",
     "paa_reassign_batch",
     "score_voting",

@@ -1,0 +1,221 @@
+"""`PAAHead` without torchvision and mmdetection: what it accepts, what it computes, and training over several processes.
+
+That the losses and detections are the published ones is shown in tests/mmdet.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import paa_gpu
+from paa_gpu import PAAHead
+
+STRIDES = (8, 16)
+SIZE = (64, 96)
+
+
+def make_head(**options: Any) -> PAAHead:
+    torch.manual_seed(0)
+    return PAAHead(3, 8, 8, 1, norm_groups=4, strides=STRIDES, **options)
+
+
+def make_features(images: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, 8, SIZE[0] // stride, SIZE[1] // stride, generator=generator) for stride in STRIDES]
+
+
+def make_targets(boxes: list[int], seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for number in boxes:
+        corner = torch.rand(number, 2, generator=generator) * 40
+        extent = 10 + torch.rand(number, 2, generator=generator) * 40
+        labels = torch.randint(3, (number,), generator=generator)
+        targets.append({"boxes": torch.cat([corner, corner + extent], 1), "labels": labels})
+    return targets
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters()]
+
+
+# --- use ---
+
+
+@pytest.mark.parametrize("boxes", [[0, 0], [4, 0, 2]], ids=str)
+def test_every_parameter_gets_a_gradient(boxes):
+    """Without boxes too, where it is zero for the regression: DistributedDataParallel waits for all of them."""
+    head = make_head()
+    losses = head.loss(make_features(len(boxes)), make_targets(boxes))
+    assert set(losses) == {"loss_cls", "loss_bbox", "loss_iou"}
+    sum(losses.values()).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(head))
+    assert (losses["loss_bbox"] == 0) == (losses["loss_iou"] == 0) == (sum(boxes) == 0)
+    assert bool(head.atss_reg.weight.grad.any()) == (sum(boxes) > 0)
+
+
+def test_inputs_are_not_modified():
+    features, targets = make_features(2), make_targets([3, 1])
+    before = [tensor.clone() for tensor in [*features, *(value for target in targets for value in target.values())]]
+    make_head().loss(features, targets)
+    after = [*features, *(value for target in targets for value in target.values())]
+    assert all(map(torch.equal, before, after))
+
+
+def test_the_options_reach_the_assignment():
+    """A caller's separation is asked; labels may be int32, boxes float64."""
+    seen = []
+
+    def separation(assignment, score, loss, mask):
+        seen.append(mask.sum())
+        return assignment, torch.zeros_like(mask)
+
+    targets = [{"boxes": target["boxes"].double(), "labels": target["labels"].int()} for target in make_targets([3, 1])]
+    make_head(separation=separation).loss(make_features(2), targets)
+    assert seen[0] > 0
+
+
+def test_image_sizes_leave_out_what_is_beyond():
+    """The losses of an image within a larger batch are those of the image alone."""
+    head, features, targets = make_head(), make_features(1), make_targets([3])
+    with torch.no_grad():
+        alone = head.loss(features, targets)
+        outputs = head(features)
+        padded = [tuple(nn.functional.pad(level, (0, 4, 0, 2), value=3.0) for level in levels) for levels in outputs]
+        head.forward = lambda _: tuple(list(levels) for levels in padded)
+        wide = head.loss(features, targets, [SIZE])
+    torch.testing.assert_close(wide, alone)
+
+
+def test_levels_to_images():
+    levels = make_features(2)
+    for image, got in enumerate(paa_gpu.levels_to_images(levels)):
+        assert got.is_contiguous()
+        assert torch.equal(got, torch.cat([level[image].flatten(1).T for level in levels]))
+
+
+def test_torchvision_is_not_imported():
+    """Only to predict."""
+    code = "import sys, paa_gpu; paa_gpu.PAAHead(1, 8, 8, norm_groups=4); print({'torchvision', 'triton', 'numba'} & set(sys.modules))"
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert got.stdout == "set()\n"
+
+
+def test_predict_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    with pytest.raises(ImportError, match=r"`PAAHead.predict` needs torchvision: pip install paa-gpu\[head\]"):
+        make_head().predict(make_features(1), [SIZE])
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 0}, "`topk` must be at least 1, got 0"),
+        ({"covariance_type": "round"}, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
+        ({"separation": "c"}, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
+        ({"singleton": "maybe"}, '`singleton` must be "background" or "positive", got \'maybe\''),
+        ({"target_stds": (1, 1)}, "`target_stds` must have 4 entries as a box has, got 2"),
+        ({"nms_pre": -1}, "`nms_pre` must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(options, message):
+    with pytest.raises(ValueError) as error:
+        make_head(**options)
+    assert str(error.value) == message
+
+
+def test_channels_of_the_normalisation():
+    with pytest.raises(ValueError, match="`feat_channels` must be a multiple of `norm_groups`, 32, got 40"):
+        PAAHead(3, 8, 40)
+
+
+def boxes_of(**change: Any) -> list[dict[str, Tensor]]:
+    return [{**make_targets([2])[0], **change}]
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "sizes", "message"),
+    [
+        (make_features(1)[:1], make_targets([2]), None, "`features` must have 2 entries as `strides` has, got 1"),
+        ([level[:, :3] for level in make_features(1)], make_targets([2]), None, "`features[0]` must have shape [any, 8, any, any], got [1, 3, 8, 12]"),
+        (make_features(2), make_targets([2]), None, "`targets` must have 2 entries as the batch has, got 1"),
+        (make_features(1), [{"boxes": torch.zeros(0, 4)}], None, "`targets[0]` must have an entry `labels`, got ['boxes']"),
+        (make_features(1), boxes_of(boxes=torch.zeros(2, 5)), None, "`targets[0]['boxes']` must have shape [any, 4], got [2, 5]"),
+        (make_features(1), boxes_of(labels=torch.zeros(3).long()), None, "`targets[0]['labels']` must have shape [2], got [3]"),
+        (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
+        (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
+        (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs(features, targets, sizes, message):
+    with pytest.raises(ValueError) as error:
+        make_head().loss(features, targets, sizes)
+    assert str(error.value) == message
+
+
+def test_a_border_needs_sizes():
+    with pytest.raises(ValueError, match="`image_sizes` must be given with an `allowed_border` of 0, got None"):
+        make_head(allowed_border=0).loss(make_features(1), make_targets([2]))
+
+
+def test_levels_that_differ():
+    levels = make_features(2)
+    with pytest.raises(ValueError, match=r"`mlvl_tensor\[1\]` must have shape \[2, 8, any, any\], got \[1, 8, 4, 6\]"):
+        paa_gpu.levels_to_images([levels[0], levels[1][:1]])
+    with pytest.raises(TypeError, match=r"`mlvl_tensor\[1\]` must be float32, got float64"):
+        paa_gpu.levels_to_images([levels[0], levels[1].double()])
+
+
+# --- several processes ---
+
+
+class Loss(nn.Module):
+    """What DistributedDataParallel wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = make_head()
+
+    def forward(self, features: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+        return sum(self.head.loss(features, targets).values())
+
+
+BATCHES = [[5, 0, 2], [0, 0, 0], [9, 1, 0]]  # boxes; the first process has one image, the second two
+
+
+def train_one_of_two(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    own = slice(0, 1) if rank == 0 else slice(1, 3)
+    wrapped = DistributedDataParallel(Loss())
+    results = []
+    for seed, boxes in enumerate(BATCHES):
+        wrapped.zero_grad()
+        wrapped([level[own] for level in make_features(3, seed)], make_targets(boxes, seed)[own]).backward()
+        results.append([gradient.clone() for gradient in gradients(wrapped)])
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """Of one process with the joined batch: with images, boxes and positives shared unevenly."""
+    torch.multiprocessing.spawn(train_one_of_two, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for seed, boxes in enumerate(BATCHES):
+        alone = Loss()
+        alone(make_features(3, seed), make_targets(boxes, seed)).backward()
+        for first, second, wanted in zip(ranks[0][seed], ranks[1][seed], gradients(alone), strict=True):
+            assert torch.equal(first, second)
+            assert (first - wanted).abs().max() <= 1e-5 * wanted.abs().max()
