@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import rounded
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels.topk import concatenate, image_of
 
@@ -67,7 +66,13 @@ def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
-@triton.jit(do_not_specialize=["stride_detection", "stride_label", "n_images", "n_boxes", "n_classes"])
+@triton.jit
+def _narrow(x, ptr):
+    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
+    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["stride_detection", "stride_side", "stride_label", "n_images", "n_boxes", "n_classes"])
 def _vote_kernel(
     detection_ptr,  # Tensor[D, 5]
     stride_detection,
@@ -109,7 +114,9 @@ def _vote_kernel(
     own_ptr = detection_ptr + detection * stride_detection
     own_x1, own_y1 = tl.load(own_ptr).to(REAL), tl.load(own_ptr + stride_side).to(REAL)
     own_x2, own_y2 = tl.load(own_ptr + 2 * stride_side).to(REAL), tl.load(own_ptr + 3 * stride_side).to(REAL)
-    score_limit, iou_limit = tl.full((), score_thr, REAL), tl.full((), iou_thr, REAL)
+    # As torch rounds a number before it compares a tensor with it.
+    score_limit = _narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
+    iou_limit = tl.full((), iou_thr, REAL)
     width, margin = tl.full((), sigma, REAL), tl.full((), offset, REAL)
     total = tl.zeros([BLOCK], REAL)
     x1_sum, y1_sum, x2_sum, y2_sum = total, total, total, total
@@ -138,12 +145,6 @@ def _vote_kernel(
     tl.store(out_ptr + 3, _narrow(tl.where(voted, own_y2 + y2 / weights, own_y2), voted_ptr))
     tl.store(out_ptr + 4, tl.load(own_ptr + 4 * stride_side))
     tl.store(voted_label_ptr + place, label)
-
-
-@triton.jit
-def _narrow(x, ptr):
-    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
-    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
 
 
 def launch_rule() -> dict[str, int]:
@@ -190,7 +191,7 @@ def score_voting(
             len(det_bboxes),
             boxes.shape[0],
             scores.shape[0],
-            rounded(score_thr, scores.dtype),
+            score_thr,
             iou_thr,
             sigma,
             offset,

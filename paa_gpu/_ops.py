@@ -38,11 +38,6 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
     )
 
 
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number as this dtype holds it, as torch rounds a Python number before it compares a tensor with it."""
-    return torch.tensor(value, dtype=dtype).item()
-
-
 def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]."""
     dtype = PRECISIONS[precision]

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ops import rounded
 from ._arrays import flat, lengths, offsets, tensor, view
 from ._loops import compiled, compiled_sums, over_slices
 
@@ -228,7 +227,8 @@ def score_voting(
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (det_bboxes[0].dtype, mlvl_bboxes[0].dtype, mlvl_nms_scores[0].dtype)
     real, integer = (np.float64, np.int64) if wide else (np.float32, np.int32)
-    threshold = real(rounded(score_thr, mlvl_nms_scores[0].dtype))
+    # As torch rounds a number before it compares a tensor with it.
+    threshold = real(torch.tensor(score_thr, dtype=mlvl_nms_scores[0].dtype).item())
     rule = real(offset), real(iou_thr), real(min(LOG2_E / sigma, float(np.finfo(real).max)))
     start = offsets(lengths(det_bboxes))
     voted, labels = np.empty((start[-1], 5), real), np.empty(start[-1], view(det_labels[0]).dtype)
