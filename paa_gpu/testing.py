@@ -158,13 +158,13 @@ def _make_predictions(
     owner = rng.integers(objects, size=boxes)
     corners = np.concatenate([corner, corner + side], 1)[owner] + rng.normal(size=(boxes, 4)) * np.tile(side, 2)[owner] * 0.1
     bboxes = torch.from_numpy(corners).to(dtype)
-    scores = rng.uniform(0.05, 1, (boxes, num_classes)) * (rng.random((boxes, num_classes)) < share)
-    scores = torch.from_numpy(np.concatenate([scores, np.zeros((boxes, 1))], 1)).to(dtype)
+    score = rng.uniform(0.05, 1, (boxes, num_classes)) * (rng.random((boxes, num_classes)) < share)
+    scores = torch.from_numpy(np.concatenate([score, np.zeros((boxes, 1))], 1)).to(dtype)
     if not boxes:
         return torch.ones(detections, 5, dtype=dtype), torch.zeros(detections, dtype=torch.int64), bboxes, scores
     chosen = torch.from_numpy(rng.integers(boxes, size=detections))
-    score, label = (scores[chosen, :-1] * torch.from_numpy(rng.random((detections, num_classes)))).max(1)
-    return torch.cat([bboxes[chosen], score.to(dtype)[:, None]], 1), label, bboxes, scores
+    best, label = (scores[chosen, :-1] * torch.from_numpy(rng.random((detections, num_classes)))).max(1)
+    return torch.cat([bboxes[chosen], best.to(dtype)[:, None]], 1), label, bboxes, scores
 
 
 @contextmanager

@@ -134,8 +134,9 @@ def _vote(voter: Any, here: Any, box: Any, rule: Any, bits: Any, power: Any, wei
     """
     offset, iou_thr, scale = rule
     real, info = voter.dtype.type, np.finfo(voter.dtype)
-    zero, half, one, tiny, most = real(0), real(0.5), real(1), real(1e-6), real(info.maxexp - 2)
+    zero, half, one, tiny = real(0), real(0.5), real(1), real(1e-6)
     bias, mantissa, degree = info.maxexp - 1, info.nmant, 13 if info.bits == 64 else 6
+    most = real(bias)  # where no bit of the power is left
     x1, y1, x2, y2 = box
     left, top, right, bottom = voter[0, here], voter[1, here], voter[2, here], voter[3, here]
     area, score = voter[4, here], voter[5, here]
