@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,7 +191,5 @@ def triton_on_cpu() -> Iterator[None]:
             raise RuntimeError(
                 "triton_on_cpu() must run under Triton's interpreter (TRITON_INTERPRET=1) or an active ptxrun session"
             )
-    with ExitStack() as stack:
-        for operator in _ops.operators().values():
-            stack.enter_context(operator.set_kernel_enabled("cpu", False))
+    with _ops.kernels_on_cpu():
         yield
