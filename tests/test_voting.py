@@ -8,9 +8,7 @@ import torch
 
 import paa_gpu
 from paa_gpu import data, reference, testing
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+from paa_gpu._checks import FLOATS, INTEGERS
 
 #: Pixels between float32 boxes at 1,333 pixels, where float32 resolves 1.2e-4, and the loop in float64, or the published results.
 TOLERANCE, PUBLISHED_TOLERANCE = 5e-4, 1e-3

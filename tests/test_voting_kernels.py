@@ -12,10 +12,9 @@ from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_o
 
 import paa_gpu
 from paa_gpu import _ops, data, reference, testing
+from paa_gpu._checks import FLOATS, INTEGERS
 from paa_gpu.cpu import voting as cpu
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 #: score_thr, iou_thr, sigma, offset, keep_order
 USUAL = (0.05, 0.01, 0.025, 0.0, False)
 #: Detections and boxes of each image: tiles of 512 boxes, images without either. The interpreter takes 50 ms a tile and detection.
