@@ -87,7 +87,7 @@ def _vote_kernel(
     n_classes,
     score_thr: tl.float64,
     iou_thr: tl.float64,
-    sigma: tl.float64,
+    decay: tl.float64,  # 1 / sigma
     offset: tl.float64,
     voted_ptr,  # Tensor[D, 5], contiguous like the one below
     voted_label_ptr,  # Tensor[D]
@@ -117,7 +117,7 @@ def _vote_kernel(
     # As torch rounds a number before it compares a tensor with it.
     score_limit = _narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
     iou_limit = tl.full((), iou_thr, REAL)
-    width, margin = tl.full((), sigma, REAL), tl.full((), offset, REAL)
+    slope, margin = tl.full((), -decay, REAL), tl.full((), offset, REAL)
     total = tl.zeros([BLOCK], REAL)
     x1_sum, y1_sum, x2_sum, y2_sum = total, total, total, total
     box_end = tl.where((c >= 0) & (c < n_classes), box_end, box_begin)
@@ -129,7 +129,7 @@ def _vote_kernel(
         x1, y1, x2, y2 = _load_boxes(box_ptr, box, candidate, STRIDE_N, STRIDE_SIDE, REAL)
         iou = _iou(x1, y1, x2, y2, own_x1, own_y1, own_x2, own_y2, margin)
         voter = candidate & (iou > iou_limit)
-        weight = tl.where(voter, tl.exp(-(1 - iou) * (1 - iou) / width) * score, 0.0)
+        weight = tl.where(voter, tl.exp((1 - iou) * (1 - iou) * slope) * score, 0.0)
         total += weight
         # An infinity times zero would be NaN.
         x1_sum += weight * tl.where(voter, x1 - own_x1, 0.0)
@@ -147,9 +147,9 @@ def _vote_kernel(
     tl.store(voted_label_ptr + place, label)
 
 
-def launch_rule() -> dict[str, int]:
-    """Four boxes a thread, whatever the shapes: with one, a sum's last bit could differ between lanes."""
-    return {"BLOCK": 512, "num_warps": 4, **register_limit()}
+def launch_rule(wide: bool) -> dict[str, int]:
+    """Four boxes a thread, two where sums are float64: with more, registers spill; with one, the lanes could differ in a sum."""
+    return {"BLOCK": 256 if wide else 512, "num_warps": 4, **register_limit()}
 
 
 def _by_class(scores: Sequence[Tensor]) -> Tensor:
@@ -193,7 +193,7 @@ def score_voting(
             scores.shape[0],
             score_thr,
             iou_thr,
-            sigma,
+            min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 1 weighs 1
             offset,
             voted,
             voted_labels,
@@ -201,6 +201,6 @@ def score_voting(
             STRIDE_N=boxes.stride(0),
             STRIDE_SIDE=boxes.stride(1),
             REAL=tl.float64 if wide else tl.float32,
-            **launch_rule(),
+            **launch_rule(wide),
         )
     return voted, voted_labels

@@ -234,6 +234,8 @@ def test_weights_that_vanish_or_do_not_fall(sigma):
     det, got, _ = vote([[11, 20, 51, 60, 0.5]], [0], sigma=sigma)
     if sigma < 1:
         assert torch.equal(got, det)
+        det, got, _ = vote([[10, 20, 50, 60, 0.5]], [0], sigma=sigma)  # its own voter
+        assert torch.equal(got, det)
     else:
         x = 10 + 2 * 0.6 / 1.5
         torch.testing.assert_close(got[0], torch.tensor([x, 20, x + 40, 60, 0.5]), rtol=0, atol=1e-4)
