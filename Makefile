@@ -16,8 +16,9 @@ demo: $(READY)
 
 # Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
-PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py
-KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_launch.py
+PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py
+KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_voting_kernels.py \
+	tests/test_launch.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"
@@ -71,4 +72,4 @@ $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png
+	rm -rf $(VENV) $(MMDET_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

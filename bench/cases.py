@@ -22,6 +22,11 @@ def recorded() -> testing.Batch:
     return testing.Batch._make([*tensors, sizes, recordings[0].num_classes, [recording.num_gt for recording in recordings]])
 
 
+def recorded_voting() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]]:
+    """The arguments of every recorded call of `score_voting` (81 in a checkout, two of them with 80 classes)."""
+    return [call.arguments for path in data.voting_paths() for call in data.load_voting(path)]
+
+
 def coco_like() -> testing.Batch:
     """16 images of 7 boxes, float32 losses."""
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import statistics
 import time
@@ -33,9 +34,7 @@ def has_mmdet() -> bool:
 def _mmdet_loop(num_classes: int) -> Callable[..., Any]:
     if not has_mmdet():
         return lambda *arguments: reference.paa_reassign(*arguments, num_classes=num_classes, published=True)
-    from mmdet.models.dense_heads import PAAHead
-
-    head = PAAHead(num_classes, 8, feat_channels=8, stacked_convs=1, covariance_type="diag")
+    head = _mmdet_head(num_classes)
 
     def loop(*arguments: Any) -> Any:
         *tensors, levels = arguments
@@ -54,6 +53,30 @@ def library_one_by_one(batch: testing.Batch) -> Targets:
     """`paa_reassign` for one image after the other; it finds the number of ground truths itself, as the published loop does."""
     columns = zip(*batch.arguments, strict=True)
     return [paa_gpu.paa_reassign(*arguments, num_classes=batch.num_classes) for arguments in columns]
+
+
+def published_voting(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PAAHead.score_voting`: mmdetection's own code where it is installed, else our reference."""
+    if not has_mmdet():
+        return reference.score_voting(*arguments, published=True)
+    return _mmdet_head(arguments[3].shape[1] - 1).score_voting(*arguments)
+
+
+@functools.cache
+def _mmdet_head(num_classes: int) -> Any:
+    from mmdet.models.dense_heads import PAAHead
+
+    return PAAHead(num_classes, 8, feat_channels=8, stacked_convs=1, covariance_type="diag")
+
+
+def check_voting(*arguments: Any) -> float:
+    """Raise unless the library gives the published order, labels and scores, and boxes within a thousandth of a pixel; returns the
+    largest difference."""
+    (got, labels), (wanted, wanted_labels) = paa_gpu.score_voting(*arguments), published_voting(*arguments)
+    difference = float((got - wanted).abs().max())
+    if not (torch.equal(labels, wanted_labels) and torch.equal(got[:, 4], wanted[:, 4]) and difference <= 1e-3):
+        raise AssertionError(f"score_voting does not give the published detections: {difference} pixels")
+    return difference
 
 
 def check_agreement(batch: testing.Batch, provider: Callable[[testing.Batch], Targets]) -> tuple[int, int]:

@@ -37,6 +37,7 @@ def main() -> None:
     for name in ("recorded", "coco_like", "crowded"):
         batch(name)
     one_by_one()
+    voting()
     fits()
     imports()
 
@@ -69,6 +70,22 @@ def one_by_one() -> None:
         [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=[5, 100]
     )
     print(f"paa_reassign, one box: {ours * 1e6:.0f} us; loop {loop * 1e3:.2f} ms, {loop / ours:.0f}x")
+
+
+def voting() -> None:
+    """Each recorded call by itself."""
+    ratios, times, differences = [], [], []
+    for arguments in cases.recorded_voting():
+        differences.append(providers.check_voting(*arguments))
+        loop, ours = providers.interleaved(
+            [lambda a=arguments: providers.published_voting(*a), lambda a=arguments: paa_gpu.score_voting(*a)], repeats=[1, 20]
+        )
+        ratios.append(loop / ours)
+        times.append((loop, ours))
+    loop, ours = (sum(column) for column in zip(*times, strict=True))
+    print(f"score_voting, {len(ratios)} recorded calls one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
+          f"{max(ratios):.0f}x; all of them {ours * 1e3:.1f} ms, loop {loop * 1e3:.0f} ms, {loop / ours:.0f}x; boxes within "
+          f"{max(differences):.1e} pixels of the loop's")  # fmt: skip
 
 
 def fits() -> None:

@@ -191,7 +191,7 @@ def _reassign(
         check_option("separation", separation, SCHEMES)
     check_option("singleton", singleton, SINGLETONS)
     check_option("precision", precision, _ops.PRECISIONS)
-    columns = [[tensor.detach() for tensor in column] for column in columns]
+    columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
     pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
         check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
@@ -240,7 +240,7 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Se
     for image, end in enumerate(suffix):
         sizes: dict[str, int] = {}
         for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
-            wanted = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+            wanted = (sizes.get(shape[0]), *shape[1:])
             check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
             sizes[shape[0]] = column[image].shape[0]
             device = column[image].device

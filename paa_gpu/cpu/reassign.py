@@ -73,6 +73,17 @@ def _separate_rows(
 
 
 @compiled
+def _number_rows(gt_offset: Any) -> tuple[Any, Any]:
+    """The image of every row, and which of its ground truths the row is."""
+    rows, images = gt_offset[-1], len(gt_offset) - 1
+    image_of, gt_of = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    for image in range(images):
+        for row in range(gt_offset[image], gt_offset[image + 1]):
+            image_of[row], gt_of[row] = image, row - gt_offset[image]
+    return image_of, gt_of
+
+
+@compiled
 def _write_images(
     first: int,
     last: int,
@@ -101,11 +112,10 @@ def _write_images(
 
 
 def _copy(images: Sequence[Tensor]) -> Array:
-    """The images' targets one after the other, in memory of their own, as integers of the same size: zero has the same bits in
-    every dtype."""
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images[0].itemsize]
-    bits = [image.view(integer).numpy() for image in images]
-    return bits[0].copy() if len(bits) == 1 else np.concatenate(bits)
+    """The images' targets one after the other, in memory of their own; half precision as int16, in which zero has the same
+    bits."""
+    values = [(image.view(torch.int16) if image.itemsize == 2 else image).numpy() for image in images]
+    return values[0].copy() if len(values) == 1 else np.concatenate(values)
 
 
 def _write(
@@ -125,7 +135,11 @@ def _write(
         _write_images, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
         offsets(lengths(label)), num_classes, *targets, num_pos,
     )  # fmt: skip
-    written = [torch.from_numpy(bits).view(images[0].dtype) for bits, images in zip(targets, inputs, strict=True)]
+    written = [torch.from_numpy(values) for values in targets]
+    written = [
+        target.view(images[0].dtype) if target.dtype == torch.int16 else target
+        for target, images in zip(written, inputs, strict=True)
+    ]
     return *written, *map(torch.from_numpy, (num_pos, positive, ignored))
 
 
@@ -145,8 +159,7 @@ def _fit(
     fit, assignment, score = fit_rows(
         loss.reshape(-1), np.arange(rows) * width, count, None, None, None, covariance_type, 1e-3, 1e-6, 100, precision, width
     )
-    image = np.repeat(np.arange(len(num_gts)), num_gts)
-    return [loss, index, count, assignment, score], fit, [image, np.arange(rows) - offsets(num_gts)[image]]
+    return [loss, index, count, assignment, score], fit, list(_number_rows(offsets(num_gts)))
 
 
 def fit_candidates(

@@ -6,6 +6,7 @@ the order of their anchors; everything after that keeps the order of equal losse
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,16 +174,15 @@ def select(
     images, rows = len(pos_inds), sum(num_gts)
     levels, width = len(level_sizes) // images, max_candidates(pos_inds, level_sizes, topk)
     loss = flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32)
-    level_bounds = np.array([offsets(level_sizes[image * levels : (image + 1) * levels]) for image in range(images)])
-
-    group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
-    member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
-    bits = loss.astype(np.float64).view(np.int64)
-    grouping = (bits, flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts))
+    bounds = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
+    group_start, group_stop = np.empty((2, rows * levels), np.int64)
+    member, key = np.empty((2, len(loss)), np.int64)
     groups = (group_start, group_stop, member, key)
-    over_slices(_group_images, images, SERIAL_IMAGES, *grouping, level_bounds, *groups)
-    row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
-    count = np.empty(rows, np.int64)
+    over_slices(
+        _group_images, images, SERIAL_IMAGES, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64),
+        flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts), np.array(bounds, np.int64), *groups,
+    )  # fmt: skip
+    row_loss, row_index, count = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
     over_slices(_select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, row_loss, row_index, count)
     return row_loss, row_index, count
 
