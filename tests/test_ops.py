@@ -37,7 +37,9 @@ def calls(batch):
     yield _ops.fit_gmm_1d, (torch.rand(9), None, [2, 3, 4], None, None, None, *FIT)
     yield _ops.fit_candidates, (losses, inds, gts, sizes, batch.num_gts, 9, "diag", "float32")
     yield _ops.write_targets, (label, label_weight, bbox_weight, inds, index, mask, mask, 4)
-    yield _ops.paa_reassign, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
+    image = [column[2] for column in batch.arguments[:6]]
+    yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
+    yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
 
 
 @pytest.mark.slow
