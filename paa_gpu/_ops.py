@@ -11,6 +11,7 @@ G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` o
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,11 +62,15 @@ def operators() -> dict[str, Any]:
     return {name: operator for name, (operator, _) in _registered.items()}
 
 
+_module = functools.cache(importlib.import_module)
+
+
 def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
     """The function of the package, "cpu" or "kernels", whose module is imported when it first runs."""
+    module = f"paa_gpu.{package}.{stem}"
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"paa_gpu.{package}.{stem}"), name)(*args)
+        return getattr(_module(module), name)(*args)
 
     return run
 
@@ -138,7 +143,7 @@ def fit_gmm_1d(
 
 
 @_operator("reassign")
-def paa_reassign(
+def paa_reassign_batch(
     pos_losses: Sequence[Tensor],
     label: Sequence[Tensor],
     label_weight: Sequence[Tensor],
@@ -166,6 +171,28 @@ def paa_reassign(
         *_empty_rows(label[0], rows),
         *_empty_masks(pos_inds),
     )
+
+
+@_operator("reassign")
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    level_sizes: Sequence[int],
+    num_gt: int,
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: str,
+    singleton: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The targets of one image, without what only a caller of `paa_reassign_batch` sees: label [A], label_weight [A],
+    bbox_weight [A, 4], num_pos [1]."""
+    return _empty_targets([label], [label_weight], [bbox_weight])
 
 
 @_operator("reassign")

@@ -44,7 +44,9 @@ def calls(batch):
         _ops.score_voting,
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
-    yield _ops.paa_reassign, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
+    image = [column[2] for column in batch.arguments[:6]]
+    yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
+    yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
 
 
 @pytest.mark.slow

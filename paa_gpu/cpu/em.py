@@ -47,7 +47,7 @@ C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for 
 
 @compiled
 def _exp(x: float) -> float:
-    """exp(x) of x <= 0 to a unit in the last place; below -708, where float64 loses its bits, exp(-708).
+    """exp(x) of x <= 0 to 1.1 units in the last place; below -708, where float64 loses its bits, exp(-708).
 
     exp(x) = 2^n exp(r) with |r| <= log(2) / 2, and the Taylor series of exp(r) up to the last term above a rounding error. The
     mathematical library's function takes one value at a time, and half of the time of a fit; this one fills vector registers:
@@ -70,34 +70,35 @@ def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, f
 
 
 @compiled_sums
-def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
+def _expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
     """Fill the responsibilities; return the mean log-density.
 
     With ratio = smaller / larger of the two densities, log(p_0 + p_1) is the logarithm of the larger one plus log(1 + ratio);
-    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. r0 and r1
-    are whole vectors, so longer than y: the passes that take long leave no rest to single values.
+    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. y, r0
+    and r1 are whole vectors, so that no pass leaves a rest to single values: behind its `size` y is 0, and r0 and r1 become 0.
     """
     c0, h0 = _density_terms(weight, variance, 0)
     c1, h1 = _density_terms(weight, variance, 1)
     one, total = y.dtype.type(1), y.dtype.type(0)
-    for i in range(len(y)):
+    for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
         total += max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1
-    for i in range(len(r0)):
+    for i in range(len(y)):
         r1[i] = _exp(-abs(r0[i]))
-    for start in range(0, len(y), PRODUCT):
+    for start in range(0, size, PRODUCT):
         product = one
-        for ratio in r1[start : min(start + PRODUCT, len(y))]:
+        for ratio in r1[start : min(start + PRODUCT, size)]:
             product *= one + ratio
         total += math.log(product)
-    for i in range(len(r0)):
+    for i in range(len(y)):
         ratio, foreground = r1[i], r0[i] >= 0
         larger = one / (one + ratio)
         r0[i] = larger if foreground else ratio * larger
         r1[i] = ratio * larger if foreground else larger
-    return total / y.dtype.type(len(y))
+    r0[size:], r1[size:] = 0, 0
+    return total / y.dtype.type(size)
 
 
 @compiled_sums
@@ -125,15 +126,22 @@ def _maximisation(
 
 
 @compiled
-def _assign(y: Any, weight: Any, mean: Any, variance: Any, tolerance: float, assignment: Any, score: Any) -> None:
+def _assign(
+    y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
+) -> None:
     """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
     c0, h0 = _density_terms(weight, variance, 0)
     c1, h1 = _density_terms(weight, variance, 1)
-    for i in range(len(y)):
+    for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
         assignment[i] = log_p0 >= log_p1 - tolerance
-        score[i] = max(log_p0, log_p1) + math.log(y.dtype.type(1) + y.dtype.type(_exp(-abs(log_p0 - log_p1))))
+        score[i] = max(log_p0, log_p1)
+        r0[i] = log_p0 - log_p1
+    for i in range(len(y)):
+        r1[i] = _exp(-abs(r0[i]))
+    for i in range(size):
+        score[i] += math.log(y.dtype.type(1) + r1[i])
 
 
 @compiled
@@ -159,7 +167,6 @@ def _fit_rows(
     tied: bool,
     tol: float,
     reg_covar: float,
-    empty: float,
     max_iter: int,
     tolerance: float,
     weights: Any,
@@ -172,25 +179,28 @@ def _fit_rows(
     assignment: Any,
     score: Any,
 ) -> None:
+    real = weights.dtype.type
+    change, floor, empty = real(tol), real(reg_covar), real(EMPTY_COMPONENT)
     width = 0
     for row in range(first, last):
         width = max(width, count[row])
-    y_row, r_rows = np.empty(width, weights.dtype), np.zeros((2, width + VECTOR), weights.dtype)
+    width += VECTOR
+    y_row, r0_row, r1_row = np.empty(width, weights.dtype), np.empty(width, weights.dtype), np.empty(width, weights.dtype)
     for row in range(first, last):
-        y = y_row[: count[row]]
-        y[:] = x[start[row] : start[row] + count[row]]
+        size = count[row]
+        y = y_row[: (size + VECTOR - 1) // VECTOR * VECTOR]
+        y[:size], y[size:] = x[start[row] : start[row] + size], 0
         if score.shape[1] > 0:
             assignment[row] = False
             score[row] = -np.inf
-        smallest, largest, finite = _extent(y)
-        valid[row] = len(y) >= 2 and finite
+        smallest, largest, finite = _extent(y[:size])
+        valid[row] = size >= 2 and finite
         converged[row], n_iter[row] = False, 0
         if not valid[row]:
             weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
             continue
-        y -= smallest
-        whole = (len(y) + VECTOR - 1) // VECTOR * VECTOR
-        r0, r1 = r_rows[0, :whole], r_rows[1, :whole]
+        y[:size] -= smallest
+        r0, r1 = r0_row[: len(y)], r1_row[: len(y)]
 
         weight, mean, variance = weights[row], means[row], variances[row]
         weight[:] = weights_init[row % len(weights_init)]
@@ -200,15 +210,15 @@ def _fit_rows(
         else:
             mean[0], mean[1] = 0, largest - smallest
 
-        previous = weights.dtype.type(-np.inf)
+        previous = real(-np.inf)
         while n_iter[row] < max_iter and not converged[row]:
             n_iter[row] += 1
-            lower_bound[row] = _expectation(y, weight, mean, variance, r0, r1)
-            _maximisation(y, r0, r1, tied, reg_covar, empty, weight, mean, variance)
-            converged[row] = abs(lower_bound[row] - previous) < tol
+            lower_bound[row] = _expectation(y, size, weight, mean, variance, r0, r1)
+            _maximisation(y, r0, r1, tied, floor, empty, weight, mean, variance)
+            converged[row] = abs(lower_bound[row] - previous) < change
             previous = lower_bound[row]
         if score.shape[1] > 0:
-            _assign(y, weight, mean, variance, tolerance, assignment[row, : len(y)], score[row, : len(y)])
+            _assign(y, size, weight, mean, variance, real(tolerance), r0, r1, assignment[row], score[row])
         mean += smallest
 
 
@@ -233,18 +243,18 @@ def fit_rows(
     width: int = 0,
 ) -> tuple[list[Array], Array, Array]:
     """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
-    rows, real = len(start), np.dtype(precision).type
-    weights, means, precisions = (
-        default if given is None else flat([given], real)
-        for given, default in zip((weights_init, means_init, precisions_init), _defaults(precision), strict=True)
-    )
+    rows, real = len(start), np.dtype(precision)
+    weights, means, precisions = _defaults(precision)
+    weights = weights if weights_init is None else flat([weights_init], real)
+    means = means if means_init is None else flat([means_init], real)
+    precisions = precisions if precisions_init is None else flat([precisions_init], real)
     fit = [np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty(rows, real)]
     fit += [np.empty(rows, np.int64), np.empty(rows, bool), np.empty(rows, bool)]
     assignment, score = np.empty((rows, width), bool), np.empty((rows, width), real)
     over_slices(
         _fit_rows, rows, SERIAL_ROWS, x, start, count,
-        weights, means, precisions, covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter,
-        real(tie_tolerance(PRECISIONS[precision])), *fit, assignment, score,
+        weights, means, precisions, covariance_type == "tied", tol, reg_covar, max_iter, tie_tolerance(PRECISIONS[precision]),
+        *fit, assignment, score,
     )  # fmt: skip
     return fit, assignment, score
 

@@ -38,18 +38,6 @@ def _ordered_key(bits: int) -> int:
 
 
 @compiled
-def _group_of(anchor: int, gt: int, first_row: int, num_gt: int, level_bounds: Any) -> int:
-    """The group (row * levels + level) of a potential positive; -1 where an index is out of range."""
-    levels = len(level_bounds) - 1
-    if gt < 0 or gt >= num_gt or anchor < 0 or anchor >= level_bounds[levels]:
-        return -1
-    level = 0
-    while anchor >= level_bounds[level + 1]:
-        level += 1
-    return (first_row + gt) * levels + level
-
-
-@compiled
 def _group_images(
     first: int,
     last: int,
@@ -69,14 +57,20 @@ def _group_images(
     for image in range(first, last):
         start, stop = pos_offset[image], pos_offset[image + 1]
         row, num_gt = gt_offset[image], gt_offset[image + 1] - gt_offset[image]
-        ascending = True
+        bounds = level_bounds[image]
+        ascending, previous, level = True, -1, 0
         group = np.empty(stop - start, np.int64)
         group_stop[row * levels : (row + num_gt) * levels] = 0
         for p in range(start, stop):
-            ascending &= p == start or anchor[p - 1] < anchor[p]
-            g = _group_of(anchor[p], gt[p], row, num_gt, level_bounds[image])
-            group[p - start] = g
-            if g >= 0:
+            if anchor[p] < previous:
+                ascending, level = False, 0
+            previous = anchor[p]
+            group[p - start] = -1  # an index out of range
+            if 0 <= gt[p] < num_gt and 0 <= previous < bounds[levels]:
+                while previous >= bounds[level + 1]:
+                    level += 1
+                g = (row + gt[p]) * levels + level
+                group[p - start] = g
                 group_stop[g] += 1
         place = start
         for g in range(row * levels, (row + num_gt) * levels):
