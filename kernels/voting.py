@@ -30,7 +30,7 @@ def _place(label_ptr, stride_label, begin, end, detection, label, BLOCK: tl.cons
     """The detection's rank among those from `begin` to `end` by (label, position)."""
     before = tl.zeros([BLOCK], tl.int32)
     for first in range(begin, end, BLOCK):
-        other = first + tl.arange(0, BLOCK)  # [BLOCK]
+        other = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         other_label = tl.load(label_ptr + other * stride_label, mask=other < end, other=0).to(tl.int64)
         smaller = (other_label < label) | ((other_label == label) & (other < detection))
         before += ((other < end) & smaller).to(tl.int32)
@@ -122,7 +122,7 @@ def _vote_kernel(
     x1_sum, y1_sum, x2_sum, y2_sum = total, total, total, total
     box_end = tl.where((c >= 0) & (c < n_classes), box_end, box_begin)
     for first in range(box_begin, box_end, BLOCK):
-        box = first + tl.arange(0, BLOCK)  # [BLOCK]
+        box = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         inside = box < box_end
         score = tl.load(score_ptr + c * n_boxes + box, mask=inside, other=0.0).to(REAL)
         candidate = inside & (score > score_limit)

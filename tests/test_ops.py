@@ -38,15 +38,15 @@ def calls(batch):
     yield _ops.fit_gmm_1d, (torch.rand(9), None, [2, 3, 4], None, None, None, *FIT)
     yield _ops.fit_candidates, (losses, inds, gts, sizes, batch.num_gts, 9, "diag", "float32")
     yield _ops.write_targets, (label, label_weight, bbox_weight, inds, index, mask, mask, 4)
-    image = [column[2] for column in batch.arguments[:6]]
-    yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
-    yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
     predictions = testing.make_predictions([(3, 9), (0, 5), (4, 0)], np.random.default_rng(0), num_classes=2)
     yield _ops.score_voting, (*predictions, 0.05, 0.01, 0.025, 0.0, False)
     yield (
         _ops.score_voting,
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
+    image = [column[2] for column in batch.arguments[:6]]
+    yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
+    yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
 
 
 @pytest.mark.slow

@@ -137,7 +137,20 @@ def test_the_floor_of_the_union_keeps_its_precision(session):
     check([[tensor] * 2 for tensor in image], (0.05, 1e-3, 0.3, 0.0, False))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            dtype,
+            marks=pytest.mark.skipif(
+                INTERPRETER and dtype == torch.bfloat16,
+                reason="Triton's interpreter cuts float32 to bfloat16 instead of rounding it",
+            ),
+        )
+        for dtype in FLOATS
+    ],
+    ids=str,
+)
 def test_the_threshold_is_rounded_to_the_dtype_of_the_scores(session, dtype):
     """A score of 0.05 does not exceed it, though in float32 and in bfloat16 it is more than 0.05."""
     boxes = torch.tensor([[16.0, 16, 64, 64], [20, 16, 68, 64]], dtype=dtype)
