@@ -9,6 +9,7 @@ potential positive outside its image's anchors writes nothing; one without a gro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -113,7 +114,7 @@ def _copy_targets(
     return torch.cat(list(label)), torch.cat(list(label_weight)), torch.cat(list(bbox_weight))
 
 
-def paa_reassign(
+def paa_reassign_batch(
     pos_losses: Sequence[Tensor],
     label: Sequence[Tensor],
     label_weight: Sequence[Tensor],
@@ -129,7 +130,7 @@ def paa_reassign(
     singleton: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """The operator `paa_gpu::paa_reassign`: at most six concatenations (three with one image), one copy and five launches."""
+    """The operator `paa_gpu::paa_reassign_batch`: at most six concatenations (three with one image), a copy and five launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     targets = _copy_targets(label, label_weight, bbox_weight)
     positive = batch.inds.new_empty(batch.inds.shape[0], dtype=torch.bool)
@@ -152,6 +153,22 @@ def paa_reassign(
     _write(targets, num_pos, batch.inds, batch.starts, batch.blocks, positive, ignored, num_classes)
     keep(num_pos, batch.table)
     return *targets, num_pos, *fit, image, gt, positive, ignored
+
+
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    level_sizes: Sequence[int],
+    num_gt: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """The operator `paa_gpu::paa_reassign`: a batch of one image."""
+    tensors = ([tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds))
+    return paa_reassign_batch(*tensors, level_sizes, [num_gt], *options)[:4]
 
 
 def fit_candidates(

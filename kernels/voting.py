@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import rounded
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels.topk import concatenate, image_of
 
@@ -31,7 +30,7 @@ def _place(label_ptr, stride_label, begin, end, detection, label, BLOCK: tl.cons
     """The detection's rank among those from `begin` to `end` by (label, position)."""
     before = tl.zeros([BLOCK], tl.int32)
     for first in range(begin, end, BLOCK):
-        other = first + tl.arange(0, BLOCK)  # [BLOCK]
+        other = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         other_label = tl.load(label_ptr + other * stride_label, mask=other < end, other=0).to(tl.int64)
         smaller = (other_label < label) | ((other_label == label) & (other < detection))
         before += ((other < end) & smaller).to(tl.int32)
@@ -43,10 +42,10 @@ def _load_boxes(box_ptr, box, mask, STRIDE_N: tl.constexpr, STRIDE_SIDE: tl.cons
     """The corners x1, y1, x2, y2 of the boxes [BLOCK], zeros outside the mask."""
     side = tl.arange(0, 4)[None, :]  # [1, 4]
     corners = tl.load(box_ptr + box[:, None] * STRIDE_N + side * STRIDE_SIDE, mask=mask[:, None], other=0.0)  # [BLOCK, 4]
-    x, y = tl.split(tl.reshape(corners.to(REAL), [box.shape[0], 2, 2]))
+    x, y = tl.split(tl.reshape(corners, [box.shape[0], 2, 2]))
     x1, x2 = tl.split(x)
     y1, y2 = tl.split(y)
-    return x1, y1, x2, y2
+    return x1.to(REAL), y1.to(REAL), x2.to(REAL), y2.to(REAL)
 
 
 @triton.jit
@@ -67,7 +66,13 @@ def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
-@triton.jit(do_not_specialize=["stride_detection", "stride_label", "n_images", "n_boxes", "n_classes"])
+@triton.jit
+def _narrow(x, ptr):
+    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
+    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["stride_detection", "stride_side", "stride_label", "n_images", "n_boxes", "n_classes"])
 def _vote_kernel(
     detection_ptr,  # Tensor[D, 5]
     stride_detection,
@@ -82,7 +87,7 @@ def _vote_kernel(
     n_classes,
     score_thr: tl.float64,
     iou_thr: tl.float64,
-    sigma: tl.float64,
+    decay: tl.float64,  # 1 / sigma
     offset: tl.float64,
     voted_ptr,  # Tensor[D, 5], contiguous like the one below
     voted_label_ptr,  # Tensor[D]
@@ -109,20 +114,22 @@ def _vote_kernel(
     own_ptr = detection_ptr + detection * stride_detection
     own_x1, own_y1 = tl.load(own_ptr).to(REAL), tl.load(own_ptr + stride_side).to(REAL)
     own_x2, own_y2 = tl.load(own_ptr + 2 * stride_side).to(REAL), tl.load(own_ptr + 3 * stride_side).to(REAL)
-    score_limit, iou_limit = tl.full((), score_thr, REAL), tl.full((), iou_thr, REAL)
-    width, margin = tl.full((), sigma, REAL), tl.full((), offset, REAL)
+    # As torch rounds a number before it compares a tensor with it.
+    score_limit = _narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
+    iou_limit = tl.full((), iou_thr, REAL)
+    slope, margin = tl.full((), -decay, REAL), tl.full((), offset, REAL)
     total = tl.zeros([BLOCK], REAL)
     x1_sum, y1_sum, x2_sum, y2_sum = total, total, total, total
     box_end = tl.where((c >= 0) & (c < n_classes), box_end, box_begin)
     for first in range(box_begin, box_end, BLOCK):
-        box = first + tl.arange(0, BLOCK)  # [BLOCK]
+        box = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         inside = box < box_end
         score = tl.load(score_ptr + c * n_boxes + box, mask=inside, other=0.0).to(REAL)
         candidate = inside & (score > score_limit)
         x1, y1, x2, y2 = _load_boxes(box_ptr, box, candidate, STRIDE_N, STRIDE_SIDE, REAL)
         iou = _iou(x1, y1, x2, y2, own_x1, own_y1, own_x2, own_y2, margin)
         voter = candidate & (iou > iou_limit)
-        weight = tl.where(voter, tl.exp(-(1 - iou) * (1 - iou) / width) * score, 0.0)
+        weight = tl.where(voter, tl.exp((1 - iou) * (1 - iou) * slope) * score, 0.0)
         total += weight
         # An infinity times zero would be NaN.
         x1_sum += weight * tl.where(voter, x1 - own_x1, 0.0)
@@ -140,15 +147,12 @@ def _vote_kernel(
     tl.store(voted_label_ptr + place, label)
 
 
-@triton.jit
-def _narrow(x, ptr):
-    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
-    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
+def launch_rule(wide: bool) -> dict[str, int]:
+    """Four boxes a thread; one where sums are float64, whose registers would spill.
 
-
-def launch_rule() -> dict[str, int]:
-    """Four boxes a thread, whatever the shapes: with one, a sum's last bit could differ between lanes."""
-    return {"BLOCK": 512, "num_warps": 4, **register_limit()}
+    One is enough for lanes to agree: their sums come out of a loop, so no product is fused into the additions between lanes.
+    """
+    return {"BLOCK": 256 if wide else 512, "num_warps": 8 if wide else 4, **register_limit()}
 
 
 def _by_class(scores: Sequence[Tensor]) -> Tensor:
@@ -190,9 +194,9 @@ def score_voting(
             len(det_bboxes),
             boxes.shape[0],
             scores.shape[0],
-            rounded(score_thr, scores.dtype),
+            score_thr,
             iou_thr,
-            sigma,
+            min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 1 weighs 1
             offset,
             voted,
             voted_labels,
@@ -200,6 +204,6 @@ def score_voting(
             STRIDE_N=boxes.stride(0),
             STRIDE_SIDE=boxes.stride(1),
             REAL=tl.float64 if wide else tl.float32,
-            **launch_rule(),
+            **launch_rule(wide),
         )
     return voted, voted_labels

@@ -11,8 +11,10 @@ G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` o
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-# Nothing here is differentiated, and the public functions detach: without this, every call takes a detour through the Python
-# of an autograd kernel (30 us).
+# For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
+# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests).
 _library = Library("paa_gpu", "IMPL")
 
 
@@ -36,11 +38,6 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
         min(inds.shape[0], sum(min(topk, size) for size in level_sizes[image * levels : (image + 1) * levels]))
         for image, inds in enumerate(pos_inds)
     )
-
-
-def rounded(value: float, dtype: torch.dtype) -> float:
-    """The number as this dtype holds it, as torch rounds a Python number before it compares a tensor with it."""
-    return torch.tensor(value, dtype=dtype).item()
 
 
 def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
@@ -57,36 +54,52 @@ def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     )
 
 
+_registered: dict[str, tuple[Any, str]] = {}
+
+
 def operators() -> dict[str, Any]:
     """The operators by name."""
-    return {
-        "select_candidates": select_candidates,
-        "fit_gmm_1d": fit_gmm_1d,
-        "fit_candidates": fit_candidates,
-        "write_targets": write_targets,
-        "paa_reassign": paa_reassign,
-        "score_voting": score_voting,
-    }
+    return {name: operator for name, (operator, _) in _registered.items()}
+
+
+_module = functools.cache(importlib.import_module)
+
+
+def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
+    """The function of the package, "cpu" or "kernels", whose module is imported when it first runs."""
+    module = f"paa_gpu.{package}.{stem}"
+
+    def run(*args: Any) -> Any:
+        return getattr(_module(module), name)(*args)
+
+    return run
 
 
 def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:
-    def implementation(package: str, name: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"paa_gpu.{package}.{stem}"), name)(*args)
-
-        return run
-
     def register(contract: Callable[..., Any]) -> Any:
         name = contract.__name__
         schema = infer_schema(contract, mutates_args=())
-        operator = custom_op(f"paa_gpu::{name}", implementation("kernels", name), mutates_args=(), schema=schema)
-        operator.register_kernel("cpu", implementation("cpu", name))
+        operator = custom_op(f"paa_gpu::{name}", _implementation("kernels", stem, name), mutates_args=(), schema=schema)
         operator.register_fake(contract)
+        _library.impl(name, _implementation("cpu", stem, name), "CPU")
         for key in ("AutogradCPU", "AutogradCUDA"):
             _library.impl(name, fallthrough_kernel, key)
+        _registered[name] = operator, stem
         return operator
 
     return register
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """The Triton implementations run for CPU tensors too, in the whole process, while the context is open."""
+    library = Library("paa_gpu", "IMPL")
+    for name, (_, stem) in _registered.items():
+        library.impl(name, _implementation("kernels", stem, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        del library  # registrations live as long as their library
 
 
 @_operator("topk")
@@ -130,7 +143,7 @@ def fit_gmm_1d(
 
 
 @_operator("reassign")
-def paa_reassign(
+def paa_reassign_batch(
     pos_losses: Sequence[Tensor],
     label: Sequence[Tensor],
     label_weight: Sequence[Tensor],
@@ -158,6 +171,28 @@ def paa_reassign(
         *_empty_rows(label[0], rows),
         *_empty_masks(pos_inds),
     )
+
+
+@_operator("reassign")
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    level_sizes: Sequence[int],
+    num_gt: int,
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: str,
+    singleton: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The targets of one image, without what only a caller of `paa_reassign_batch` sees: label [A], label_weight [A],
+    bbox_weight [A, 4], num_pos [1]."""
+    return _empty_targets([label], [label_weight], [bbox_weight])
 
 
 @_operator("reassign")

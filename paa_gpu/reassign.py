@@ -100,13 +100,18 @@ def paa_reassign(
     its candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out
     of range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2.
     """
-    result = _reassign(
+    columns, sizes, num_gts = _checked(
         [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
         [level_sizes_of("anchors", anchors)],
         None if num_gt is None else [num_gt],
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [""],
     )  # fmt: skip
-    return result.label[0], result.label_weight[0], result.bbox_weight[0], int(result.num_pos)
+    options = (num_classes, topk, covariance_type, separation, singleton, precision)
+    if callable(separation):
+        results = _with_callable(columns, sizes, num_gts, *options)
+    else:
+        results = _ops.paa_reassign(*(column[0] for column in columns), sizes, num_gts[0], *options)
+    return results[0], results[1], results[2], int(results[3])
 
 
 def paa_reassign_batch(
@@ -152,10 +157,27 @@ def paa_reassign_batch(
         check_list(name, column, length=images)
     if num_gts is not None:
         check_list("num_gts", num_gts, length=images)
-    return _reassign(
+    checked, sizes, num_gts = _checked(
         columns, _levels_of_images(anchors, images), num_gts,
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
     )  # fmt: skip
+    options = (num_classes, topk, covariance_type, separation, singleton, precision)
+    if callable(separation):
+        results = _with_callable(checked, sizes, num_gts, *options)
+    else:
+        results = _ops.paa_reassign_batch(*checked, sizes, num_gts, *options)
+    anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
+    return Reassignment(
+        list(results[0].split_with_sizes(anchors_of)),
+        list(results[1].split_with_sizes(anchors_of)),
+        list(results[2].split_with_sizes(anchors_of)),
+        results[3],
+        GaussianMixture1D._make([*results[4:11], covariance_type]),
+        results[11],
+        results[12],
+        list(results[13].split_with_sizes(potential)),
+        list(results[14].split_with_sizes(potential)),
+    )
 
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
@@ -168,7 +190,7 @@ def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list
     return [levels + [0] * (most - len(levels)) for levels in sizes]
 
 
-def _reassign(
+def _checked(
     columns: Sequence[Sequence[Tensor]],
     level_sizes: Sequence[Sequence[int]],
     num_gts: Sequence[int] | None,
@@ -180,9 +202,9 @@ def _reassign(
     precision: str,
     validate: bool,
     suffix: Sequence[str],
-) -> Reassignment:
-    """Check, run the operators, split their flat results into images. `columns`: the six lists of tensors, one entry per image,
-    whose names in errors end in `suffix`."""
+) -> tuple[list[list[Tensor]], list[int], Sequence[int]]:
+    """The six lists of tensors, one entry per image and detached; the level sizes of all images; the ground truths of each. The
+    names of an image's tensors end in its `suffix` in errors."""
     _check_tensors(columns, level_sizes, suffix)
     check_int("num_classes", num_classes, 1)
     check_int("topk", topk, 1)
@@ -191,48 +213,37 @@ def _reassign(
         check_option("separation", separation, SCHEMES)
     check_option("singleton", singleton, SINGLETONS)
     check_option("precision", precision, _ops.PRECISIONS)
-    columns = [[tensor.detach() for tensor in column] for column in columns]
-    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
         check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
+    detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
+    pos_losses, label, _, _, pos_inds, pos_gt_inds = detached
     num_gts = _num_gts(pos_gt_inds) if num_gts is None else num_gts
     if validate:
         for image, end in enumerate(suffix):
             values = (pos_losses[image], label[image], pos_inds[image], pos_gt_inds[image])
             check_values(end, *values, num_gts[image], num_classes)
+    return detached, [size for levels in level_sizes for size in levels], num_gts
 
-    flat_sizes = [size for levels in level_sizes for size in levels]
-    if callable(separation):
-        loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
-            pos_losses, pos_inds, pos_gt_inds, flat_sizes, num_gts, topk, covariance_type, precision
-        )
-        masks = _separate(separation, singleton, loss, count, assignment, score, fit[-1])
-        *targets, num_pos, positive, ignored = _ops.write_targets(
-            label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes
-        )
-    else:
-        results = _ops.paa_reassign(
-            *columns, flat_sizes, num_gts, num_classes, topk, covariance_type, separation, singleton, precision
-        )
-        targets, num_pos, fit, (fit_image, fit_gt, positive, ignored) = results[:3], results[3], results[4:11], results[11:]
-    anchors, potential = [image.shape[0] for image in label], [inds.shape[0] for inds in pos_inds]
-    label, label_weight, bbox_weight = (_images(target, anchors) for target in targets)
-    return Reassignment(
-        label,
-        label_weight,
-        bbox_weight,
-        num_pos,
-        GaussianMixture1D._make([*fit, covariance_type]),
-        fit_image,
-        fit_gt,
-        _images(positive, potential),
-        _images(ignored, potential),
+
+def _with_callable(
+    columns: Sequence[Sequence[Tensor]],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: Any,
+    singleton: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """What the operator `paa_reassign_batch` returns, with a caller's scheme between two operators."""
+    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
+    loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
+        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
     )
-
-
-def _images(flat: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The parts of a flat result, one per image."""
-    return [flat] if len(sizes) == 1 else list(flat.split_with_sizes(sizes))
+    masks = _separate(separation, singleton, loss, count, assignment, score, fit[-1])
+    *targets, positive, ignored = _ops.write_targets(label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes)
+    return *targets, *fit, fit_image, fit_gt, positive, ignored
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
@@ -240,7 +251,7 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Se
     for image, end in enumerate(suffix):
         sizes: dict[str, int] = {}
         for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
-            wanted = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+            wanted = (sizes.get(shape[0]), *shape[1:])
             check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
             sizes[shape[0]] = column[image].shape[0]
             device = column[image].device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,6 +119,54 @@ def _make_image(
     return torch.from_numpy(losses).to(dtype), label, torch.ones(anchors), bbox_weight, pos_inds, pos_gt_inds
 
 
+class Predictions(NamedTuple):
+    """The tensors of `score_voting_batch`: lists with one entry per image."""
+
+    det_bboxes: list[Tensor]
+    det_labels: list[Tensor]
+    mlvl_bboxes: list[Tensor]
+    mlvl_nms_scores: list[Tensor]
+
+    def to(self, device: torch.device | str) -> Predictions:
+        return Predictions._make([tensor.to(device) for tensor in column] for column in self)
+
+
+def make_predictions(
+    shapes: Sequence[tuple[int, int]],
+    rng: np.random.Generator,
+    num_classes: int = 80,
+    share: float = 0.3,
+    size: float = 1333.0,
+    dtype: torch.dtype = torch.float32,
+) -> Predictions:
+    """Random images with these numbers of detections and of boxes before NMS.
+
+    Boxes crowd around objects, some twenty each, in an image of side `size`. A `share` of the scores is between 0.05 and 1, the
+    others, and those of a last column for the background, are zero. A detection is a box and the class of one of its scores,
+    where it has any: it votes for itself.
+    """
+    images = [_make_predictions(*shape, rng, num_classes, share, size, dtype) for shape in shapes]
+    return Predictions._make(map(list, zip(*images, strict=True)))
+
+
+def _make_predictions(
+    detections: int, boxes: int, rng: np.random.Generator, num_classes: int, share: float, size: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    objects = max(boxes // 20, 1)
+    side = np.exp(rng.uniform(np.log(size / 40), np.log(size / 2), (objects, 2)))
+    corner = rng.uniform(0, 1, (objects, 2)) * (size - side)
+    owner = rng.integers(objects, size=boxes)
+    corners = np.concatenate([corner, corner + side], 1)[owner] + rng.normal(size=(boxes, 4)) * np.tile(side, 2)[owner] * 0.1
+    bboxes = torch.from_numpy(corners).to(dtype)
+    score = rng.uniform(0.05, 1, (boxes, num_classes)) * (rng.random((boxes, num_classes)) < share)
+    scores = torch.from_numpy(np.concatenate([score, np.zeros((boxes, 1))], 1)).to(dtype)
+    if not boxes:
+        return torch.ones(detections, 5, dtype=dtype), torch.zeros(detections, dtype=torch.int64), bboxes, scores
+    chosen = torch.from_numpy(rng.integers(boxes, size=detections))
+    best, label = (scores[chosen, :-1] * torch.from_numpy(rng.random((detections, num_classes)))).max(1)
+    return torch.cat([bboxes[chosen], best.to(dtype)[:, None]], 1), label, bboxes, scores
+
+
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Run the Triton kernels for CPU tensors too, in every operator of the library, while the context is open.
@@ -143,7 +191,5 @@ def triton_on_cpu() -> Iterator[None]:
             raise RuntimeError(
                 "triton_on_cpu() must run under Triton's interpreter (TRITON_INTERPRET=1) or an active ptxrun session"
             )
-    with ExitStack() as stack:
-        for operator in _ops.operators().values():
-            stack.enter_context(operator.set_kernel_enabled("cpu", False))
+    with _ops.kernels_on_cpu():
         yield

@@ -126,7 +126,7 @@ def _vote(
         raise ValueError(f"`offset` must be 0 or 1, got {offset}")
     if not isinstance(keep_order, bool):
         raise TypeError(f"`keep_order` must be a bool, got {type(keep_order).__name__}")
-    columns = [[tensor.detach() for tensor in column] for column in columns]
+    columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
     results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     return results
 

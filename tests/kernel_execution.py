@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import em, reassign, topk
+from paa_gpu.kernels import em, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -73,9 +73,9 @@ def _cuda_for_cpu_tensors() -> Iterator[None]:
         return lambda *args: tuple(result.cpu() for result in kernels(*map(move, args)))
 
     with contextlib.ExitStack() as stack:
-        for name, operator in _ops.operators().items():
-            stack.enter_context(operator.set_kernel_enabled("cpu", False))
-            module = {"select_candidates": topk, "fit_gmm_1d": em}.get(name, reassign)
+        stack.enter_context(_ops.kernels_on_cpu())
+        for name in _ops.operators():
+            module = {"select_candidates": topk, "fit_gmm_1d": em, "score_voting": voting}.get(name, reassign)
             stack.enter_context(mock.patch.object(module, name, through_cuda(getattr(module, name))))
         yield
 

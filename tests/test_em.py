@@ -240,3 +240,17 @@ def test_empty(shape):
 def test_no_graph_is_recorded():
     got = paa_gpu.fit_gmm_1d(torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True))
     assert not any(value.requires_grad for value in got[:7])
+
+
+def test_exponential_of_the_cpu_fit():
+    from numba import vectorize
+
+    from paa_gpu.cpu.em import _exp
+
+    exp = vectorize(["float64(float64)"])(_exp.py_func)
+    x = -np.concatenate([np.geomspace(1e-300, 708, 100_001), np.linspace(0, 708, 100_001), [0.0]])
+    exact = np.exp(x.astype(np.longdouble))
+    assert (np.abs(exp(x) - exact) <= 1.1 * np.spacing(exact.astype(np.float64))).all()
+    assert exp(0.0) == 1
+    assert exp(-1e300) == exp(-np.inf) == exp(-708.0)
+    assert np.isnan(exp(np.nan))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
+from device_operations import SYNCHRONISING, profiled
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import paa_gpu
 from paa_gpu import _ops, testing
 from paa_gpu.cpu import reassign as cpu
-from paa_gpu.kernels import reassign, topk
 from paa_gpu.separation import SCHEMES, separate
 
 #: Images without boxes at the start, in the middle and at the end.
@@ -72,13 +69,13 @@ def assert_same(got: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]):
 def test_a_batch_equals_the_cpu_operator(session, separation, singleton, rng):
     batch = testing.make_batch(NUM_GTS, rng, dtype=torch.float32)
     args = arguments(batch, separation=separation, singleton=singleton)
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_loss_dtypes(session, dtype, rng):
     args = arguments(testing.make_batch(NUM_GTS, rng, dtype=dtype), separation="d", covariance_type="tied")
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -86,37 +83,37 @@ def test_weight_dtypes(session, dtype, rng):
     batch = testing.make_batch(NUM_GTS, rng, dtype=torch.float32)
     names = ("label_weight", "bbox_weight")
     args = arguments(batch._replace(**{n: [t.to(dtype) for t in getattr(batch, n)] for n in names}), separation="d")
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
 @pytest.mark.parametrize("num_gts", [[3], [0], [0, 0], [0, 2], [2, 0]], ids=str)
 def test_images_without_boxes(session, num_gts, rng):
     args = arguments(testing.make_batch(num_gts, rng, dtype=torch.float32))
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
 @pytest.mark.parametrize("declared", [[0, 0, 0, 0], [0, 1, 0, 2]], ids=["no ground truths", "fewer ground truths"])
 def test_potential_positives_without_a_ground_truth_are_background(session, declared, rng):
     batch = testing.make_batch([0, 3, 0, 4], rng, dtype=torch.float32)._replace(num_gts=declared)
     args = arguments(batch)
-    label, _, bbox_weight, num_pos, *_, positive, _ = run(_ops.paa_reassign, *args)
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    label, _, bbox_weight, num_pos, *_, positive, _ = run(_ops.paa_reassign_batch, *args)
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
     assert int(num_pos.sum()) == int(positive.sum()) == int((label != batch.num_classes).sum()) == int(bbox_weight.any(1).sum())
 
 
 def test_ground_truths_without_potential_positives(session, rng):
     batch = testing.make_batch([0, 2, 0], rng, dtype=torch.float32)._replace(num_gts=[4, 5, 6])
     args = arguments(batch)
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
     nothing = testing.make_batch([0, 0], rng, dtype=torch.float32)._replace(num_gts=[3, 1])
-    assert_same(run(_ops.paa_reassign, *arguments(nothing)), cpu.paa_reassign(*arguments(nothing)))
+    assert_same(run(_ops.paa_reassign_batch, *arguments(nothing)), cpu.paa_reassign_batch(*arguments(nothing)))
 
 
 def test_no_anchors_at_all(session):
     """Every index is then out of range, and a row has room for no candidate."""
     inds, nothing = torch.tensor([0, 3, -1]), torch.zeros(0, dtype=torch.int64)
     columns = [[t] for t in (torch.zeros(3), nothing, torch.zeros(0), torch.zeros(0, 4), inds, torch.zeros_like(inds))]
-    *targets, num_pos = run(_ops.paa_reassign, *columns, [0], [1], 80, 9, "diag", "mmdet", "positive", "float64")[:4]
+    *targets, num_pos = run(_ops.paa_reassign_batch, *columns, [0], [1], 80, 9, "diag", "mmdet", "positive", "float64")[:4]
     assert [len(t) for t in targets] == [0, 0, 0] and num_pos.tolist() == [0]
 
 
@@ -124,8 +121,8 @@ def test_a_ground_truth_that_is_not_finite_costs_itself_only(session, rng):
     batch = testing.make_batch([6, 5], rng, shapes=["bimodal"], sizes=(5, 9), dtype=torch.float32)
     batch.pos_losses[0][(batch.pos_gt_inds[0] == 2).nonzero()[0]] = torch.nan
     args = arguments(batch, singleton="positive", separation="paper")
-    got = run(_ops.paa_reassign, *args)
-    assert_same(got, cpu.paa_reassign(*args))
+    got = run(_ops.paa_reassign_batch, *args)
+    assert_same(got, cpu.paa_reassign_batch(*args))
     assert got[10].tolist() == [row != 2 for row in range(11)]
 
 
@@ -139,8 +136,8 @@ def test_inputs_stay_and_lie_anywhere(session, rng):
     columns = [[spread(t) for t in column] for column in batch[:6]]
     columns[4], columns[5] = [t.int() for t in columns[4]], [t.int() for t in columns[5]]
     before = [[t.clone() for t in column] for column in columns]
-    wanted = cpu.paa_reassign(*arguments(batch))
-    got = run(_ops.paa_reassign, *columns, *arguments(batch)[6:])
+    wanted = cpu.paa_reassign_batch(*arguments(batch))
+    got = run(_ops.paa_reassign_batch, *columns, *arguments(batch)[6:])
     assert_same(got, wanted)
     for target in got[:3]:
         target.fill_(5)
@@ -156,7 +153,7 @@ def test_indices_out_of_range_write_nothing(session):
     other = (torch.ones(1), label + 1, weight + 1, boxes + 1, torch.tensor([-1]), torch.tensor([0]))
     columns = [list(column) for column in zip(other, one, other, strict=True)]
     args = *columns, [6] * 3, [1, 2, 1], 80, 9, "diag", "mmdet", "positive", "float64"
-    got = run(_ops.paa_reassign, *args)
+    got = run(_ops.paa_reassign_batch, *args)
     # 0 is alone with its ground truth; 3 and 4 share one; 1, 2 and 5 have no ground truth and become background.
     assert got[0].tolist() == [4] * 6 + [3, 80, 80, 3, 80, 80] + [4] * 6
     assert got[2].tolist() == [[4.0] * 4] * 6 + [[float(v)] * 4 for v in (3, 0, 0, 3, 0, 0)] + [[4.0] * 4] * 6
@@ -212,7 +209,7 @@ def test_losses_are_not_rounded(session):
     zeros = torch.zeros(12, dtype=torch.int64)
     columns = [[t] for t in (losses.flip(0), zeros, torch.ones(12), torch.ones(12, 4), torch.arange(12), zeros)]
     args = *columns, [12], [1], 80, 4, "diag", "a", "background", "float64"
-    assert_same(run(_ops.paa_reassign, *args), cpu.paa_reassign(*args))
+    assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
 @compiled_only
@@ -221,56 +218,12 @@ def test_any_schedule_gives_the_same_bits(rng):
     results = []
     for seed in (None, 0, 1, 2):
         with execute(90, seed=seed):
-            results.append(run(_ops.paa_reassign, *args))
+            results.append(run(_ops.paa_reassign_batch, *args))
     for other in results[1:]:
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(results[0], other, strict=True))
 
 
 # --- device operations ---------------------------------------------------------------------------------------------------------
-
-#: Operations that touch no memory of the device, however they come about.
-FREE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "view", "split", "split_with_sizes", "select", "slice", "narrow",
-    "as_strided", "detach", "expand", "unsqueeze", "t", "transpose", "alias", "view_as", "reshape",
-}  # fmt: skip
-#: Operations that are one kernel or one copy.
-ONE = {"cat", "copy_", "fill_", "zero_", "clone"}
-#: Operations that consist of others.
-COMPOSITE = {"to", "_to_copy", "contiguous", "zeros", "new_zeros", "zeros_like", "new_full", "full"}
-SYNCHRONISING = {"item"}
-
-
-def device_operations(event: Any) -> Iterator[str]:
-    """The operations of a profiled one that would be kernels or copies on a device, in order; an unknown one fails."""
-    name = event.name.removeprefix("aten::")
-    if name in ONE | SYNCHRONISING | {"stage"}:
-        yield name
-    elif name in COMPOSITE or name.startswith("paa_gpu::"):
-        for child in event.cpu_children:
-            yield from device_operations(child)
-    elif name not in FREE:
-        raise AssertionError(f"{name} may be several kernels, wait for the device, or copy from pageable memory")
-
-
-def staged(values, like):
-    """On a device it is one copy from pinned memory; making that memory is the host's work."""
-    with record_function("stage"):
-        return STAGE(values, like)
-
-
-STAGE = topk.stage
-
-
-def profiled(call) -> tuple[list[str], list[str]]:
-    """The device operations of a call and the kernels of ours that it launches."""
-    stages = [mock.patch.object(module, "stage", staged) for module in (topk, reassign)]
-    with execute(90) as session, stages[0], stages[1]:
-        call()  # compiles
-        session.launches.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as events:
-            call()
-    top = [event for event in events.events() if event.cpu_parent is None]
-    return [name for event in top for name in device_operations(event)], [name for name, _ in session.launches]
 
 
 @compiled_only
@@ -318,7 +271,7 @@ def test_loads_are_coalesced(rng):
     potential = 20_000
     batch = testing.make_batch([20], rng, sizes=(1000, 1000), level_sizes=(potential, potential // 4), dtype=torch.float32)
     with execute(90, seed=None, racecheck=0, count=True) as session:
-        _ops.paa_reassign(*arguments(batch))
+        _ops.paa_reassign_batch(*arguments(batch))
     for name, work in session.by_kernel().items():
         print(f"{name}: {work}")
         if name != "_fit_candidates_kernel":

@@ -33,8 +33,32 @@ SERIAL_ROWS = 128
 # Factors of at most 2 in a product that float32 can hold.
 PRODUCT = 100
 
+# Values that the passes over responsibilities take at a time, with room for the widest registers, four deep.
+VECTOR = 16
+
 # scikit-learn's guard against an empty component.
 EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
+
+
+# log(2) in two parts, the first with so few bits that its product with any exponent is exact.
+LOG2_HIGH, LOG2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for i in range(2, 14))
+
+
+@compiled
+def _exp(x: float) -> float:
+    """exp(x) of x <= 0 to 1.1 units in the last place; below -708, where float64 loses its bits, exp(-708).
+
+    exp(x) = 2^n exp(r) with |r| <= log(2) / 2, and the Taylor series of exp(r) up to the last term above a rounding error. The
+    mathematical library's function takes one value at a time, and half of the time of a fit; this one fills vector registers:
+    2 ns instead of 8.
+    """
+    x = -708.0 if x < -708.0 else x
+    n = math.floor(x / math.log(2) + 0.5)
+    r = (x - n * LOG2_HIGH) - n * LOG2_LOW
+    high = C8 + r * (C9 + r * (C10 + r * (C11 + r * (C12 + r * C13))))
+    series = 1 + r * (1 + r * (C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * (C7 + r * high)))))))
+    return series * np.int64((np.int64(np.int32(n)) + 1023) << 52).view(np.float64)
 
 
 @compiled
@@ -42,34 +66,39 @@ def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, f
     """(c, h) of the weighted log-density c - h (y - mean)^2."""
     real = weight.dtype.type
     w, v = weight[component], variance[component]
-    return real(math.log(w) - math.log(2 * math.pi * v) / 2), real(0.5 / v)
+    return real(math.log(w / math.sqrt(2 * math.pi * v))), real(0.5 / v)
 
 
 @compiled_sums
-def _expectation(y: Any, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
+def _expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
     """Fill the responsibilities; return the mean log-density.
 
     With ratio = smaller / larger of the two densities, log(p_0 + p_1) is the logarithm of the larger one plus log(1 + ratio);
-    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values.
+    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. y, r0
+    and r1 are whole vectors, so that no pass leaves a rest to single values: behind its `size` y is 0, and r0 and r1 become 0.
     """
     c0, h0 = _density_terms(weight, variance, 0)
     c1, h1 = _density_terms(weight, variance, 1)
-    one = y.dtype.type(1)
-    total, product = y.dtype.type(0), one
-    for i in range(len(y)):
+    one, total = y.dtype.type(1), y.dtype.type(0)
+    for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
-        ratio = math.exp(-abs(log_p0 - log_p1))
+        total += max(log_p0, log_p1)
+        r0[i] = log_p0 - log_p1
+    for i in range(len(y)):
+        r1[i] = _exp(-abs(r0[i]))
+    for start in range(0, size, PRODUCT):
+        product = one
+        for ratio in r1[start : min(start + PRODUCT, size)]:
+            product *= one + ratio
+        total += math.log(product)
+    for i in range(len(y)):
+        ratio, foreground = r1[i], r0[i] >= 0
         larger = one / (one + ratio)
-        foreground = log_p0 >= log_p1
         r0[i] = larger if foreground else ratio * larger
         r1[i] = ratio * larger if foreground else larger
-        total += max(log_p0, log_p1)
-        product *= one + ratio
-        if i % PRODUCT == PRODUCT - 1:
-            total += math.log(product)
-            product = one
-    return (total + math.log(product)) / y.dtype.type(len(y))
+    r0[size:], r1[size:] = 0, 0
+    return total / y.dtype.type(size)
 
 
 @compiled_sums
@@ -97,15 +126,22 @@ def _maximisation(
 
 
 @compiled
-def _assign(y: Any, weight: Any, mean: Any, variance: Any, tolerance: float, assignment: Any, score: Any) -> None:
+def _assign(
+    y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
+) -> None:
     """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
     c0, h0 = _density_terms(weight, variance, 0)
     c1, h1 = _density_terms(weight, variance, 1)
-    for i in range(len(y)):
+    for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
         assignment[i] = log_p0 >= log_p1 - tolerance
-        score[i] = max(log_p0, log_p1) + math.log(y.dtype.type(1) + math.exp(-abs(log_p0 - log_p1)))
+        score[i] = max(log_p0, log_p1)
+        r0[i] = log_p0 - log_p1
+    for i in range(len(y)):
+        r1[i] = _exp(-abs(r0[i]))
+    for i in range(size):
+        score[i] += math.log(y.dtype.type(1) + r1[i])
 
 
 @compiled
@@ -131,7 +167,6 @@ def _fit_rows(
     tied: bool,
     tol: float,
     reg_covar: float,
-    empty: float,
     max_iter: int,
     tolerance: float,
     weights: Any,
@@ -144,24 +179,28 @@ def _fit_rows(
     assignment: Any,
     score: Any,
 ) -> None:
+    real = weights.dtype.type
+    change, floor, empty = real(tol), real(reg_covar), real(EMPTY_COMPONENT)
     width = 0
     for row in range(first, last):
         width = max(width, count[row])
-    y_row, r0_row, r1_row = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    width += VECTOR
+    y_row, r0_row, r1_row = np.empty(width, weights.dtype), np.empty(width, weights.dtype), np.empty(width, weights.dtype)
     for row in range(first, last):
-        values = x[start[row] : start[row] + count[row]]
+        size = count[row]
+        y = y_row[: (size + VECTOR - 1) // VECTOR * VECTOR]
+        y[:size], y[size:] = x[start[row] : start[row] + size], 0
         if score.shape[1] > 0:
             assignment[row] = False
             score[row] = -np.inf
-        smallest, largest, finite = _extent(values)
-        valid[row] = len(values) >= 2 and finite
+        smallest, largest, finite = _extent(y[:size])
+        valid[row] = size >= 2 and finite
         converged[row], n_iter[row] = False, 0
         if not valid[row]:
             weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
             continue
-        y, r0, r1 = y_row[: len(values)], r0_row[: len(values)], r1_row[: len(values)]
-        for i in range(len(values)):
-            y[i] = values[i] - smallest
+        y[:size] -= smallest
+        r0, r1 = r0_row[: len(y)], r1_row[: len(y)]
 
         weight, mean, variance = weights[row], means[row], variances[row]
         weight[:] = weights_init[row % len(weights_init)]
@@ -171,16 +210,15 @@ def _fit_rows(
         else:
             mean[0], mean[1] = 0, largest - smallest
 
-        previous = x.dtype.type(-np.inf)
+        previous = real(-np.inf)
         while n_iter[row] < max_iter and not converged[row]:
             n_iter[row] += 1
-            lower_bound[row] = _expectation(y, weight, mean, variance, r0, r1)
-            _maximisation(y, r0, r1, tied, reg_covar, empty, weight, mean, variance)
-            converged[row] = abs(lower_bound[row] - previous) < tol
+            lower_bound[row] = _expectation(y, size, weight, mean, variance, r0, r1)
+            _maximisation(y, r0, r1, tied, floor, empty, weight, mean, variance)
+            converged[row] = abs(lower_bound[row] - previous) < change
             previous = lower_bound[row]
         if score.shape[1] > 0:
-            size = len(values)
-            _assign(y, weight, mean, variance, tolerance, assignment[row, :size], score[row, :size])
+            _assign(y, size, weight, mean, variance, real(tolerance), r0, r1, assignment[row], score[row])
         mean += smallest
 
 
@@ -205,18 +243,18 @@ def fit_rows(
     width: int = 0,
 ) -> tuple[list[Array], Array, Array]:
     """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
-    rows, real = len(start), np.dtype(precision).type
-    weights, means, precisions = (
-        default if given is None else flat([given], real)
-        for given, default in zip((weights_init, means_init, precisions_init), _defaults(precision), strict=True)
-    )
+    rows, real = len(start), np.dtype(precision)
+    weights, means, precisions = _defaults(precision)
+    weights = weights if weights_init is None else flat([weights_init], real)
+    means = means if means_init is None else flat([means_init], real)
+    precisions = precisions if precisions_init is None else flat([precisions_init], real)
     fit = [np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty(rows, real)]
     fit += [np.empty(rows, np.int64), np.empty(rows, bool), np.empty(rows, bool)]
     assignment, score = np.empty((rows, width), bool), np.empty((rows, width), real)
     over_slices(
-        _fit_rows, rows, SERIAL_ROWS, x.astype(real, copy=False), start, count,
-        weights, means, precisions, covariance_type == "tied", real(tol), real(reg_covar), real(EMPTY_COMPONENT), max_iter,
-        real(tie_tolerance(PRECISIONS[precision])), *fit, assignment, score,
+        _fit_rows, rows, SERIAL_ROWS, x, start, count,
+        weights, means, precisions, covariance_type == "tied", tol, reg_covar, max_iter, tie_tolerance(PRECISIONS[precision]),
+        *fit, assignment, score,
     )  # fmt: skip
     return fit, assignment, score
 

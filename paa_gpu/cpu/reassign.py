@@ -73,6 +73,17 @@ def _separate_rows(
 
 
 @compiled
+def _number_rows(gt_offset: Any) -> tuple[Any, Any]:
+    """The image of every row, and which of its ground truths the row is."""
+    rows, images = gt_offset[-1], len(gt_offset) - 1
+    image_of, gt_of = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    for image in range(images):
+        for row in range(gt_offset[image], gt_offset[image + 1]):
+            image_of[row], gt_of[row] = image, row - gt_offset[image]
+    return image_of, gt_of
+
+
+@compiled
 def _write_images(
     first: int,
     last: int,
@@ -95,17 +106,17 @@ def _write_images(
             elif 0 <= pos_inds[p] < anchor_offset[image + 1] - anchor_offset[image]:
                 anchor = anchor_offset[image] + pos_inds[p]
                 label[anchor] = num_classes
-                bbox_weight[anchor] = 0
+                for side in range(4):
+                    bbox_weight[anchor, side] = 0
                 if ignored[p]:
                     label_weight[anchor] = 0
 
 
 def _copy(images: Sequence[Tensor]) -> Array:
-    """The images' targets one after the other, in memory of their own, as integers of the same size: zero has the same bits in
-    every dtype."""
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images[0].itemsize]
-    bits = [image.view(integer).numpy() for image in images]
-    return bits[0].copy() if len(bits) == 1 else np.concatenate(bits)
+    """The images' targets one after the other, in memory of their own; half precision as int16, in which zero has the same
+    bits."""
+    values = [(image.view(torch.int16) if image.itemsize == 2 else image).numpy() for image in images]
+    return values[0].copy() if len(values) == 1 else np.concatenate(values)
 
 
 def _write(
@@ -117,7 +128,7 @@ def _write(
     ignored: Array,
     num_classes: int,
 ) -> tuple[Tensor, ...]:
-    """Copies of the targets with what the masks [P] say written into them, the number of positives of each image, the masks."""
+    """Copies of the targets with what the masks [P] say written into them, and the number of positives of each image."""
     inputs = (label, label_weight, bbox_weight)
     targets = [_copy(images) for images in inputs]
     num_pos = np.empty(len(label), np.int64)
@@ -125,8 +136,12 @@ def _write(
         _write_images, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
         offsets(lengths(label)), num_classes, *targets, num_pos,
     )  # fmt: skip
-    written = [torch.from_numpy(bits).view(images[0].dtype) for bits, images in zip(targets, inputs, strict=True)]
-    return *written, *map(torch.from_numpy, (num_pos, positive, ignored))
+    written = [torch.from_numpy(target) for target in targets]
+    # Half precision was copied as int16.
+    written = [
+        image.view(given[0].dtype) if given[0].itemsize == 2 else image for image, given in zip(written, inputs, strict=True)
+    ]
+    return *written, torch.from_numpy(num_pos)
 
 
 def _fit(
@@ -138,50 +153,17 @@ def _fit(
     topk: int,
     covariance_type: str,
     precision: str,
-) -> tuple[list[Array], list[Array], list[Array]]:
-    """loss, index, count, assignment, score of the candidates; the fit; image and ground truth of every row."""
+) -> tuple[tuple[Array, ...], list[Array]]:
+    """loss, index, count, assignment, score of the candidates; the fit."""
     loss, index, count = select(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     rows, width = loss.shape
     fit, assignment, score = fit_rows(
         loss.reshape(-1), np.arange(rows) * width, count, None, None, None, covariance_type, 1e-3, 1e-6, 100, precision, width
     )
-    image = np.repeat(np.arange(len(num_gts)), num_gts)
-    return [loss, index, count, assignment, score], fit, [image, np.arange(rows) - offsets(num_gts)[image]]
+    return (loss, index, count, assignment, score), fit
 
 
-def fit_candidates(
-    pos_losses: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    pos_gt_inds: Sequence[Tensor],
-    level_sizes: Sequence[int],
-    num_gts: Sequence[int],
-    topk: int,
-    covariance_type: str,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    (loss, *candidates), fit, rows = _fit(
-        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
-    )
-    return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, (*candidates, *fit, *rows))
-
-
-def write_targets(
-    label: Sequence[Tensor],
-    label_weight: Sequence[Tensor],
-    bbox_weight: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    index: Tensor,
-    candidate_positive: Tensor,
-    candidate_ignored: Tensor,
-    num_classes: int,
-) -> tuple[Tensor, ...]:
-    masks = np.zeros((2, sum(lengths(pos_inds))), bool)
-    for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
-        mask[view(index)[view(candidates)]] = True
-    return _write(label, label_weight, bbox_weight, pos_inds, masks[0].copy(), masks[1].copy(), num_classes)
-
-
-def paa_reassign(
+def _reassign(
     pos_losses: Sequence[Tensor],
     label: Sequence[Tensor],
     label_weight: Sequence[Tensor],
@@ -196,15 +178,78 @@ def paa_reassign(
     separation: str,
     singleton: str,
     precision: str,
-) -> tuple[Tensor, ...]:
-    (loss, index, count, assignment, score), fit, rows = _fit(
-        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
-    )
+) -> tuple[tuple[Tensor, ...], list[Array], Array, Array]:
+    """The targets with num_pos, the fit, the masks positive and ignored."""
+    candidates, fit = _fit(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision)
+    loss, index, count, assignment, score = candidates
     potential = sum(lengths(pos_inds))
     positive, ignored = np.zeros(potential, bool), np.zeros(potential, bool)
     over_slices(
         _separate_rows, len(count), SERIAL_ROWS, loss, index, count, fit[-1], assignment, score, tuple(SCHEMES[separation]),
-        singleton == "positive", score.dtype.type(tie_tolerance(PRECISIONS[precision])), positive, ignored,
+        singleton == "positive", tie_tolerance(PRECISIONS[precision]), positive, ignored,
     )  # fmt: skip
-    *targets, kept, dropped = _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes)
-    return *targets, *map(torch.from_numpy, (*fit, *rows)), kept, dropped
+    return _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes), fit, positive, ignored
+
+
+def paa_reassign(
+    pos_losses: Tensor,
+    label: Tensor,
+    label_weight: Tensor,
+    bbox_weight: Tensor,
+    pos_inds: Tensor,
+    pos_gt_inds: Tensor,
+    level_sizes: Sequence[int],
+    num_gt: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    return _reassign(
+        [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], *options
+    )[0]
+
+
+def paa_reassign_batch(
+    pos_losses: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    targets, fit, *masks = _reassign(
+        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds, level_sizes, num_gts, *options
+    )
+    return *targets, *map(torch.from_numpy, (*fit, *_number_rows(offsets(num_gts)), *masks))
+
+
+def fit_candidates(
+    pos_losses: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    topk: int,
+    covariance_type: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    (loss, *candidates), fit = _fit(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision)
+    arrays = (*candidates, *fit, *_number_rows(offsets(num_gts)))
+    return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, arrays)
+
+
+def write_targets(
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    index: Tensor,
+    candidate_positive: Tensor,
+    candidate_ignored: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, ...]:
+    masks = np.zeros(sum(lengths(pos_inds)), bool), np.zeros(sum(lengths(pos_inds)), bool)
+    for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
+        mask[view(index)[view(candidates)]] = True
+    return *_write(label, label_weight, bbox_weight, pos_inds, *masks, num_classes), *map(torch.from_numpy, masks)

@@ -6,6 +6,7 @@ the order of their anchors; everything after that keeps the order of equal losse
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,18 +38,6 @@ def _ordered_key(bits: int) -> int:
 
 
 @compiled
-def _group_of(anchor: int, gt: int, first_row: int, num_gt: int, level_bounds: Any) -> int:
-    """The group (row * levels + level) of a potential positive; -1 where an index is out of range."""
-    levels = len(level_bounds) - 1
-    if gt < 0 or gt >= num_gt or anchor < 0 or anchor >= level_bounds[levels]:
-        return -1
-    level = 0
-    while anchor >= level_bounds[level + 1]:
-        level += 1
-    return (first_row + gt) * levels + level
-
-
-@compiled
 def _group_images(
     first: int,
     last: int,
@@ -68,14 +57,20 @@ def _group_images(
     for image in range(first, last):
         start, stop = pos_offset[image], pos_offset[image + 1]
         row, num_gt = gt_offset[image], gt_offset[image + 1] - gt_offset[image]
-        ascending = True
+        bounds = level_bounds[image]
+        ascending, previous, level = True, -1, 0
         group = np.empty(stop - start, np.int64)
         group_stop[row * levels : (row + num_gt) * levels] = 0
         for p in range(start, stop):
-            ascending &= p == start or anchor[p - 1] < anchor[p]
-            g = _group_of(anchor[p], gt[p], row, num_gt, level_bounds[image])
-            group[p - start] = g
-            if g >= 0:
+            if anchor[p] < previous:
+                ascending, level = False, 0
+            previous = anchor[p]
+            group[p - start] = -1  # an index out of range
+            if 0 <= gt[p] < num_gt and 0 <= previous < bounds[levels]:
+                while previous >= bounds[level + 1]:
+                    level += 1
+                g = (row + gt[p]) * levels + level
+                group[p - start] = g
                 group_stop[g] += 1
         place = start
         for g in range(row * levels, (row + num_gt) * levels):
@@ -173,16 +168,15 @@ def select(
     images, rows = len(pos_inds), sum(num_gts)
     levels, width = len(level_sizes) // images, max_candidates(pos_inds, level_sizes, topk)
     loss = flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32)
-    level_bounds = np.array([offsets(level_sizes[image * levels : (image + 1) * levels]) for image in range(images)])
-
-    group_start, group_stop = np.empty(rows * levels, np.int64), np.empty(rows * levels, np.int64)
-    member, key = np.empty(len(loss), np.int64), np.empty(len(loss), np.int64)
-    bits = loss.astype(np.float64).view(np.int64)
-    grouping = (bits, flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts))
+    bounds = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
+    group_start, group_stop = np.empty((2, rows * levels), np.int64)
+    member, key = np.empty((2, len(loss)), np.int64)
     groups = (group_start, group_stop, member, key)
-    over_slices(_group_images, images, SERIAL_IMAGES, *grouping, level_bounds, *groups)
-    row_loss, row_index = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64)
-    count = np.empty(rows, np.int64)
+    over_slices(
+        _group_images, images, SERIAL_IMAGES, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64),
+        flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts), np.array(bounds, np.int64), *groups,
+    )  # fmt: skip
+    row_loss, row_index, count = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
     over_slices(_select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, row_loss, row_index, count)
     return row_loss, row_index, count
 

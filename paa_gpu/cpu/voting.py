@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ops import rounded
 from ._arrays import flat, lengths, offsets, tensor, view
 from ._loops import compiled, compiled_sums, over_slices
 
@@ -135,8 +134,9 @@ def _vote(voter: Any, here: Any, box: Any, rule: Any, bits: Any, power: Any, wei
     """
     offset, iou_thr, scale = rule
     real, info = voter.dtype.type, np.finfo(voter.dtype)
-    zero, half, one, tiny, most = real(0), real(0.5), real(1), real(1e-6), real(info.maxexp - 2)
+    zero, half, one, tiny = real(0), real(0.5), real(1), real(1e-6)
     bias, mantissa, degree = info.maxexp - 1, info.nmant, 13 if info.bits == 64 else 6
+    most = real(bias)  # where no bit of the power is left
     x1, y1, x2, y2 = box
     left, top, right, bottom = voter[0, here], voter[1, here], voter[2, here], voter[3, here]
     area, score = voter[4, here], voter[5, here]
@@ -228,7 +228,8 @@ def score_voting(
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (det_bboxes[0].dtype, mlvl_bboxes[0].dtype, mlvl_nms_scores[0].dtype)
     real, integer = (np.float64, np.int64) if wide else (np.float32, np.int32)
-    threshold = real(rounded(score_thr, mlvl_nms_scores[0].dtype))
+    # As torch rounds a number before it compares a tensor with it.
+    threshold = real(torch.tensor(score_thr, dtype=mlvl_nms_scores[0].dtype).item())
     rule = real(offset), real(iou_thr), real(min(LOG2_E / sigma, float(np.finfo(real).max)))
     start = offsets(lengths(det_bboxes))
     voted, labels = np.empty((start[-1], 5), real), np.empty(start[-1], view(det_labels[0]).dtype)
