@@ -104,6 +104,6 @@ if __name__ == "__main__":
     image, boxes = pictures[0]
     found = detector.eval().predict(image)
     found = {name: values[found["scores"] > 0.3] for name, values in found.items()}
-    hits = (box_iou(boxes, found["boxes"]) > 0.5).any(1).sum() if len(found["boxes"]) else 0
-    print(f"{int(hits)} of {len(boxes)} trees found with an IoU above 0.5, by {len(found['boxes'])} boxes; picture in {options.out}")
+    hits = int((box_iou(boxes, found["boxes"]) > 0.5).any(1).sum())
+    print(f"{len(found['boxes'])} boxes find {hits} of {len(boxes)} trees with an IoU above 0.5: see {options.out}")
     draw(options.out, totals, image, boxes, found)

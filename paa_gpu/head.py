@@ -20,8 +20,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, distributed, nn
 
 from ._checks import FLOATS, INDICES, check_int, check_list, check_option, check_tensor
-from .em import COVARIANCE_TYPES
 from .assign import assign_max_iou
+from .em import COVARIANCE_TYPES
 from .losses import candidate_losses
 from .reassign import SINGLETONS, Reassignment, Separation, paa_reassign_batch
 from .separation import SCHEMES
@@ -165,12 +165,11 @@ class PAAHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    nn.init.constant_(module.bias, -math.log(99) if module is self.atss_cls else 0)
             elif isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
             elif isinstance(module, Scale):
                 nn.init.ones_(module.scale)
-        nn.init.constant_(self.atss_cls.bias, -math.log(99))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The predictions of every level.
@@ -262,12 +261,12 @@ class PAAHead(nn.Module):
         Args:
             features: as `forward` takes them.
             image_sizes: (height, width) of each image within the batch; boxes are clipped to it.
-            scale_factors: how much each image was enlarged before, one number or (in x, in y); the boxes are divided by it, before
-                NMS. None: boxes in pixels of the batch.
+            scale_factors: how much each image was enlarged before, a number or (in x, in y); the boxes are divided by it, before
+                NMS. None: they stay in pixels of the batch.
 
         Returns:
-            for each image `{"boxes": Tensor[k, 4], "scores": Tensor[k], "labels": Tensor[k] int64}`, by ascending class and within
-            a class by descending score, as the published head with voting; without voting by descending score.
+            for each image `{"boxes": Tensor[k, 4], "scores": Tensor[k], "labels": Tensor[k] int64}`, by class, ascending, and
+            within a class by score, descending, as published; without voting all by score.
 
         Raises:
             TypeError, ValueError: as `forward`; lists not of N entries.
@@ -276,9 +275,9 @@ class PAAHead(nn.Module):
         _check_sizes(image_sizes, _num_images(features))
         if scale_factors is not None:
             check_list("scale_factors", scale_factors, length=len(image_sizes), like="`image_sizes`")
-        outputs = self(features)
+        cls_scores, bbox_preds, iou_preds = self(features)
         with torch.autocast(features[0].device.type, enabled=False):
-            mlvl_bboxes, mlvl_scores = self._decode(*outputs, image_sizes)
+            mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
             if scale_factors is not None:
                 mlvl_bboxes = mlvl_bboxes / _pairs(scale_factors, mlvl_bboxes)
             boxes, scores = list(mlvl_bboxes), list(mlvl_scores)
@@ -314,22 +313,20 @@ class PAAHead(nn.Module):
         boxes = [target["boxes"].float() for target in targets]
         ignored = [target["ignored_boxes"].float() if "ignored_boxes" in target else boxes[0][:0] for target in targets]
         valid = None if image_sizes is None else [self._inside(torch.cat(anchors), size) for size in image_sizes]
-        gt_inds = assign_max_iou(anchors, boxes, ignored, valid, **self.assignment).gt_inds
-        label, label_weight, bbox_target, bbox_weight, pos_inds = [], [], [], [], []
-        for target, box, gt in zip(targets, boxes, gt_inds, strict=True):
-            row = gt.clamp(min=0)  # 0: of no ground truth
-            label.append(F.pad(target["labels"].long(), (1, 0), value=self.num_classes)[row])
-            label_weight.append((gt >= 0).float())
-            bbox_target.append(F.pad(box, (0, 0, 1, 0))[row])
-            bbox_weight.append((gt > 0).float()[:, None].expand(-1, 4))
-            pos_inds.append(torch.where(gt > 0, torch.arange(len(gt), device=gt.device), -1))
+        gt_inds = torch.stack(assign_max_iou(anchors, boxes, ignored, valid, **self.assignment).gt_inds)
+        rows = gt_inds.clamp(min=0)  # 0: of no ground truth
+        labels = [F.pad(target["labels"].long(), (1, 0), value=self.num_classes) for target in targets]
+        label = [of_row[row] for of_row, row in zip(labels, rows, strict=True)]
+        bbox_target = [F.pad(box, (0, 0, 1, 0))[row] for box, row in zip(boxes, rows, strict=True)]
+        label_weight = (gt_inds >= 0).float().unbind()
+        bbox_weight = (gt_inds > 0).float()[..., None].expand(-1, -1, 4).unbind()
+        pos_inds = torch.where(gt_inds > 0, torch.arange(gt_inds.shape[1], device=gt_inds.device), -1).unbind()
         pos_losses = candidate_losses(
             anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds,
             gamma=self.gamma, alpha=self.alpha, loss_bbox_weight=self.bbox_loss_weight, stds=self.target_stds,
         )  # fmt: skip
-        pos_gt_inds = [gt - 1 for gt in gt_inds]
         assigned = paa_reassign_batch(
-            pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds, anchors,
+            pos_losses, label, label_weight, bbox_weight, pos_inds, (gt_inds - 1).unbind(), anchors,
             num_classes=self.num_classes, num_gts=[len(box) for box in boxes], **self.reassignment,
         )  # fmt: skip
         return assigned, bbox_target
@@ -444,17 +441,16 @@ def decode(anchors: Tensor, deltas: Tensor, stds: Sequence[float]) -> Tensor:
 
 def iou_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and union [n] of each box [n, 4] with its other."""
-    width, height = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0).unbind(1)
-    intersection = width * height
-    union = (_area(boxes) + _area(others) - intersection).clamp(min=IOU_EPS)
+    intersection = _area(torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:]))
+    areas = _area(boxes[:, :2], boxes[:, 2:]) + _area(others[:, :2], others[:, 2:])
+    union = (areas - intersection).clamp(min=IOU_EPS)
     return intersection / union, union
 
 
 def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
     """1 - generalised IoU [n] of each box [n, 4] with its other."""
     iou, union = iou_and_union(boxes, others)
-    width, height = (torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])).clamp(min=0).unbind(1)
-    enclosing = (width * height).clamp(min=IOU_EPS)
+    enclosing = _area(torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:])).clamp(min=IOU_EPS)
     return 1 - iou + (enclosing - union) / enclosing
 
 
@@ -466,8 +462,10 @@ def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Ten
     return -F.logsigmoid(logit) * weight
 
 
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+def _area(upper_left: Tensor, lower_right: Tensor) -> Tensor:
+    """The areas [n] between two corners [n, 2]; 0 where they are the wrong way round."""
+    width, height = (lower_right - upper_left).clamp(min=0).unbind(1)
+    return width * height
 
 
 def _flatten(levels: Sequence[Tensor]) -> Tensor:

@@ -148,3 +148,17 @@ def test_score_voting_on_another_device_than_the_current_one():
     got = paa_gpu.score_voting_batch(*make_predictions().to(other), 0.05)
     assert all(tensor.device == other for tensor in (*got[0], *got[1]))
     assert_voted(got)
+
+
+def test_training_the_head_does_not_synchronise(request):
+    head = paa_gpu.PAAHead(3, 8, 8, 1, norm_groups=4, strides=(8, 16)).to("cuda")
+    features = [torch.randn(2, 8, 8 // level, 12 // level, device="cuda") for level in (1, 2)]
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 50.0], [20.0, 8.0, 90.0, 60.0]], device="cuda")
+    targets = [{"boxes": boxes[:count], "labels": torch.ones(count, dtype=torch.int64, device="cuda")} for count in (2, 0)]
+
+    def train():
+        sum(head.loss(features, targets, [(64, 96), (60, 80)]).values()).backward()
+
+    train()  # compiles
+    request.getfixturevalue("no_synchronisation")
+    train()

@@ -5,7 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "mmdet_paa.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "mmdet_paa.py"
 
 
 def test_the_example_trains(monkeypatch, capsys, generator):
@@ -15,3 +16,18 @@ def test_the_example_trains(monkeypatch, capsys, generator):
     losses = [float(loss) for loss in re.findall(r"'loss': ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+
+
+def test_the_example_without_mmdetection_trains_and_draws(monkeypatch, capsys, tmp_path):
+    """Three steps of small crops; what 500 make of it, only a person can judge."""
+    picture = tmp_path / "trees.png"
+    monkeypatch.setattr(sys, "argv", ["train_trees.py", "--steps", "3", "--size", "64", "--out", str(picture)])
+    runpy.run_path(str(EXAMPLES / "train_trees.py"), run_name="__main__")
+    assert re.search(r"\d+ boxes find \d+ of 61 trees", capsys.readouterr().out)
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_page_about_the_head_runs():
+    page = (EXAMPLES.parent / "docs" / "head.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mmdet" not in block]
+    exec(block, {})

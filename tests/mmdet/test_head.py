@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 from heads import Step, TieRulePAAHead, as_class, assert_same_detections, build, make_features, make_samples, step
-
 from mmdet.models.utils import levels_to_images
 from mmengine.structures import InstanceData
 from test_training import Synchronisations
@@ -75,7 +74,7 @@ def compare(ours: PAAHead, published: Any, features: list[torch.Tensor], samples
         wanted = step(published, features, samples)
     got, call = our_step(ours, features, samples)
     for image, theirs in enumerate(reassign.call_args_list):
-        _, label, label_weight, bbox_weight, pos_inds, pos_gt_inds, _ = (column[image] for column in [*call.args[:6], [None] * 99])
+        label, label_weight, bbox_weight, pos_inds, pos_gt_inds = (column[image] for column in call.args[1:6])
         found = pos_inds >= 0
         for mine, other in zip((label, label_weight, bbox_weight), theirs.args[1:4], strict=True):
             assert torch.equal(mine, other)
@@ -279,7 +278,7 @@ def test_other_test_settings(options, test_cfg, generator):
 def test_no_detections(generator):
     ours, _ = detectors(generator, score_thr=0.999)
     for image in ours.predict(make_features(2, SIZE, 32, generator), [SIZE] * 2):
-        assert [(name, tuple(values.shape)) for name, values in image.items()] == [("boxes", (0, 4)), ("scores", (0,)), ("labels", (0,))]
+        assert {name: tuple(values.shape) for name, values in image.items()} == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}
 
 
 def test_levels_to_images(generator):
