@@ -14,6 +14,7 @@ from test_training import Synchronisations
 
 import paa_gpu
 from paa_gpu import PAAHead
+from paa_gpu.head import decode
 
 SIZE = (256, 320)
 SMALL = {"in_channels": 32, "feat_channels": 32, "stacked_convs": 1}
@@ -163,6 +164,14 @@ def test_boxes_beyond_the_picture(generator):
     instances.bboxes[0] = torch.tensor([5000.0, 5000.0, 5010.0, 5020.0])
     instances.bboxes[1, 2:] = instances.bboxes[1, :2]
     compare(ours, published, make_features(1, SIZE, 32, generator), samples)
+
+
+def test_decoding(generator):
+    """Boxes are at most 62.5 times larger or smaller than their anchor; an anchor need not be square."""
+    anchors = torch.rand(1000, 2, 2, generator=generator).sort(1).values.flatten(1) * 1000
+    deltas = torch.randn(1000, 4, generator=generator) * torch.tensor([1, 1, 30, 30])
+    wanted = build().bbox_coder.decode(anchors, deltas)
+    torch.testing.assert_close(decode(anchors, deltas, (0.1, 0.1, 0.2, 0.2)), wanted, rtol=1e-5, atol=1e-3)
 
 
 def test_ten_steps(generator):
