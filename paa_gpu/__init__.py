@@ -1,15 +1,20 @@
 """Probabilistic anchor assignment (PAA): selection, mixture fit and reassignment for a whole batch, on the GPU and the CPU."""
 
+from .assign import Assignment, assign_max_iou
 from .em import GaussianMixture1D, fit_gmm_1d
+from .losses import candidate_losses
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "Candidates",
     "GaussianMixture1D",
     "Reassignment",
+    "assign_max_iou",
+    "candidate_losses",
     "fit_gmm_1d",
     "paa_reassign",
     "paa_reassign_batch",
