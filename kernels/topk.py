@@ -307,9 +307,11 @@ def gather_batch(
     )
 
 
-def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int]) -> list[list[int]]:
+def image_starts(
+    potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int], block: int = BLOCK_P
+) -> list[list[int]]:
     """First block, position, row and anchor of each image, and their totals."""
-    blocks = [triton.cdiv(number, BLOCK_P) for number in potential]
+    blocks = [triton.cdiv(number, block) for number in potential]
     return [[0, *itertools.accumulate(numbers)] for numbers in (blocks, potential, num_gts, anchors)]
 
 

@@ -1,7 +1,9 @@
 """Probabilistic anchor assignment (PAA): reassignment and score voting for a whole batch of images, on the GPU and the CPU."""
 
+from .assign import Assignment, assign_max_iou
 from .em import GaussianMixture1D, fit_gmm_1d
 from .head import PAAHead, levels_to_images
+from .losses import candidate_losses
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
 from .voting import score_voting, score_voting_batch
@@ -9,10 +11,13 @@ from .voting import score_voting, score_voting_batch
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "Candidates",
     "GaussianMixture1D",
     "PAAHead",
     "Reassignment",
+    "assign_max_iou",
+    "candidate_losses",
     "fit_gmm_1d",
     "levels_to_images",
     "paa_reassign",

@@ -68,6 +68,11 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool, got {type(value).__name__}")
+
+
 def check_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")

@@ -242,6 +242,54 @@ def write_targets(
     return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
 
 
+def empty_losses(scores: Tensor, targets: Tensor, pos_inds: Sequence[Tensor]) -> Tensor:
+    """Loss [P]: float64 if the maps or the targets are, else float32."""
+    wide = torch.float64 in (scores.dtype, targets.dtype)
+    return scores.new_empty(sum(inds.shape[0] for inds in pos_inds), dtype=torch.float64 if wide else torch.float32)
+
+
+@_operator("losses")
+def candidate_losses(
+    anchors: Sequence[Tensor],
+    cls_scores: Sequence[Tensor],
+    bbox_preds: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_target: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    gamma: float,
+    alpha: float,
+    loss_cls_weight: float,
+    loss_bbox_weight: float,
+    stds: Sequence[float],
+    wh_ratio_clip: float,
+) -> Tensor:
+    """Loss [P] of the potential positives of all images; NaN at an index out of range. See `empty_losses`."""
+    return empty_losses(cls_scores[0], label_weight[0], pos_inds)
+
+
+@_operator("assign")
+def assign_max_iou(
+    anchors: Sequence[Tensor],
+    gt_bboxes: Sequence[Tensor],
+    gt_bboxes_ignore: Sequence[Tensor],
+    valid: Sequence[Tensor],
+    pos_iou_thr: float,
+    neg_iou_thr: float,
+    min_pos_iou: float,
+    ignore_iof_thr: float,
+    match_low_quality: bool,
+    gt_max_assign_all: bool,
+) -> tuple[Tensor, Tensor]:
+    """gt_inds int64 and max_overlaps float32, both [B * A], of all images. `gt_bboxes_ignore` and `valid` may be empty lists."""
+    anchors_of_batch = len(gt_bboxes) * sum(level.shape[0] for level in anchors)
+    return (
+        gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.int64),
+        gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.float32),
+    )
+
+
 @_operator("voting")
 def score_voting(
     det_bboxes: Sequence[Tensor],

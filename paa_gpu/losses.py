@@ -1,0 +1,117 @@
+"""The score of each potential positive: its classification loss plus the loss of its decoded box, for a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_tensor
+
+__all__ = ["candidate_losses"]
+
+
+def candidate_losses(
+    anchors: Sequence[Tensor],
+    cls_scores: Sequence[Tensor],
+    bbox_preds: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_target: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    loss_cls_weight: float = 1.0,
+    loss_bbox_weight: float = 1.3,
+    stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
+    wh_ratio_clip: float = 16 / 1000,
+) -> list[Tensor]:
+    """The losses by which the potential positives of N images are reassigned: `PAAHead.get_pos_loss` of mmdetection for a batch.
+
+        loss_cls_weight * label_weight * (sigmoid focal loss, summed over the classes)
+        + loss_bbox_weight * mean(bbox_weight) * (1 - GIoU(decoded box, bbox_target))
+
+    Level l of the pyramid has H_l x W_l locations with one anchor each; the anchors of an image, A = sum(H_l * W_l) of them, are
+    numbered level by level, row by row. Only the locations of the potential positives are read, from the maps as they lie.
+
+    Args:
+        anchors: per level Tensor[H_l * W_l, 4]: x1, y1, x2, y2 in pixels, the same for all images.
+        cls_scores: per level Tensor[N, C, H_l, W_l], logits.
+        bbox_preds: per level Tensor[N, 4, H_l, W_l], the deltas dx, dy, dw, dh, already scaled; dtype of `cls_scores`.
+        label: per image Tensor[A] int64, the class of each anchor; what is not in [0, C) is background.
+        label_weight: per image Tensor[A], weight of the classification loss; dtype of `anchors`, as the two below.
+        bbox_target: per image Tensor[A, 4], the target box in pixels.
+        bbox_weight: per image Tensor[A, 4], weight of the box loss, whose mean counts.
+        pos_inds: per image Tensor[P_n] int64 or int32, the potential positives, in any order; P_n may be 0.
+        gamma, alpha: of the focal loss.
+        loss_cls_weight, loss_bbox_weight: of the two losses.
+        stds: deviations by which the deltas were divided.
+        wh_ratio_clip: the decoded box is at most 1 / wh_ratio_clip times as wide or high as its anchor, and at least
+            wh_ratio_clip times.
+
+    Returns:
+        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if the maps or the targets are, else float32, in which
+        half precision is computed.
+
+    Raises:
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
+            weight or `gamma`; `wh_ratio_clip` not positive.
+
+    Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
+    NaN, and `paa_reassign_batch` then leaves out its ground truth. An index out of range gives NaN and reads nothing. Inputs are not
+    modified, no graph is recorded, nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU loss, whose
+    areas are at least 1e-6, and `DeltaXYWHBBoxCoder`.
+    """
+    _check_maps(anchors, cls_scores, bbox_preds, label)
+    columns = {
+        "label": (label, (torch.int64,), ()),
+        "label_weight": (label_weight, (anchors[0].dtype,), ()),
+        "bbox_target": (bbox_target, (anchors[0].dtype,), (4,)),
+        "bbox_weight": (bbox_weight, (anchors[0].dtype,), (4,)),
+    }
+    total, device = sum(level.shape[0] for level in anchors), anchors[0].device
+    for name, (column, dtypes, sides) in columns.items():
+        check_list(name, column, length=len(label), like="`label`")
+        for image, tensor in enumerate(column):
+            check_tensor(f"{name}[{image}]", tensor, (total, *sides), dtypes, device)
+    check_list("pos_inds", pos_inds, length=len(label), like="`label`")
+    for image, inds in enumerate(pos_inds):
+        check_tensor(f"pos_inds[{image}]", inds, (None,), (pos_inds[0].dtype,) if image else INDICES, device)
+    numbers = {"gamma": gamma, "alpha": alpha, "loss_cls_weight": loss_cls_weight, "loss_bbox_weight": loss_bbox_weight}
+    for name, number in (*numbers.items(), ("wh_ratio_clip", wh_ratio_clip)):
+        check_non_negative(name, number)
+    if wh_ratio_clip == 0:
+        raise ValueError(f"`wh_ratio_clip` must be positive, got {wh_ratio_clip}")
+    check_list("stds", stds, "delta", 4, "a box")
+    for i, std in enumerate(stds):
+        check_non_negative(f"stds[{i}]", std)
+    tensors = (anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds)
+    detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in tensors]
+    losses = _ops.candidate_losses(*detached, *map(float, numbers.values()), [*map(float, stds)], float(wh_ratio_clip))
+    return list(losses.split_with_sizes([inds.shape[0] for inds in pos_inds]))
+
+
+def _check_maps(
+    anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor], label: Sequence[Tensor]
+) -> None:
+    """The levels; `label` says how many images there are."""
+    check_list("anchors", anchors, "level")
+    check_list("cls_scores", cls_scores, "level", len(anchors), "`anchors`")
+    check_list("bbox_preds", bbox_preds, "level", len(anchors), "`anchors`")
+    check_list("label", label)
+    device, classes = None, None
+    for level, (boxes, scores, deltas) in enumerate(zip(anchors, cls_scores, bbox_preds, strict=True)):
+        check_tensor(f"anchors[{level}]", boxes, (None, 4), (anchors[0].dtype,) if level else FLOATS, device)
+        device = boxes.device
+        dtypes = (cls_scores[0].dtype,) if level else FLOATS
+        check_tensor(f"cls_scores[{level}]", scores, (len(label), classes, None, None), dtypes, device)
+        classes, (height, width) = scores.shape[1], scores.shape[2:]
+        check_tensor(f"bbox_preds[{level}]", deltas, (len(label), 4, height, width), (scores.dtype,), device)
+        if boxes.shape[0] != height * width:
+            raise ValueError(
+                f"`anchors[{level}]` must hold {height * width} anchors as `cls_scores[{level}]` has locations, got {boxes.shape[0]}"
+            )
