@@ -4,16 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+# mmdetection and what it needs, on top of what $(VENV) has.
+MMDET_VENV ?= .venv-mmdet
+MMDET_BIN = $(MMDET_VENV)/bin
+MMDET_READY = $(MMDET_VENV)/.installed
 
-.PHONY: demo test test-fast test-long test-ptxrun lint bench bench-quick clean
+.PHONY: demo test test-fast test-long test-ptxrun test-mmdet lint bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
 
 # Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
-PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py
-KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_launch.py
+PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
+	tests/test_assign.py
+KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_voting_kernels.py \
+	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_launch.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"
@@ -34,23 +40,43 @@ test-long: $(READY)
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
 
+# More threads than one make scikit-learn slower and erratic.
+test-mmdet: $(MMDET_READY)
+	OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m pytest -n 2 tests/mmdet
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+# gmm-gpu asks for numpy below 2, which it does not need: it goes into a folder of its own, without what it asks for.
+bench: $(READY) .bench/gmm_gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios
 	PYTHONPATH=tests $(BIN)/python -m bench.work
-	$(BIN)/python -m pytest bench --benchmark-only
+	OMP_NUM_THREADS=1 PYTHONPATH=.bench $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/suite.json
+	PYTHONPATH=tests $(BIN)/python -m bench.scaling --out bench/results/scaling.json
+	$(BIN)/python -m bench.plot bench/results/suite.json bench/results/scaling.json
 
 bench-quick: $(READY)
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.2 --benchmark-min-rounds=3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.1 --benchmark-min-rounds=1
+
+.bench/gmm_gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target .bench gmm-gpu
+
+bench-mmdet: $(MMDET_READY)
+	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(MMDET_READY): tests/mmdet/requirements.txt $(READY)
+	$(PYTHON) -m venv $(MMDET_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(MMDET_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(MMDET_BIN)/python -m pip install --quiet --no-deps --requirement tests/mmdet/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png
+	rm -rf $(VENV) $(MMDET_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

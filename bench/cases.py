@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from paa_gpu import data, testing
 
+Voting = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
+
 # Anchors of an 800 x 1333 image with strides 8 to 128.
 COCO_LEVELS = (16800, 4200, 1050, 273, 77)
+
+
+class Call(NamedTuple):
+    """A call of `paa_reassign_batch`."""
+
+    batch: testing.Batch
+    topk: int = 9
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.batch.options, "topk": self.topk}
 
 
 def recorded() -> testing.Batch:
@@ -20,6 +34,17 @@ def recorded() -> testing.Batch:
     *tensors, anchors = map(list, columns)
     sizes = [[len(level) for level in levels] for levels in anchors]
     return testing.Batch._make([*tensors, sizes, recordings[0].num_classes, [recording.num_gt for recording in recordings]])
+
+
+def recorded_voting() -> dict[str, Voting]:
+    """The arguments of every recorded call of `score_voting` (81 in a checkout, two of them with 80 classes)."""
+    return {call.name: call.arguments for path in data.voting_paths() for call in data.load_voting(path)}
+
+
+def predictions(detections: int) -> Voting:
+    """So many detections of 80 classes among 5,000 boxes."""
+    made = testing.make_predictions([(detections, 5000)], np.random.default_rng(4))
+    return (*(column[0] for column in made), 0.05)
 
 
 def coco_like() -> testing.Batch:
@@ -36,7 +61,7 @@ def crowded() -> testing.Batch:
 
 def one_image() -> testing.Batch:
     """One image of 7 boxes, float32 losses."""
-    return split(coco_like())[0]
+    return split(Call(coco_like()))[0].batch
 
 
 def one_box() -> testing.Batch:
@@ -44,24 +69,42 @@ def one_box() -> testing.Batch:
     return testing.make_batch([1], np.random.default_rng(3), ["bimodal"], (60, 60), dtype=torch.float32)
 
 
-BATCHES: dict[str, Callable[[], testing.Batch]] = {
-    "recorded": recorded,
-    "coco_like": coco_like,
-    "crowded": crowded,
-    "one_image": one_image,
-    "one_box": one_box,
+def large_groups() -> testing.Batch:
+    """4 images of 7 boxes with some 900 potential positives each, for a `topk` beyond the usual."""
+    rng = np.random.default_rng(5)
+    return testing.make_batch([7] * 4, rng, ["bimodal"], (600, 1200), level_sizes=COCO_LEVELS, dtype=torch.float32)
+
+
+#: Calls of `paa_reassign_batch`.
+REASSIGN: dict[str, Callable[[], Call]] = {
+    "recorded": lambda: Call(recorded()),
+    "coco_like": lambda: Call(coco_like()),
+    "crowded": lambda: Call(crowded()),
+    "one_image": lambda: Call(one_image()),
+    "one_box": lambda: Call(one_box()),
+    "topk_9": lambda: Call(large_groups(), 9),
+    "topk_25": lambda: Call(large_groups(), 25),
+    "topk_100": lambda: Call(large_groups(), 100),
+}
+
+#: Calls of `score_voting`: recorded with one class and with 80, and made.
+VOTING: dict[str, Callable[[], Voting]] = {
+    "recorded_one_class": lambda: next(iter(recorded_voting().values())),
+    "recorded_80_classes": lambda: list(recorded_voting().values())[-1],
+    "100_detections": lambda: predictions(100),
+    "1000_detections": lambda: predictions(1000),
 }
 
 #: Rows x length of the fit alone.
 FITS = {"7x45": (7, 45), "112x45": (112, 45), "2000x45": (2000, 45), "10000x45": (10_000, 45), "1000x1000": (1000, 1000)}
 
 
-def split(batch: testing.Batch) -> list[testing.Batch]:
-    """The images of a batch, each as a batch of one."""
-    columns = [*batch[:7], batch.num_gts]
+def split(call: Call) -> list[Call]:
+    """The images of a call, each in a call of its own."""
+    batch = call.batch
+    images = zip(*batch[:7], batch.num_gts, strict=True)
     return [
-        testing.Batch._make([*([column[image]] for column in columns[:7]), batch.num_classes, [batch.num_gts[image]]])
-        for image in range(len(batch.num_gts))
+        call._replace(batch=testing.Batch(*([part] for part in parts), batch.num_classes, [num_gt])) for *parts, num_gt in images
     ]
 
 

@@ -1,65 +1,161 @@
-"""Who answers: the published loop, and this library. Every provider takes a batch and returns the targets of its images."""
+"""Who answers: the published loop, scikit-learn, gmm-gpu, this library, and the physical limit. What is timed is checked first."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 import paa_gpu
-from paa_gpu import reference, testing
+from paa_gpu import reference
+
+from .cases import Call
 
 Targets = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]
 
+# Under pytest `mmdet` also finds the folder tests/mmdet, which has no file of its own to import.
+MMDET = getattr(importlib.util.find_spec("mmdet"), "origin", None) is not None
+GMM_GPU = importlib.util.find_spec("gmm_gpu") is not None
 
-def published(batch: testing.Batch) -> Targets:
+# Larger than any L2 cache: inputs that take turns over this much come from memory.
+L2_BYTES = 128 << 20
+
+
+# --- reassignment ---------------------------------------------------------------------------------------------------------------
+
+
+def published(call: Call) -> Targets:
     """The published head's loop, image by image: mmdetection's own code where it is installed, else our reference."""
-    loop = _mmdet_loop(batch.num_classes)
-    return [loop(*arguments) for arguments in zip(*batch.arguments, strict=True)]
+    batch = call.batch
+    if not MMDET:
+        options = {"num_classes": batch.num_classes, "topk": call.topk, "published": True}
+        return [reference.paa_reassign(*arguments, **options) for arguments in zip(*batch.arguments, strict=True)]
+    head = _mmdet_head(batch.num_classes, call.topk)
+    return [
+        head.paa_reassign(*tensors, [torch.empty(size, 4) for size in levels])
+        for *tensors, levels in zip(*batch.arguments, strict=True)
+    ]
 
 
-def _mmdet_loop(num_classes: int) -> Callable[..., Any]:
-    if importlib.util.find_spec("mmdet") is None:
-        return lambda *arguments: reference.paa_reassign(*arguments, num_classes=num_classes, published=True)
+@functools.cache
+def _mmdet_head(num_classes: int, topk: int = 9) -> Any:
     from mmdet.models.dense_heads import PAAHead
 
-    head = PAAHead(num_classes, 8, feat_channels=8, stacked_convs=1, covariance_type="diag")
-
-    def loop(*arguments: Any) -> Any:
-        *tensors, levels = arguments
-        return head.paa_reassign(*tensors, [torch.empty(size, 4) for size in levels])
-
-    return loop
+    return PAAHead(num_classes, 32, feat_channels=32, stacked_convs=1, topk=topk, covariance_type="diag")
 
 
-def library(batch: testing.Batch) -> Targets:
+def library(call: Call) -> Targets:
     """One call of `paa_reassign_batch`."""
-    got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    got = paa_gpu.paa_reassign_batch(*call.batch.arguments, **call.options)
     return list(zip(got.label, got.label_weight, got.bbox_weight, got.num_pos.tolist(), strict=True))
 
 
-def library_one_by_one(batch: testing.Batch) -> Targets:
+def library_one_by_one(call: Call) -> Targets:
     """`paa_reassign` for one image after the other; it finds the number of ground truths itself, as the published loop does."""
-    columns = zip(*batch.arguments, strict=True)
-    return [paa_gpu.paa_reassign(*arguments, num_classes=batch.num_classes) for arguments in columns]
+    options = {"num_classes": call.batch.num_classes, "topk": call.topk}
+    return [paa_gpu.paa_reassign(*arguments, **options) for arguments in zip(*call.batch.arguments, strict=True)]
 
 
-def check_agreement(batch: testing.Batch, provider: Callable[[testing.Batch], Targets]) -> tuple[int, int]:
-    """Raise unless a provider gives the oracle's targets. Where the published loop itself, fed with float32 losses, does not (its
-    squares are rounded), the oracle in float64 decides. Returns the positives of the oracle, and how many of the loop differ."""
-    differ = total = 0
-    got, wanted = provider(batch), published(batch)
-    for arguments, ours, theirs in zip(zip(*batch.arguments, strict=True), got, wanted, strict=True):
-        oracle = reference.paa_reassign(*arguments, num_classes=batch.num_classes)
-        if not all(torch.equal(a, b) for a, b in zip(ours[:3], oracle[:3], strict=True)) or ours[3] != oracle[3]:
-            raise AssertionError(f"{provider.__name__} does not give the oracle's targets")
-        total += oracle[3]
-        differ += int((theirs[0] != oracle[0]).sum())
-    return total, differ
+def oracle(call: Call) -> Targets:
+    """The published loop with its losses in float64."""
+    options = {"num_classes": call.batch.num_classes, "topk": call.topk}
+    return [reference.paa_reassign(*arguments, **options) for arguments in zip(*call.batch.arguments, strict=True)]
+
+
+def check(got: Targets, wanted: Targets) -> None:
+    """Raise unless the targets are the oracle's."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        if not all(torch.equal(a.cpu(), b) for a, b in zip(ours[:3], theirs[:3], strict=True)) or ours[3] != theirs[3]:
+            raise AssertionError("a provider does not give the oracle's targets")
+
+
+def reassign_limit(call: Call) -> Callable[[], Any]:
+    """The least that a reassignment must do: copy the three outputs once, into new memory, one exp and one log per candidate and iteration."""
+    fit = paa_gpu.paa_reassign_batch(*call.batch.arguments, **call.options).fit
+    batch = call.batch
+    counts = [
+        paa_gpu.select_candidates(*image, num_gt=num_gt, topk=call.topk).count
+        for *image, num_gt in zip(batch.pos_losses, batch.pos_inds, batch.pos_gt_inds, batch.anchors, batch.num_gts, strict=True)
+    ]
+    transcendental = fit_limit(torch.cat(counts), fit.n_iter)
+    targets = [[image.numpy() for image in column] for column in call.batch[1:4]]
+
+    def run() -> list[Any]:
+        copies = [np.concatenate(column) for column in targets]
+        transcendental()
+        return copies
+
+    return run
+
+
+# --- the fit --------------------------------------------------------------------------------------------------------------------
+
+
+def scikit_learn_fit(x: torch.Tensor) -> Any:
+    return [reference.fit((row - row.min()).numpy(), "diag") for row in x]
+
+
+def gmm_gpu_fit(x: torch.Tensor) -> Any:
+    """gmm-gpu on the CPU, from the same start, in float64. It shares one count of iterations among all rows."""
+    from gmm_gpu.gmm import GMM
+
+    rows = x.shape[0]
+    values = (x - x.amin(1, keepdim=True))[:, :, None]
+    mixture = GMM(
+        2,
+        device="cpu",
+        dtype=torch.float64,
+        means_init=torch.cat([values.amin(1, keepdim=True), values.amax(1, keepdim=True)], 1),
+        weights_init=torch.full((rows, 2), 0.5, dtype=torch.float64),
+        precisions_init=torch.ones(rows, 2, 1, 1, dtype=torch.float64),
+        random_seed=1,
+    )
+    mixture.fit(values)
+    return mixture
+
+
+def fit_limit(count: torch.Tensor, n_iter: torch.Tensor) -> Callable[[], None]:
+    """One exp and one log, numpy's, per value and iteration of each row; on one thread, in a cache."""
+    rest = int((count * n_iter).sum())
+    x = np.linspace(-20, 0, 4096)
+    exp, log = np.empty_like(x), np.empty_like(x)
+
+    def run() -> None:
+        for start in range(0, rest, len(x)):
+            part = slice(min(len(x), rest - start))
+            np.exp(x[part], out=exp[part])
+            np.log(exp[part], out=log[part])
+
+    return run
+
+
+# --- score voting ---------------------------------------------------------------------------------------------------------------
+
+
+def published_voting(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PAAHead.score_voting`: mmdetection's own code where it is installed, else our reference."""
+    if not MMDET:
+        return reference.score_voting(*arguments, published=True)
+    return _mmdet_head(arguments[3].shape[1] - 1).score_voting(*arguments)
+
+
+def check_voting(*arguments: Any) -> float:
+    """Raise unless the library gives the published order, labels and scores, and boxes within a thousandth of a pixel; returns the
+    largest difference."""
+    (got, labels), (wanted, wanted_labels) = paa_gpu.score_voting(*arguments), published_voting(*arguments)
+    difference = float((got - wanted).abs().max())
+    if not (torch.equal(labels, wanted_labels) and torch.equal(got[:, 4], wanted[:, 4]) and difference <= 1e-3):
+        raise AssertionError(f"score_voting does not give the published detections: {difference} pixels")
+    return difference
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------------
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Sequence[int] | None = None) -> list[float]:
@@ -75,3 +171,32 @@ def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Se
                 call()
             taken.append((time.perf_counter() - start) / count)
     return [statistics.median(taken) for taken in times]
+
+
+def on_cuda(value: Any) -> Any:
+    """The tensors of a call's arguments, in lists and tuples too, on the GPU."""
+    if isinstance(value, list | tuple) and any(isinstance(item, list | tuple | torch.Tensor) for item in value):
+        return type(value)(map(on_cuda, value))
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any], rounds: int = 100) -> list[float]:
+    """Times of `run(*arguments)` on the GPU between two events, warm, with copies of the arguments that take turns past L2."""
+    sizes = [
+        tensor.nbytes
+        for value in arguments
+        for tensor in (value if isinstance(value, list) else [value])
+        if torch.is_tensor(tensor)
+    ]
+    copies = [on_cuda(list(arguments)) for _ in range(min(L2_BYTES // max(sum(sizes), 1) + 2, 50))]
+    for copy in copies[:10]:
+        run(*copy)
+    times = []
+    for i in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(*copies[i % len(copies)])
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times

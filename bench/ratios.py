@@ -7,7 +7,6 @@ bench` does: more threads make the published loop slower and erratic. The librar
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import platform
 import statistics
@@ -32,44 +31,64 @@ print(time.perf_counter() - start)
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
-    baseline = "mmdet's PAAHead" if importlib.util.find_spec("mmdet") else "paa_gpu.reference(published=True)"
+    baseline = "mmdet's PAAHead" if providers.MMDET else "paa_gpu.reference(published=True)"
     print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
           f"{platform.python_version()}, torch {torch.__version__}, scikit-learn {sklearn.__version__}; baseline: {baseline}")  # fmt: skip
     for name in ("recorded", "coco_like", "crowded"):
         batch(name)
     one_by_one()
+    voting()
     fits()
     imports()
 
 
 def batch(name: str) -> None:
-    inputs = cases.BATCHES[name]()
-    positives, differ = providers.check_agreement(inputs, providers.library)
-    loop, ours = providers.interleaved([lambda: providers.published(inputs), lambda: providers.library(inputs)])
-    boxes = sum(inputs.num_gts)
-    print(f"paa_reassign_batch, {name}: {len(inputs.num_gts)} images, {boxes} boxes, {positives} positives ({differ} labels of the "
+    call = cases.REASSIGN[name]()
+    wanted = providers.oracle(call)
+    providers.check(providers.library(call), wanted)
+    differ = sum(int((ours[0] != theirs[0]).sum()) for ours, theirs in zip(providers.published(call), wanted, strict=True))
+    loop, ours, limit = providers.interleaved(
+        [lambda: providers.published(call), lambda: providers.library(call), providers.reassign_limit(call)]
+    )
+    boxes, positives = sum(call.batch.num_gts), sum(image[3] for image in wanted)
+    print(f"paa_reassign_batch, {name}: {len(wanted)} images, {boxes} boxes, {positives} positives ({differ} labels of the "
           f"published float32 loop differ): {ours * 1e3:.2f} ms, {ours / boxes * 1e6:.2f} us a box; loop {loop * 1e3:.0f} ms, "
-          f"{loop / ours:.0f}x")  # fmt: skip
+          f"{loop / ours:.0f}x; {ours / limit:.1f} times the physical limit")  # fmt: skip
 
 
 def one_by_one() -> None:
-    inputs = cases.recorded()
-    providers.check_agreement(inputs, providers.library_one_by_one)
     ratios = []
-    for image in cases.split(inputs):
+    for call in cases.split(cases.Call(cases.recorded())):
+        providers.check(providers.library_one_by_one(call), providers.oracle(call))
         loop, ours = providers.interleaved(
-            [lambda image=image: providers.published(image), lambda image=image: providers.library_one_by_one(image)],
+            [lambda call=call: providers.published(call), lambda call=call: providers.library_one_by_one(call)],
             repeats=[1, 20],
         )
         ratios.append(loop / ours)
     print(f"paa_reassign, the recorded images one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
           f"{max(ratios):.0f}x")  # fmt: skip
-    single = cases.one_box()
-    providers.check_agreement(single, providers.library_one_by_one)
+    single = cases.Call(cases.one_box())
+    providers.check(providers.library_one_by_one(single), providers.oracle(single))
     loop, ours = providers.interleaved(
         [lambda: providers.published(single), lambda: providers.library_one_by_one(single)], repeats=[5, 100]
     )
     print(f"paa_reassign, one box: {ours * 1e6:.0f} us; loop {loop * 1e3:.2f} ms, {loop / ours:.0f}x")
+
+
+def voting() -> None:
+    """Each recorded call by itself."""
+    ratios, times, differences = [], [], []
+    for arguments in cases.recorded_voting().values():
+        differences.append(providers.check_voting(*arguments))
+        loop, ours = providers.interleaved(
+            [lambda a=arguments: providers.published_voting(*a), lambda a=arguments: paa_gpu.score_voting(*a)], repeats=[1, 20]
+        )
+        ratios.append(loop / ours)
+        times.append((loop, ours))
+    loop, ours = (sum(column) for column in zip(*times, strict=True))
+    print(f"score_voting, {len(ratios)} recorded calls one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
+          f"{max(ratios):.0f}x; all of them {ours * 1e3:.1f} ms, loop {loop * 1e3:.0f} ms, {loop / ours:.0f}x; boxes within "
+          f"{max(differences):.1e} pixels of the loop's")  # fmt: skip
 
 
 def fits() -> None:

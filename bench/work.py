@@ -2,7 +2,7 @@
 
 Warp instructions (PTX, moves left out) by class, and the 32-byte sectors that loads touch over those their bytes fill, for one
 `paa_reassign_batch` of the recorded images, of a crowded image and of ten times fewer boxes over the same potential positives; then the EM loop
-alone, a row and iteration.
+alone, a row and iteration; then `score_voting` of recorded predictions with one class and with 80.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ptxrun
 import torch
 
 import paa_gpu
-from paa_gpu import testing
+from paa_gpu import data, testing
 
 from . import cases
 
@@ -34,12 +34,25 @@ def main() -> None:
         positives = sum(inds.shape[0] for inds in batch.pos_inds)
         print(f"\n{name}: {len(batch.num_gts)} images, {sum(batch.num_gts)} boxes, {positives} potential positives, "
               f"{int(got.num_pos.sum())} positives, sm_{CAPABILITY}")  # fmt: skip
-        for kernel, counters in session.by_kernel().items():
-            sectors = counters.load_sectors / max(counters.load_bytes / 32, 1)
-            print(f"  {kernel:<24}{report(counters.warp_classes)}; load sectors {sectors:.2f} of those needed")
+        report_kernels(session)
     print(f"\nEM loop, a row of 45 and iteration, sm_{CAPABILITY}")
     for precision in ("float64", "float32"):
         print(f"  {precision:<24}{report(em_iteration(precision))}")
+    for path in (data.BUNDLED, data.voting_paths()[-1]):
+        call = data.load_voting(path)[0]
+        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+            paa_gpu.score_voting(*call.arguments)
+        boxes, classes = call.mlvl_nms_scores.shape
+        print(
+            f"\nscore voting, {call.name}: {len(call.det_labels)} detections, {boxes} boxes, {classes - 1} classes, sm_{CAPABILITY}"
+        )
+        report_kernels(session)
+
+
+def report_kernels(session: Any) -> None:
+    for kernel, counters in session.by_kernel().items():
+        sectors = counters.load_sectors / max(counters.load_bytes / 32, 1)
+        print(f"  {kernel:<24}{report(counters.warp_classes)}; load sectors {sectors:.2f} of those needed")
 
 
 def crowd(boxes: int) -> testing.Batch:

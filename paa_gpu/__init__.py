@@ -1,10 +1,11 @@
-"""Probabilistic anchor assignment (PAA): selection, mixture fit and reassignment for a whole batch, on the GPU and the CPU."""
+"""Probabilistic anchor assignment (PAA): reassignment and score voting for a whole batch of images, on the GPU and the CPU."""
 
 from .assign import Assignment, assign_max_iou
 from .em import GaussianMixture1D, fit_gmm_1d
 from .losses import candidate_losses
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
+from .voting import score_voting, score_voting_batch
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,7 @@ __all__ = [
     "fit_gmm_1d",
     "paa_reassign",
     "paa_reassign_batch",
+    "score_voting",
+    "score_voting_batch",
     "select_candidates",
 ]

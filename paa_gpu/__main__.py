@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 
-from . import __version__, data, paa_reassign_batch, reference, select_candidates
+from . import __version__, data, paa_reassign_batch, reference, score_voting, select_candidates
 from ._ops import operators
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, print, write the picture."""
+    """Parse the command line, print, write the pictures."""
     recordings = data.paths()
     parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.png"),
+        help="the picture to write (default: %(default)s); another one, of score voting, is written beside it",
+    )  # fmt: skip
     parser.add_argument(
         "--image", type=int, default=0, choices=range(len(recordings)), metavar="N",
         help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, the others come with a checkout",
@@ -32,7 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report_versions()
     report_implementations()
-    demonstrate(data.load(recordings[options.image]), options.out)
+    path = recordings[options.image]
+    recording = data.load(path)
+    demonstrate(recording, options.out)
+    demonstrate_voting(recording, data.load_voting(path)[-1], options.out.with_stem(options.out.stem + "_voting"))
 
 
 def report_versions() -> None:
@@ -95,6 +101,34 @@ def demonstrate(recording: data.Recording, out: Path) -> None:
         from .plot import plot_recording
 
         plot_recording(recording, move_to_cpu(result), move_to_cpu(candidates), out)
+        print(f"  picture: {out}")
+
+
+def demonstrate_voting(recording: data.Recording, call: data.Voting, out: Path) -> None:
+    """Vote for the detections of the image, compare with the published loop, draw."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments: Any = [*(tensor.to(device) for tensor in call.arguments[:4]), call.score_thr]
+    options: Any = {"keep_order": True}
+
+    def vote() -> Any:
+        result = score_voting(*arguments, **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    result, ours = median_time(vote, 20)
+    voted, labels = move_to_cpu(list(result))
+    _, loop = median_time(lambda: reference.score_voting(*call.arguments, published=True), 3)
+    oracle, _ = reference.score_voting(*call.arguments, keep_order=True)
+    print(f"\nscore voting of image {recording.name} on {device}: {len(voted)} detections, {len(call.mlvl_bboxes)} boxes, "
+          f"scores above {call.score_thr}")  # fmt: skip
+    print(f"  paa_gpu              {ours * 1e3:10.2f} ms")
+    print(f"  published loop       {loop * 1e3:10.2f} ms, {loop / ours:.0f} times as long")
+    print(f"  against the loop in float64: at most {float((voted - oracle).abs().max()):.1e} pixels")
+    if importlib.util.find_spec("matplotlib") and importlib.util.find_spec("PIL"):
+        from .plot import plot_voting
+
+        plot_voting(recording, call, voted, labels, out)
         print(f"  picture: {out}")
 
 

@@ -6,7 +6,7 @@ numba one (`paa_gpu/cpu/`): functions of the same name and signature in the modu
 operator first runs. Operators take what the public functions have checked, and return flat, freshly allocated tensors.
 
 Shapes: B images, `len(level_sizes) // B` pyramid levels, A anchors and P potential positives over all images,
-G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row.
+G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row; D detections over all images.
 """
 
 from __future__ import annotations
@@ -288,6 +288,23 @@ def assign_max_iou(
         gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.int64),
         gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.float32),
     )
+
+
+@_operator("voting")
+def score_voting(
+    det_bboxes: Sequence[Tensor],
+    det_labels: Sequence[Tensor],
+    mlvl_bboxes: Sequence[Tensor],
+    mlvl_nms_scores: Sequence[Tensor],
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """The voted det_bboxes [D, 5] and det_labels [D] of all images; within an image by class, or in the order of the inputs."""
+    detections = sum(image.shape[0] for image in det_bboxes)
+    return det_bboxes[0].new_empty((detections, 5)), det_labels[0].new_empty(detections)
 
 
 def _empty_targets(

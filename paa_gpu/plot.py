@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Recording, picture
+from .data import Recording, Voting, picture
 from .em import GaussianMixture1D
 from .reassign import Reassignment
+from .reference import overlaps
 from .topk import Candidates
 
 # Okabe and Ito's colours, told apart by the colour-blind.
@@ -126,6 +127,61 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
     fit.set_title(f"The orange ground truth: two Gaussians fitted to its losses, {int(result.fit.n_iter[gt])} iterations")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: Path) -> None:
+    """The demonstration's second picture: an image's detections before and after voting, and the voters of one of them.
+
+    Args:
+        recording: the image.
+        call: its detections and the boxes before NMS.
+        voted: Tensor[k, 5], the detections after voting, in the order of `call.det_bboxes`.
+        labels: Tensor[k], their classes.
+        path: where the picture goes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    image, det = picture(recording), call.det_bboxes
+    distance = (voted[:, :4] - det[:, :4]).abs().amax(1)
+    chosen = int((distance * (det[:, 4] > det[:, 4].median())).argmax())
+    candidates = call.mlvl_nms_scores[:, labels[chosen]] > call.score_thr
+    boxes, scores = call.mlvl_bboxes[candidates], call.mlvl_nms_scores[candidates, labels[chosen]]
+    iou = overlaps(det[chosen : chosen + 1, :4], boxes, 0.0)[0]
+    weights = torch.exp(-((1 - iou) ** 2) / 0.025) * scores * (iou > 0.01)
+
+    figure, (all_axes, one_axes) = pyplot.subplots(1, 2, figsize=(16, 7.6), layout="constrained")
+    figure.suptitle(
+        f"Score voting: each of {len(det)} detections moves to the weighted mean of the boxes around it; "
+        "blue before, orange after", fontsize=13,
+    )  # fmt: skip
+    for axes in (all_axes, one_axes):
+        axes.imshow(image, alpha=0.75)
+        axes.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
+    _plot_boxes(all_axes, det[:, :4], BLUE)
+    _plot_boxes(all_axes, voted[:, :4], ORANGE)
+    median, most = distance.median().item(), distance.max().item()
+    all_axes.set_title(f"All detections: they move by {median:.1f} pixels (median), at most {most:.1f}")
+
+    opacity = (weights / weights.max())[iou > 0.01].clamp(min=0.1).tolist()
+    _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
+    _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=3)
+    _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=3)
+    x1, y1, x2, y2 = det[chosen, :4].tolist()
+    margin = 0.5 * max(x2 - x1, y2 - y1)
+    one_axes.set(xlim=(x1 - margin, x2 + margin), ylim=(y2 + margin, y1 - margin))
+    one_axes.set_title(f"One of them and its {int((iou > 0.01).sum())} voters, the more opaque the more they weigh")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _plot_boxes(axes: Any, boxes: Tensor, colour: str, linewidth: float = 1.2, alpha: list[float] | None = None) -> None:
+    from matplotlib.patches import Rectangle
+
+    for (x1, y1, x2, y2), opacity in zip(boxes.tolist(), alpha or [1.0] * len(boxes), strict=True):
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=linewidth, alpha=opacity))
 
 
 def _telling(gmm: GaussianMixture1D, candidates: Candidates, positive: Tensor) -> int:

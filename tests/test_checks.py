@@ -100,12 +100,12 @@ VALIDATED = [
 ]
 
 
-def assert_refused(arguments, error, message):
+def assert_refused(arguments, error, message, function=paa_gpu.paa_reassign_batch):
     lists = [value for value in arguments.values() if isinstance(value, list)]
     tensors = [item for value in lists for item in value if isinstance(item, torch.Tensor) and not item.is_meta]
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
-        paa_gpu.paa_reassign_batch(**arguments)
+        function(**arguments)
     for tensor, wanted in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(7), wanted.nan_to_num(7))
 
@@ -196,3 +196,82 @@ def test_select(changes, error, message):
     arguments = {"pos_losses": torch.zeros(3), "pos_inds": Z, "pos_gt_inds": Z, "level_sizes": [4], "num_gt": 1, **changes}
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
         paa_gpu.select_candidates(**arguments)
+
+
+def predictions(**changes):
+    """Two images of 2 detections and 3 boxes of 4 classes."""
+    one = {
+        "det_bboxes": torch.ones(2, 5),
+        "det_labels": Z[:2],
+        "mlvl_bboxes": torch.ones(3, 4),
+        "mlvl_nms_scores": torch.ones(3, 4),
+    }
+    return {**{k: [v.clone(), v.clone()] for k, v in one.items()}, "score_thr": 0.05, **changes}
+
+
+def second_prediction(name, value):
+    return {name: [predictions()[name][0], value]}
+
+
+VOTING = [
+    ({"det_bboxes": torch.ones(2, 5)}, TypeError, "`det_bboxes` must be a list with one entry per image, got Tensor"),
+    ({"det_bboxes": []}, ValueError, "`det_bboxes` must have at least one entry, got an empty list"),
+    ({"mlvl_bboxes": [torch.ones(3, 4)]}, ValueError, "`mlvl_bboxes` must have 2 entries as `det_bboxes` has, got 1"),
+    (second_prediction("det_labels", [0, 1]), TypeError, "`det_labels[1]` must be a Tensor, got list"),
+    (second_prediction("det_bboxes", torch.ones(5)), ValueError, "`det_bboxes[1]` must have 2 dimensions, got shape [5]"),
+    (second_prediction("det_bboxes", torch.ones(2, 4)), ValueError, "`det_bboxes[1]` must have shape [any, 5], got [2, 4]"),
+    (second_prediction("det_labels", Z), ValueError, "`det_labels[1]` must have shape [2], got [3]"),
+    (second_prediction("mlvl_bboxes", torch.ones(3, 5)), ValueError, "`mlvl_bboxes[1]` must have shape [any, 4], got [3, 5]"),
+    (
+        second_prediction("mlvl_nms_scores", torch.ones(2, 4)),
+        ValueError,
+        "`mlvl_nms_scores[1]` must have shape [3, 4], got [2, 4]",
+    ),
+    (
+        second_prediction("mlvl_nms_scores", torch.ones(3, 5)),
+        ValueError,
+        "`mlvl_nms_scores[1]` must have shape [3, 4], got [3, 5]",
+    ),
+    (
+        {"mlvl_bboxes": [Z[:, None].expand(3, 4)] * 2},
+        TypeError,
+        "`mlvl_bboxes[0]` must be float16, bfloat16, float32 or float64, got int64",
+    ),
+    (
+        {"det_labels": [torch.zeros(2)] * 2},
+        TypeError,
+        "`det_labels[0]` must be int64, int32, int16, int8, uint8, uint16, uint32 or uint64, got float32",
+    ),
+    (second_prediction("det_labels", Z[:2].int()), TypeError, "`det_labels[1]` must be int64, got int32"),
+    (second_prediction("det_bboxes", torch.ones(2, 5).half()), TypeError, "`det_bboxes[1]` must be float32, got float16"),
+    (
+        second_prediction("mlvl_bboxes", torch.ones(3, 4, device="meta")),
+        ValueError,
+        "`mlvl_bboxes[1]` must be on cpu as the other tensors are, got meta",
+    ),
+    ({"score_thr": "0.05"}, TypeError, "`score_thr` must be a float, got str"),
+    ({"score_thr": True}, TypeError, "`score_thr` must be a float, got bool"),
+    ({"iou_thr": -0.01}, ValueError, "`iou_thr` must not be negative, got -0.01"),
+    ({"sigma": 0}, ValueError, "`sigma` must be positive, got 0"),
+    ({"sigma": -1.0}, ValueError, "`sigma` must not be negative, got -1.0"),
+    ({"sigma": None}, TypeError, "`sigma` must be a float, got NoneType"),
+    ({"offset": 0.5}, ValueError, "`offset` must be 0 or 1, got 0.5"),
+    ({"offset": "1"}, TypeError, "`offset` must be a float, got str"),
+    ({"keep_order": 1}, TypeError, "`keep_order` must be a bool, got int"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), VOTING, ids=[message for _, _, message in VOTING])
+def test_vote(changes, error, message):
+    assert_refused(predictions(**changes), error, message, paa_gpu.score_voting_batch)
+
+
+def test_voting_of_one_image_names_its_arguments_without_an_image():
+    one = {name: value[0] if isinstance(value, list) else value for name, value in predictions().items()}
+    paa_gpu.score_voting(**one)
+    for changes, error, message in [
+        ({"det_bboxes": [1.0]}, TypeError, "`det_bboxes` must be a Tensor, got list"),
+        ({"mlvl_nms_scores": torch.ones(2, 4)}, ValueError, "`mlvl_nms_scores` must have shape [3, any], got [2, 4]"),
+    ]:
+        with pytest.raises(error, match="^" + re.escape(message) + "$"):
+            paa_gpu.score_voting(**{**one, **changes})

@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as triton_driver
 
+from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import empty_fit
-from paa_gpu.kernels import em, reassign, topk
+from paa_gpu.kernels import em, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -157,6 +158,19 @@ def write(dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, 
     reassign.write_targets(*([t] for t in targets), [inds], torch.zeros(2, 3, dtype=torch.int64), masks, masks, 80)
 
 
+def vote(
+    dtype: torch.dtype = torch.float32,
+    scores: torch.dtype = torch.float32,
+    label: torch.dtype = torch.int64,
+    images: int = 1,
+    stride: int = 1,
+    keep_order: bool = False,
+) -> None:
+    det, boxes = torch.zeros(3, 5, stride, dtype=dtype)[..., 0], torch.zeros(9, 4, stride, dtype=dtype)[..., 0]
+    columns = det, torch.zeros(3 * stride, dtype=label)[::stride], boxes, torch.zeros(9, 4, dtype=scores)
+    voting.score_voting(*([tensor] * images for tensor in columns), 0.05, 0.01, 0.025, 0.0, keep_order)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -182,6 +196,7 @@ USUAL = {
     ],
     "select": [{}, {"dtype": torch.float64, "index": torch.int32, "stride": 2}],
     "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32, "stride": 2}],
+    "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
 }
 INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
@@ -197,12 +212,18 @@ ALL = {
     ],
     "select": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES), *product(levels=(1, 9, 17), masks=(True, False))],
     "write": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES)],
+    "vote": [
+        *product(dtype=FLOATS, scores=FLOATS),
+        *product(dtype=FLOATS, images=(1, 2), stride=STRIDES),
+        *product(label=INTEGERS, keep_order=(False, True)),
+    ],
 }
 LAUNCHES: dict[str, Callable[..., None]] = {
     "fit_rows": fit_rows,
     "fit_candidates": fit_candidates,
     "select": select,
     "write": write,
+    "vote": vote,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel")

@@ -5,6 +5,7 @@ That the results are right is shown there by the same suite as everywhere: `pyte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,10 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.fixture
 def batch() -> testing.Batch:
     return testing.make_batch([0, 7, 1, 0, 40, 3], np.random.default_rng(0), dtype=torch.float32)
+
+
+def make_predictions() -> testing.Predictions:
+    return testing.make_predictions([(30, 900), (0, 5), (4, 0), (9, 600)], np.random.default_rng(0), num_classes=4)
 
 
 def tensors(got: paa_gpu.Reassignment) -> list[torch.Tensor]:
@@ -56,10 +61,13 @@ def test_the_building_blocks_do_not_synchronise(request):
     x = torch.rand(10, 45, device="cuda")
     rows = [torch.rand(n, device="cuda") for n in (45, 2, 100)]
     inds = torch.arange(20, device="cuda")
+    predictions = make_predictions().to("cuda")
     calls = [
         lambda: paa_gpu.fit_gmm_1d(x),
         lambda: paa_gpu.fit_gmm_1d(rows),
         lambda: paa_gpu.select_candidates(x[0, :20], inds, inds % 3, [10, 10], num_gt=3),
+        lambda: paa_gpu.score_voting(*(column[0] for column in predictions), 0.05),
+        lambda: paa_gpu.score_voting_batch(*predictions, 0.05),
     ]
     for call in calls:
         call()
@@ -109,3 +117,34 @@ def test_work_on_a_stream_of_its_own(batch):
         got = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
     stream.synchronize()
     assert_equal(got, paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options))
+
+
+def assert_voted(got: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+    """Equal to the CPU but for the last bits of the boxes."""
+    for a, b in zip((*got[0], *got[1]), itertools.chain(*paa_gpu.score_voting_batch(*make_predictions(), 0.05)), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=2.5e-4)
+
+
+def test_a_captured_graph_of_score_voting():
+    predictions = make_predictions().to("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        paa_gpu.score_voting_batch(*predictions, 0.05)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = paa_gpu.score_voting_batch(*predictions, 0.05)
+    for bboxes in captured[0]:
+        bboxes.zero_()
+    for _ in range(3):
+        graph.replay()
+    assert_voted(captured)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU here")
+def test_score_voting_on_another_device_than_the_current_one():
+    other = torch.device("cuda", torch.cuda.device_count() - 1)
+    got = paa_gpu.score_voting_batch(*make_predictions().to(other), 0.05)
+    assert all(tensor.device == other for tensor in (*got[0], *got[1]))
+    assert_voted(got)

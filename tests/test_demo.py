@@ -20,11 +20,13 @@ def test_the_demonstration(tmp_path, capsys):
     assert f"{recording.num_gt} boxes, {len(recording.pos_inds)} potential positives" in text
     assert f"{recording.published.sum()} positives" in text
     assert "label equal, label_weight equal, bbox_weight equal" in text
-    for name in ("paa_reassign", "fit_gmm_1d", "select_candidates"):
+    assert "score voting of image" in text and "in float64: at most" in text
+    for name in ("paa_reassign", "fit_gmm_1d", "select_candidates", "score_voting"):
         assert name in text
-    with Image.open(out) as picture:
-        assert picture.width > 1000
-        assert picture.height > 500
+    for path in (out, tmp_path / "picture_voting.png"):
+        with Image.open(path) as picture:
+            assert picture.width > 1000
+            assert picture.height > 500
 
 
 def test_another_image(tmp_path, capsys):

@@ -12,7 +12,7 @@ from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, p
 from paa_gpu import _ops
 from paa_gpu.kernels import em
 from paa_gpu.kernels._launch import device_guard, keep, stage
-from paa_gpu.testing import triton_on_cpu
+from paa_gpu.testing import make_predictions, triton_on_cpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -66,6 +66,14 @@ def test_offsets_of_flat_rows_live_as_long_as_the_operators_result():
         weights = _ops.fit_gmm_1d(torch.rand(5), None, [2, 3], None, None, None, "diag", 1e-3, 1e-6, 100, "float64")[0]
     (offsets,) = weights[1:].untyped_storage().staged
     assert offsets.tolist() == [0, 2, 5]
+
+
+def test_starts_of_images_live_as_long_as_the_voted_boxes(rng):
+    predictions = make_predictions([(2, 5), (3, 7)], rng, num_classes=2)
+    with execute(EXECUTIONS[0] if INTERPRETER else 90):
+        bboxes, _ = _ops.score_voting(*predictions, 0.05, 0.01, 0.025, 0.0, False)
+    (starts,) = bboxes[1:].untyped_storage().staged
+    assert starts.tolist() == [0, 2, 5, 0, 5, 12]
 
 
 def test_cpu_tensors_reach_the_kernels_inside_the_context_only(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,6 +38,12 @@ def calls(batch):
     yield _ops.fit_gmm_1d, (torch.rand(9), None, [2, 3, 4], None, None, None, *FIT)
     yield _ops.fit_candidates, (losses, inds, gts, sizes, batch.num_gts, 9, "diag", "float32")
     yield _ops.write_targets, (label, label_weight, bbox_weight, inds, index, mask, mask, 4)
+    predictions = testing.make_predictions([(3, 9), (0, 5), (4, 0)], np.random.default_rng(0), num_classes=2)
+    yield _ops.score_voting, (*predictions, 0.05, 0.01, 0.025, 0.0, False)
+    yield (
+        _ops.score_voting,
+        ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
+    )
     image = [column[2] for column in batch.arguments[:6]]
     yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
     yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
@@ -70,7 +77,11 @@ def test_the_public_functions_on_fake_cuda_tensors(batch):
         columns = [[torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in column] for column in batch.arguments[:6]]
         got = paa_gpu.paa_reassign_batch(*columns, batch.anchors, **batch.options)
         gmm = paa_gpu.fit_gmm_1d(torch.empty(8, 45, device="cuda"))
+        shapes = ((3, 5), torch.float32), ((3,), torch.int64), ((9, 4), torch.float32), ((9, 2), torch.float32)
+        predictions = [[torch.empty(shape, dtype=dtype, device="cuda")] * 2 for shape, dtype in shapes]
+        voted, labels = paa_gpu.score_voting_batch(*predictions, 0.05)
     assert [label.shape for label in got.label] == [label.shape for label in batch.label]
+    assert [(t.shape, t.device.type) for t in (*voted, *labels)] == [((3, 5), "cuda")] * 2 + [((3,), "cuda")] * 2
     assert got.num_pos.device.type == got.fit.means.device.type == gmm.means.device.type == "cuda"
 
 
@@ -97,6 +108,15 @@ def test_the_building_blocks_compile_whole(batch):
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(both(*arguments), compiled(*arguments), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_score_voting_compiles_whole(rng):
+    batch = testing.make_predictions([(5, 20), (0, 4), (3, 9)], rng, num_classes=3)
+    wanted = paa_gpu.score_voting_batch(*batch, 0.05)
+    got = torch.compile(paa_gpu.score_voting_batch, fullgraph=True, backend="aot_eager")(*batch, 0.05)
+    one = torch.compile(paa_gpu.score_voting, fullgraph=True, backend="aot_eager")(*(column[0] for column in batch), 0.05)
+    for a, b in zip((*got[0], *got[1], *one), (*wanted[0], *wanted[1], wanted[0][0], wanted[1][0]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_importing_is_light():

@@ -20,6 +20,8 @@ assert all(sys.argv[1] in module.__file__ for module in (paa_gpu, paa_gpu.kernel
 recording = data.load()
 assert len(data.paths()) == 1
 assert paa_gpu.paa_reassign(*recording.arguments, num_classes=recording.num_classes)[3] == recording.published.sum()
+for call in data.load_voting():
+    assert (paa_gpu.score_voting(*call.arguments)[0] - call.out_bboxes).abs().max() < 1e-3
 """
 
 

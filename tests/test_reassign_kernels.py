@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
+from device_operations import SYNCHRONISING, profiled
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import paa_gpu
 from paa_gpu import _ops, testing
 from paa_gpu.cpu import reassign as cpu
-from paa_gpu.kernels import reassign, topk
 from paa_gpu.separation import SCHEMES, separate
 
 #: Images without boxes at the start, in the middle and at the end.
@@ -227,50 +224,6 @@ def test_any_schedule_gives_the_same_bits(rng):
 
 
 # --- device operations ---------------------------------------------------------------------------------------------------------
-
-#: Operations that touch no memory of the device, however they come about.
-FREE = {
-    "empty", "empty_like", "empty_strided", "new_empty", "view", "split", "split_with_sizes", "select", "slice", "narrow",
-    "as_strided", "detach", "expand", "unsqueeze", "t", "transpose", "alias", "view_as", "reshape",
-}  # fmt: skip
-#: Operations that are one kernel or one copy.
-ONE = {"cat", "copy_", "fill_", "zero_", "clone"}
-#: Operations that consist of others.
-COMPOSITE = {"to", "_to_copy", "contiguous", "zeros", "new_zeros", "zeros_like", "new_full", "full"}
-SYNCHRONISING = {"item"}
-
-
-def device_operations(event: Any) -> Iterator[str]:
-    """The operations of a profiled one that would be kernels or copies on a device, in order; an unknown one fails."""
-    name = event.name.removeprefix("aten::")
-    if name in ONE | SYNCHRONISING | {"stage"}:
-        yield name
-    elif name in COMPOSITE or name.startswith("paa_gpu::"):
-        for child in event.cpu_children:
-            yield from device_operations(child)
-    elif name not in FREE:
-        raise AssertionError(f"{name} may be several kernels, wait for the device, or copy from pageable memory")
-
-
-def staged(values, like):
-    """On a device it is one copy from pinned memory; making that memory is the host's work."""
-    with record_function("stage"):
-        return STAGE(values, like)
-
-
-STAGE = topk.stage
-
-
-def profiled(call) -> tuple[list[str], list[str]]:
-    """The device operations of a call and the kernels of ours that it launches."""
-    stages = [mock.patch.object(module, "stage", staged) for module in (topk, reassign)]
-    with execute(90) as session, stages[0], stages[1]:
-        call()  # compiles
-        session.launches.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as events:
-            call()
-    top = [event for event in events.events() if event.cpu_parent is None]
-    return [name for event in top for name in device_operations(event)], [name for name, _ in session.launches]
 
 
 @compiled_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -21,10 +22,28 @@ def make():
     return testing.make_batch([2100, 40, 0, 7, 1], np.random.default_rng(5), sizes=(2, 6))
 
 
+@functools.cache
+def predictions():
+    return testing.make_predictions([(300, 400), (5, 20), (0, 3)], np.random.default_rng(6), num_classes=3)
+
+
 def bits(batch, separation="b"):
     """Everything a call returns, as bytes."""
     got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=separation)
-    tensors = [*got.label, *got.label_weight, *got.bbox_weight, got.num_pos, *got.fit[:7], *got.positive, *got.ignored]
+    voted, labels = paa_gpu.score_voting_batch(*predictions(), 0.05)
+    one, _ = paa_gpu.score_voting(*(column[0] for column in predictions()), 0.05)
+    tensors = [
+        *voted,
+        *labels,
+        one,
+        *got.label,
+        *got.label_weight,
+        *got.bbox_weight,
+        got.num_pos,
+        *got.fit[:7],
+        *got.positive,
+        *got.ignored,
+    ]
     return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
@@ -107,8 +126,9 @@ from numba.core.dispatcher import Dispatcher
 from paa_gpu import testing
 batch = testing.make_batch([3], np.random.default_rng(0))
 paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
-from paa_gpu.cpu import em, reassign, topk
-for module in (em, reassign, topk):
+paa_gpu.score_voting_batch(*testing.make_predictions([(3, 9)], np.random.default_rng(0)), 0.05)
+from paa_gpu.cpu import em, reassign, topk, voting
+for module in (em, reassign, topk, voting):
     for loop in vars(module).values():
         if isinstance(loop, Dispatcher) and loop.signatures:
             assert sum(loop.stats.cache_hits.values()) and not loop.stats.cache_misses, loop

@@ -33,11 +33,13 @@ def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
 
 
 def tensor(values: Array, dtype: torch.dtype) -> Tensor:
-    """A tensor of values that `dtype` can hold; without a copy where they have it."""
+    """A tensor of the values, rounded to `dtype` where they are float32; without a copy where they have it."""
     if dtype == torch.float16:
         return torch.from_numpy(values.astype(np.float16))
     if dtype == torch.bfloat16:
-        return torch.from_numpy((values.view(np.int32) >> 16).astype(np.int16)).view(torch.bfloat16)
+        bits = values.view(np.int32)
+        # The upper half, to nearest, ties to even.
+        return torch.from_numpy((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 

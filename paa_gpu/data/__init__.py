@@ -40,17 +40,64 @@ class Recording(NamedTuple):
         return self[1:8]
 
 
+class Voting(NamedTuple):
+    """The arguments of one recorded call of `PAAHead.score_voting`, and its results."""
+
+    name: str
+    det_bboxes: Tensor  #: Tensor[k, 5] float32
+    det_labels: Tensor  #: Tensor[k] int64
+    mlvl_bboxes: Tensor  #: Tensor[N, 4] float32
+    mlvl_nms_scores: Tensor  #: Tensor[N, C + 1] float32; the last column is the background, zeros
+    score_thr: float
+    out_bboxes: Tensor  #: Tensor[k, 5] float32
+    out_labels: Tensor  #: Tensor[k] int64
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """The positional arguments of `score_voting`."""
+        return self[1:6]
+
+
 def paths() -> list[Path]:
     """The recordings at hand: the bundled one, and those of a checkout."""
     checkout = sorted((HERE.parents[1] / "tests" / "data").glob("g*.npz"))
     return [BUNDLED, *checkout]
 
 
-def load(path: Path = BUNDLED) -> Recording:
-    """Read a recording."""
+def voting_paths() -> list[Path]:
+    """The recordings of score voting at hand: those of `paths`, and in a checkout those with 80 classes."""
+    return [*paths(), *sorted((HERE.parents[1] / "tests" / "data").glob("voting*.npz"))]
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     with np.load(path) as file:
         stored = {name: file[name] for name in file.files}
-    meta = json.loads(str(stored["meta"]))
+    return stored, json.loads(str(stored["meta"]))
+
+
+def load_voting(path: Path = BUNDLED) -> list[Voting]:
+    """Read the calls of `score_voting` of a recording: at most three score thresholds and numbers of detections."""
+    stored, meta = _read(path)
+    mlvl_bboxes = torch.from_numpy(stored["mlvl_bboxes"])
+    background = np.zeros((len(mlvl_bboxes), 1), np.float32)
+    scores = torch.from_numpy(np.hstack([stored["mlvl_nms_scores"], background]))
+    calls = []
+    for score_thr, most in meta["voting"]:
+        key = f"{score_thr}_{most}"
+        det_bboxes, det_labels, out_bboxes, out_labels = (
+            torch.from_numpy(stored[f"{name}_{key}"]) for name in ("det_bboxes", "det_labels", "out_bboxes", "out_labels")
+        )
+        calls.append(
+            Voting(
+                f"{path.stem}_{key}", det_bboxes, det_labels.long(), mlvl_bboxes, scores, score_thr, out_bboxes, out_labels.long()
+            )
+        )
+    return calls
+
+
+def load(path: Path = BUNDLED) -> Recording:
+    """Read a recording."""
+    stored, meta = _read(path)
     anchors = [_anchors(height, width, stride) for (height, width), stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
     pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))
     pos_gt_inds = torch.from_numpy(stored["pos_gt_inds"].astype(np.int64))

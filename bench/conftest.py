@@ -1,0 +1,12 @@
+"""Saved results say what they were measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .machine import describe
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(describe())

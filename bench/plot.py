@@ -1,0 +1,156 @@
+"""`python -m bench.plot RESULT [SCALING]`: saved results as the table of the README, `docs/benchmarks.md`, and their pictures.
+
+RESULT is what `pytest bench --benchmark-json RESULT` saved, SCALING what `python -m bench.scaling --out SCALING` did. The table stands in the README
+between two comments; `docs/benchmarks.md` is written as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after its backend
+
+from . import scaling
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- benchmarks: written by bench.plot -->", "<!-- end of benchmarks -->"
+
+#: Test and provider as pytest names them: what the table says, its colour (Okabe and Ito's, for every kind of colour vision).
+PROVIDERS = {
+    "published": ("published loop", "#D55E00"),
+    "scikit_learn": ("scikit-learn", "#D55E00"),
+    "gmm_gpu": ("gmm-gpu (CPU)", "#E69F00"),
+    "library_one_by_one": ("paa_gpu, image by image", "#56B4E9"),
+    "library": ("paa_gpu", "#0072B2"),
+    "cuda": ("paa_gpu (CUDA)", "#009E73"),
+    "limit": ("physical limit", "#999999"),
+}
+
+EXPLANATION = """`make bench` runs what stands here. Every provider gets the same inputs in one run, one after the other, and every result is checked
+before it is timed. The physical limit of a reassignment is to copy its three outputs once, into new memory, with one exp and one log
+(numpy's) per candidate and iteration of the fit; that of the fit is the latter alone."""
+
+UNITS = {
+    "seconds": "time of a call [s]",
+    "bytes": "peak of extra memory [bytes]",
+    "instructions": "warp instructions, compiled",
+    "sectors": "32-byte sectors, compiled",
+}
+
+Medians = dict[str, dict[str, float]]
+
+
+def medians(result: dict[str, Any]) -> Medians:
+    """Seconds by group and provider; on a GPU those between two events."""
+    found: Medians = {}
+    for benchmark in result["benchmarks"]:
+        test, parameters = benchmark["name"].partition("[")[0], benchmark["params"] or {}
+        provider = parameters.get("provider") or next((name for name in PROVIDERS if test.endswith(name)), "library")
+        seconds = benchmark["extra_info"].get("event_seconds", benchmark["stats"]["median"])
+        found.setdefault(benchmark["group"], {})[provider] = seconds
+    return found
+
+
+def table(found: Medians) -> str:
+    names = [name for name in PROVIDERS if any(name in group for group in found.values())]
+    lines = [
+        "| case | " + " | ".join(PROVIDERS[name][0] for name in names) + " | speed-up | times the limit |",
+        "|---|" + "---|" * (len(names) + 2),
+    ]
+    for group, seconds in found.items():
+        baseline = seconds.get("published") or seconds.get("scikit_learn")
+        ratio = f"{baseline / seconds['library']:.0f}x" if baseline else ""
+        limit = f"{seconds['library'] / seconds['limit']:.1f}" if "limit" in seconds else ""
+        cells = [_time(seconds[name]) if name in seconds else "" for name in names]
+        lines.append(f"| {group} | " + " | ".join(cells) + f" | {ratio} | {limit} |")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    """Three digits, in the unit that suits them."""
+    unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def caption(result: dict[str, Any]) -> str:
+    machine = result["machine_info"]
+    device = machine["cuda"] or "no GPU"
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    commit = result["commit"] if isinstance(result.get("commit"), str) else result["commit_info"]["id"][:7]
+    return (
+        f"Medians, {result['datetime'][:10]}, commit {commit}: {machine['cpu']}, {machine['cores']} cores, {device}, "
+        f"Python {machine['python_version']}, {versions}."
+    )
+
+
+def picture(found: Medians, path: Path) -> None:
+    """A dot per case and provider, on a logarithmic axis of seconds."""
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(found) + 1.4), layout="constrained")
+    groups = list(found)[::-1]
+    for name, (text, colour) in PROVIDERS.items():
+        points = [(found[group][name], place) for place, group in enumerate(groups) if name in found[group]]
+        if points:
+            marker = "|" if name == "limit" else "o"
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=text, markersize=9, markeredgewidth=2)
+    axes.set(xscale="log", xlabel="time of a call [s], median", yticks=range(len(groups)), yticklabels=groups)
+    axes.grid(axis="x", color="0.85")
+    axes.set_axisbelow(True)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def scaling_picture(result: dict[str, Any], path: Path) -> None:
+    """A row per axis that grows, a column per quantity, each with its slope."""
+    grown = result["axes"]
+    figure, grid = plt.subplots(len(grown), len(UNITS), figsize=(13, 2.6 * len(grown)), layout="constrained", squeeze=False)
+    for row, (name, points) in zip(grid, grown.items(), strict=True):
+        for axes, (what, unit) in zip(row, UNITS.items(), strict=True):
+            known = [(point["x"], point[what]) for point in points if point.get(what)]
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit)
+            axes.grid(color="0.9")
+            if known:
+                axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
+                axes.set_title(f"slope {scaling.slope(points, what):.2f}", fontsize=10)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    lines = ["| grows | from, to | " + " | ".join(UNITS.values()) + " |", "|---|---|" + "---|" * len(UNITS)]
+    for name, points in result["axes"].items():
+        slopes = [f"{scaling.slope(points, what):.2f}" for what in UNITS]
+        lines.append(f"| {name} | {points[0]['x']:,} to {points[-1]['x']:,} | " + " | ".join(slopes) + " |")
+    return "\n".join(lines)
+
+
+def main(paths: list[str]) -> None:
+    results = [json.loads(Path(path).read_text()) for path in paths]
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    found = medians(results[0])
+    picture(found, docs / "benchmarks.png")
+    shown = f"![Time of a call, by case and provider](docs/benchmarks.png)\n\n{table(found)}\n\n{caption(results[0])}"
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(START)
+    readme.write_text(f"{before}{START}\n\n{shown}\n\n{END}{rest.partition(END)[2]}")
+    page = f"# Benchmarks\n\n{EXPLANATION}\n\n{shown.replace('docs/', '')}\n"
+    if len(results) > 1:
+        scaling_picture(results[1], docs / "scaling.png")
+        page += (
+            "\n## How it grows\n\nSlopes of log(y) against log(x) over the upper half of each axis; above 1 is faster than linear.\n\n"
+            f"{scaling_table(results[1])}\n\n![Time, memory and work against size](scaling.png)\n\n{caption(results[1])}\n"
+        )
+    (docs / "benchmarks.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

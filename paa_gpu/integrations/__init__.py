@@ -1,0 +1,1 @@
+"""The library inside detection frameworks; none of them is a dependency, each module imports its own."""

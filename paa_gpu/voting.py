@@ -1,0 +1,142 @@
+"""Score voting: every detection that NMS kept becomes the weighted mean of the boxes around it that vote for its class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_tensor
+
+__all__ = ["score_voting", "score_voting_batch"]
+
+# The tensors of an image: name, shape (k detections, N boxes, C classes), dtypes.
+_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], tuple[torch.dtype, ...]], ...] = (
+    ("det_bboxes", ("k", 5), FLOATS),
+    ("det_labels", ("k",), INTEGERS),
+    ("mlvl_bboxes", ("N", 4), FLOATS),
+    ("mlvl_nms_scores", ("N", "C"), FLOATS),
+)
+
+
+def score_voting(
+    det_bboxes: Tensor,
+    det_labels: Tensor,
+    mlvl_bboxes: Tensor,
+    mlvl_nms_scores: Tensor,
+    score_thr: float,
+    iou_thr: float = 0.01,
+    sigma: float = 0.025,
+    offset: float = 0.0,
+    keep_order: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Refine the detections of one image: a drop-in for `PAAHead.score_voting` of mmdetection.
+
+    The voters of a detection are the boxes before NMS whose score of its class exceeds `score_thr` and whose IoU with it exceeds
+    `iou_thr`. Its new box is their mean, weighted with `exp(-(1 - IoU)^2 / sigma) * score`; its score and class stay.
+
+    Args:
+        det_bboxes: Tensor[k, 5] float16, bfloat16, float32 or float64: x1, y1, x2, y2 in pixels and the score, of the detections
+            that NMS kept.
+        det_labels: Tensor[k] of any integer dtype, the class of each.
+        mlvl_bboxes: Tensor[N, 4] floating, the boxes before NMS.
+        mlvl_nms_scores: Tensor[N, C] floating, their scores; a last column for the background, of zeros, changes nothing.
+        score_thr: rounded to the dtype of the scores before it is compared.
+        iou_thr: not negative.
+        sigma: positive, the width of the weights.
+        offset: added to widths and heights where the IoU is computed: 0, continuous boxes (mmdetection), or 1 (the authors'
+            repository).
+        keep_order: detections come back in the order of the input; otherwise by ascending class, within a class in the order
+            of the input, as mmdetection returns them.
+
+    Returns:
+        `(det_bboxes, det_labels)`: Tensor[k, 5] and Tensor[k], of the dtypes of the inputs.
+
+    Raises:
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; `sigma` not positive, `iou_thr` negative, `offset`
+            neither 0 nor 1.
+
+    Sums are float64 if any of the tensors is, else float32. A box is kept as it is where the weights sum to zero: without
+    voters, for a class without candidates or a label outside [0, C) (mmdetection divides 0 by 0, or drops the detection). A box
+    of the N with an infinity or NaN votes for nothing, a detection with one is kept as it is. Inputs are not modified and no
+    graph is recorded; nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.3.
+    """
+    columns = [[det_bboxes], [det_labels], [mlvl_bboxes], [mlvl_nms_scores]]
+    return _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, [""])
+
+
+def score_voting_batch(
+    det_bboxes: Sequence[Tensor],
+    det_labels: Sequence[Tensor],
+    mlvl_bboxes: Sequence[Tensor],
+    mlvl_nms_scores: Sequence[Tensor],
+    score_thr: float,
+    iou_thr: float = 0.01,
+    sigma: float = 0.025,
+    offset: float = 0.0,
+    keep_order: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Refine the detections of a batch of images at once; equal, image by image, to `score_voting`.
+
+    Args:
+        det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores: lists with one tensor per image, as `score_voting` takes them;
+            neither dtypes nor the number of classes vary within a list.
+        score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
+
+    Returns:
+        `(det_bboxes, det_labels)`: lists with one tensor per image. Nothing synchronises.
+
+    Raises:
+        TypeError, ValueError: as `score_voting`, naming the image; lists that are empty or differ in length.
+
+    An image may have no detections, or no boxes. Source: PAA (arXiv 2007.08103), section 3.3.
+    """
+    columns = [det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores]
+    check_list("det_bboxes", det_bboxes)
+    for (name, _, _), column in zip(_ARGUMENTS, columns, strict=True):
+        check_list(name, column, length=len(det_bboxes), like="`det_bboxes`")
+    suffix = [f"[{image}]" for image in range(len(det_bboxes))]
+    voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
+    detections = [image.shape[0] for image in det_bboxes]
+    return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
+
+
+def _vote(
+    columns: Sequence[Sequence[Tensor]],
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+    suffix: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """Check, and run the operator. `columns`: the four lists of tensors, one entry per image, whose names in errors end in
+    `suffix`."""
+    _check_tensors(columns, suffix)
+    check_float("score_thr", score_thr)
+    check_non_negative("iou_thr", iou_thr)
+    check_non_negative("sigma", sigma)
+    if sigma == 0:
+        raise ValueError(f"`sigma` must be positive, got {sigma}")
+    check_float("offset", offset)
+    if offset not in (0, 1):
+        raise ValueError(f"`offset` must be 0 or 1, got {offset}")
+    check_bool("keep_order", keep_order)
+    columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
+    results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
+    return results
+
+
+def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[str]) -> None:
+    device, classes = None, None
+    for image, end in enumerate(suffix):
+        sizes: dict[str, int | None] = {"C": classes}
+        for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
+            wanted = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+            check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
+            sizes[shape[0]] = column[image].shape[0]
+            device = column[image].device
+        classes = columns[-1][image].shape[1]

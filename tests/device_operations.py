@@ -1,0 +1,59 @@
+"""Device operations of a call, counted by the profiler inside the GPU implementation as `triton_on_cpu()` runs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from kernel_execution import execute
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from paa_gpu.kernels import _launch, assign, losses, reassign, topk, voting
+
+#: Operations that touch no memory of the device, however they come about.
+FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "view", "split", "split_with_sizes", "select", "slice", "narrow",
+    "as_strided", "detach", "expand", "unsqueeze", "t", "transpose", "alias", "view_as", "reshape",
+}  # fmt: skip
+#: Operations that are one kernel or one copy.
+ONE = {"cat", "copy_", "fill_", "zero_", "clone"}
+#: Operations that consist of others.
+COMPOSITE = {"to", "_to_copy", "contiguous", "zeros", "new_zeros", "zeros_like", "new_full", "full"}
+SYNCHRONISING = {"item"}
+
+
+def device_operations(event: Any) -> Iterator[str]:
+    """The operations of a profiled one that would be kernels or copies on a device, in order; an unknown one fails."""
+    name = event.name.removeprefix("aten::")
+    if name in ONE | SYNCHRONISING | {"stage"}:
+        yield name
+    elif name in COMPOSITE or name.startswith("paa_gpu::"):
+        for child in event.cpu_children:
+            yield from device_operations(child)
+    elif name not in FREE:
+        raise AssertionError(f"{name} may be several kernels, wait for the device, or copy from pageable memory")
+
+
+def staged(values, like):
+    """On a device it is one copy from pinned memory; making that memory is the host's work."""
+    with record_function("stage"):
+        return STAGE(values, like)
+
+
+STAGE = _launch.stage
+
+
+def profiled(call) -> tuple[list[str], list[str]]:
+    """The device operations of a call and the kernels of ours that it launches."""
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(execute(90))
+        for module in (topk, reassign, voting, losses, assign):
+            stack.enter_context(mock.patch.object(module, "stage", staged))
+        call()  # compiles
+        session.launches.clear()
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            call()
+    top = [event for event in events.events() if event.cpu_parent is None]
+    return [name for event in top for name in device_operations(event)], [name for name, _ in session.launches]

@@ -1,0 +1,102 @@
+"""The benchmarks: every provider of every case gives the same answer, so that none can rot; and what is made of saved results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import cases, compare, plot, providers, scaling
+
+SLOW = {"recorded", "crowded", "1000_detections"}
+
+
+def named(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+
+
+@pytest.mark.parametrize("case", named(cases.REASSIGN))
+def test_providers_of_the_reassignment_agree(case):
+    call = cases.REASSIGN[case]()
+    wanted = providers.oracle(call)
+    providers.check(providers.library(call), wanted)
+    providers.check(providers.library_one_by_one(call), wanted)
+    labels = sum(image[0].shape[0] for image in wanted)
+    published = providers.published(call)
+    # It rounds squares to float32, which moves a few boundaries.
+    assert sum(int((ours[0] != theirs[0]).sum()) for ours, theirs in zip(published, wanted, strict=True)) <= 1e-4 * labels
+    providers.reassign_limit(call)()
+
+
+def test_a_wrong_answer_is_no_agreement():
+    wanted = providers.oracle(cases.Call(cases.one_box()))
+    ((label, label_weight, bbox_weight, num_pos),) = wanted
+    with pytest.raises(AssertionError, match="oracle"):
+        providers.check([(label + 1, label_weight, bbox_weight, num_pos)], wanted)
+    with pytest.raises(AssertionError, match="oracle"):
+        providers.check([(label, label_weight, bbox_weight, num_pos + 1)], wanted)
+
+
+@pytest.mark.parametrize("case", named(cases.VOTING))
+def test_providers_of_score_voting_agree(case):
+    providers.check_voting(*cases.VOTING[case]())
+
+
+def saved(**medians):
+    """A saved result, with these medians of the library and a spread of 1 ms."""
+    return {
+        "machine_info": {"cpu": "a processor", "cores": 2, "cuda": None, "python_version": "3", "versions": {"torch": "2"}},
+        "commit_info": {"id": "0123456789"},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [
+            {
+                "name": f"test_reassign[{case}-{provider}]",
+                "group": f"reassign {case}",
+                "params": {"case": case, "provider": provider},
+                "extra_info": {},
+                "stats": {"median": seconds * factor, "iqr": 1e-3},
+            }
+            for case, seconds in medians.items()
+            for provider, factor in (("published", 300), ("library", 1), ("limit", 0.25))
+        ],
+    }
+
+
+def test_comparison_names_what_got_slower_by_more_than_the_spread(tmp_path, capsys):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(saved(steady=0.010, slower=0.010, gone=1.0)))
+    after.write_text(json.dumps(saved(steady=0.0105, slower=0.020, new=1.0)))
+    assert compare.main([str(before), str(after)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    slower = [line for line in lines if "test_reassign[slower-library]" in line]
+    assert slower == ["2.00x slower  test_reassign[slower-library]: 10.000 ms -> 20.000 ms, spread 1.000 ms"]
+    assert not any("[steady-library]" in line for line in lines)
+    assert f"only in {before}: test_reassign[gone-library]" in lines
+    assert f"only in {after}: test_reassign[new-library]" in lines
+    assert compare.main([str(before), str(before)]) == 0
+
+
+def test_table_and_pictures_of_saved_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"above\n{plot.START}\nold\n{plot.END}\nbelow\n")
+    suite, grown = tmp_path / "suite.json", tmp_path / "scaling.json"
+    suite.write_text(json.dumps(saved(recorded=0.02)))
+    points = [{"x": x, "seconds": 1e-3 * x, "instructions": 7.0} for x in (1, 10, 100)]
+    grown.write_text(json.dumps({**saved(), "axes": {"boxes": points}}))
+    plot.main([str(suite), str(grown)])
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("above\n")
+    assert readme.endswith("\nbelow\n")
+    assert "old" not in readme
+    assert "| reassign recorded | 6 s | 20 ms | 5 ms | 300x | 4.0 |" in readme
+    assert "2026-01-02, commit 0123456" in readme
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| boxes | 1 to 100 | 1.00 | nan | 0.00 | nan |" in page
+    for name in ("benchmarks.png", "scaling.png"):
+        assert (tmp_path / "docs" / name).stat().st_size > 10_000
+
+
+def test_a_point_of_the_scaling_is_measured():
+    point = scaling.measure(scaling.images(1))
+    assert point["seconds"] > 0
+    assert {"instructions", "sectors"} <= point.keys()
