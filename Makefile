@@ -16,9 +16,10 @@ demo: $(READY)
 
 # Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
-PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py
+PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
+	tests/test_assign.py
 KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_voting_kernels.py \
-	tests/test_launch.py
+	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_launch.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"

@@ -18,7 +18,9 @@ class Assignment(NamedTuple):
     """What the anchors of N images were assigned to."""
 
     gt_inds: list[Tensor]  #: per image Tensor[A] int64: i + 1, the ground truth i; 0, background; -1, neither
-    max_overlaps: list[Tensor]  #: per image Tensor[A] float32: the highest IoU; 0 without ground truths; -1 where ignored or not valid
+    max_overlaps: list[
+        Tensor
+    ]  #: per image Tensor[A] float32: the highest IoU; 0 without ground truths; -1 where ignored or not valid
 
 
 def assign_max_iou(
@@ -94,4 +96,5 @@ def assign_max_iou(
     ]
     options = (*map(float, thresholds.values()), float(ignore_iof_thr), match_low_quality, gt_max_assign_all)
     gt_inds, overlaps = _ops.assign_max_iou(*columns, *options)
-    return Assignment(list(gt_inds.chunk(len(gt_bboxes))), list(overlaps.chunk(len(gt_bboxes))))
+    sizes = [sum(level.shape[0] for level in anchors)] * len(gt_bboxes)
+    return Assignment(list(gt_inds.split_with_sizes(sizes)), list(overlaps.split_with_sizes(sizes)))

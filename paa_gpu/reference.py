@@ -9,10 +9,14 @@ Written for clarity; slow, on the CPU. scikit-learn is imported when called. Two
 
 Score voting likewise: `published=True` is mmdetection's `PAAHead.score_voting`, `published=False` the same in float64 with the
 library's rules for boxes that nobody votes for.
+
+`candidate_losses` and `assign_max_iou` are `PAAHead.get_pos_loss` and `MaxIoUAssigner` of mmdetection, in torch: the losses in any precision,
+the assignment with the matrix of all overlaps.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -212,3 +216,113 @@ def overlaps(first: Tensor, second: Tensor, offset: float) -> Tensor:
     low, high = torch.max(first[:, None, :2], second[:, :2]), torch.min(first[:, None, 2:], second[:, 2:])
     intersection = (high - low + offset).clamp(min=0).prod(-1)
     return intersection / (area(first)[:, None] + area(second) - intersection).clamp(min=1e-6)
+
+
+def candidate_losses(
+    anchors: Sequence[Tensor],
+    cls_scores: Sequence[Tensor],
+    bbox_preds: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_target: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    loss_cls_weight: float = 1.0,
+    loss_bbox_weight: float = 1.3,
+    stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
+    wh_ratio_clip: float = 16 / 1000,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """`PAAHead.get_pos_loss` of mmdetection, image by image from permuted maps, in this dtype; otherwise as
+    `paa_gpu.candidate_losses`."""
+    classes, boxes, limit = cls_scores[0].shape[1], torch.cat(list(anchors)).to(dtype), abs(math.log(wh_ratio_clip))
+    scores, deltas = (
+        torch.cat([level.to(dtype).permute(0, 2, 3, 1).flatten(1, 2) for level in maps], 1) for maps in (cls_scores, bbox_preds)
+    )
+    losses = []
+    for image, inds in enumerate(pos_inds):
+        i = inds.long()
+        logit, delta, anchor = scores[image, i], deltas[image, i] * torch.tensor(stds, dtype=dtype), boxes[i]
+        is_label = (label[image][i][:, None] == torch.arange(classes)).to(dtype)
+        p = logit.sigmoid()
+        missing = (1 - p) * is_label + p * (1 - is_label)
+        weight = (alpha * is_label + (1 - alpha) * (1 - is_label)) * missing**gamma
+        focal = torch.nn.functional.binary_cross_entropy_with_logits(logit, is_label, weight, reduction="none").sum(1)
+        size = anchor[:, 2:] - anchor[:, :2]
+        centre = (anchor[:, :2] + anchor[:, 2:]) * 0.5 + size * delta[:, :2]
+        half = size * delta[:, 2:].clamp(-limit, limit).exp() * 0.5
+        giou = _giou(torch.cat([centre - half, centre + half], 1), bbox_target[image][i].to(dtype))
+        weights = loss_cls_weight * label_weight[image][i].to(dtype), loss_bbox_weight * bbox_weight[image][i].to(dtype).mean(1)
+        losses.append(weights[0] * focal + weights[1] * (1 - giou))
+    return losses
+
+
+def _giou(boxes: Tensor, targets: Tensor) -> Tensor:
+    size = (torch.min(boxes[:, 2:], targets[:, 2:]) - torch.max(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    enclosing = (torch.max(boxes[:, 2:], targets[:, 2:]) - torch.min(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    union = (_area(boxes) + _area(targets) - size.prod(1)).clamp(min=1e-6)
+    whole = enclosing.prod(1).clamp(min=1e-6)
+    return size.prod(1) / union - (whole - union) / whole
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def assign_max_iou(
+    anchors: Sequence[Tensor],
+    gt_bboxes: Sequence[Tensor],
+    gt_bboxes_ignore: Sequence[Tensor] | None = None,
+    valid: Sequence[Tensor] | None = None,
+    *,
+    pos_iou_thr: float = 0.1,
+    neg_iou_thr: float = 0.1,
+    min_pos_iou: float = 0.0,
+    ignore_iof_thr: float = -1.0,
+    match_low_quality: bool = True,
+    gt_max_assign_all: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32; arguments and results as those of
+    `paa_gpu.assign_max_iou`."""
+    everything = torch.cat(list(anchors)).float()
+    results: tuple[list[Tensor], list[Tensor]] = [], []
+    for image, boxes in enumerate(gt_bboxes):
+        exist = torch.ones(len(everything), dtype=torch.bool) if valid is None else valid[image]
+        priors = everything[exist]
+        overlaps = _overlaps(boxes.float(), priors)
+        if gt_bboxes_ignore is not None and ignore_iof_thr > 0 and len(gt_bboxes_ignore[image]):
+            iof = _overlaps(gt_bboxes_ignore[image].float(), priors, of_prior=True)
+            overlaps[:, iof.amax(0) > ignore_iof_thr] = -1
+        options = (pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, gt_max_assign_all)
+        for result, values in zip(results, _assign(overlaps, *options), strict=True):
+            result.append(values.new_full((len(everything),), -1).masked_scatter(exist, values))
+    return results
+
+
+def _overlaps(boxes: Tensor, priors: Tensor, of_prior: bool = False) -> Tensor:
+    """Tensor[G, A]: intersection over union, or over the area of the prior."""
+    size = torch.min(boxes[:, None, 2:], priors[:, 2:]) - torch.max(boxes[:, None, :2], priors[:, :2])
+    overlap = size.clamp(min=0).prod(2)
+    whole = _area(priors).expand_as(overlap) if of_prior else _area(boxes)[:, None] + _area(priors) - overlap
+    return overlap / torch.max(whole, whole.new_tensor([1e-6]))
+
+
+def _assign(
+    overlaps: Tensor, pos_iou_thr: float, neg_iou_thr: float, min_pos_iou: float, match_low_quality: bool, gt_max_assign_all: bool
+) -> tuple[Tensor, Tensor]:
+    """gt_inds and max_overlaps of one image."""
+    gts, priors = overlaps.shape
+    gt_inds = torch.full((priors,), -1)
+    if gts == 0 or priors == 0:
+        return gt_inds + 1, overlaps.new_zeros(priors)
+    highest, owner = overlaps.max(0)
+    gt_inds[(highest >= 0) & (highest < neg_iou_thr)] = 0
+    gt_inds[highest >= pos_iou_thr] = owner[highest >= pos_iou_thr] + 1
+    for gt, overlap in enumerate(overlaps if match_low_quality else ()):
+        if overlap.max() >= min_pos_iou:
+            best = overlap == overlap.max() if gt_max_assign_all else overlap.argmax()
+            gt_inds[best] = gt + 1
+    return gt_inds, highest

@@ -167,6 +167,70 @@ def _make_predictions(
     return torch.cat([bboxes[chosen], best.to(dtype)[:, None]], 1), label, bboxes, scores
 
 
+def make_anchors(shapes: Sequence[tuple[int, int]], stride: int = 8, scale: int = 8) -> list[Tensor]:
+    """PAA's anchors: per level Tensor[H * W, 4], squares of `scale` strides around the locations; each level has twice the stride."""
+    levels = []
+    for level, (height, width) in enumerate(shapes):
+        step = float(stride * 2**level)
+        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        centre = torch.stack([x, y], 1) * step + (step - 1) / 2
+        levels.append(torch.cat([centre - scale * step / 2, centre + scale * step / 2], 1))
+    return levels
+
+
+def make_boxes(number: int, extent: tuple[float, float], rng: np.random.Generator) -> Tensor:
+    """Tensor[number, 4] float32: boxes of all sizes, log-uniform from 4 pixels, in an image of this width and height."""
+    centre = rng.random((number, 2)) * extent
+    half = 0.5 * np.exp(rng.uniform(np.log(4), np.log(max(extent)), (number, 2)))
+    return torch.from_numpy(np.concatenate([centre - half, centre + half], 1)).float()
+
+
+class HeadBatch(NamedTuple):
+    """The arguments of `candidate_losses`: lists with one entry per level, then with one per image."""
+
+    anchors: list[Tensor]
+    cls_scores: list[Tensor]
+    bbox_preds: list[Tensor]
+    label: list[Tensor]
+    label_weight: list[Tensor]
+    bbox_target: list[Tensor]
+    bbox_weight: list[Tensor]
+    pos_inds: list[Tensor]
+
+    def to(self, device: torch.device | str) -> HeadBatch:
+        return HeadBatch._make([tensor.to(device) for tensor in column] for column in self)
+
+
+def make_head_batch(
+    potential: Sequence[int],
+    rng: np.random.Generator,
+    shapes: Sequence[tuple[int, int]] = ((13, 17), (7, 9), (4, 5)),
+    num_classes: int = 7,
+    error: float = 0.5,
+) -> HeadBatch:
+    """Random float32 predictions for images with these numbers of potential positives, in random order.
+
+    Target boxes and deltas differ from the anchors by `error` of their size, more or less; labels may be background.
+    """
+    anchors, images = make_anchors(shapes), len(potential)
+    boxes = torch.cat(anchors)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.normal(size=shape)).float()
+
+    sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    return HeadBatch(
+        anchors,
+        [normal(images, num_classes, *shape) * 2 - 2 for shape in shapes],
+        [normal(images, 4, *shape) * 5 * error for shape in shapes],
+        [torch.from_numpy(rng.integers(num_classes + 1, size=len(boxes))) for _ in potential],
+        [torch.from_numpy(rng.random(len(boxes))).float() for _ in potential],
+        [boxes + sizes * normal(*boxes.shape) * error * 0.3 for _ in potential],
+        [torch.from_numpy(rng.random((len(boxes), 4))).float() for _ in potential],
+        [torch.from_numpy(rng.permutation(len(boxes))[:number]) for number in potential],
+    )
+
+
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Run the Triton kernels for CPU tensors too, in every operator of the library, while the context is open.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INTEGERS, check_float, check_list, check_non_negative, check_tensor
+from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_tensor
 
 __all__ = ["score_voting", "score_voting_batch"]
 
@@ -124,8 +124,7 @@ def _vote(
     check_float("offset", offset)
     if offset not in (0, 1):
         raise ValueError(f"`offset` must be 0 or 1, got {offset}")
-    if not isinstance(keep_order, bool):
-        raise TypeError(f"`keep_order` must be a bool, got {type(keep_order).__name__}")
+    check_bool("keep_order", keep_order)
     columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
     results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     return results

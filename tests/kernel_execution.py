@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import em, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -39,6 +39,15 @@ EXECUTIONS = (
     ]
     + ["cuda"] * torch.cuda.is_available()
 )
+
+#: Where the implementations are that are not in `reassign`.
+MODULES = {
+    "select_candidates": topk,
+    "fit_gmm_1d": em,
+    "score_voting": voting,
+    "candidate_losses": losses,
+    "assign_max_iou": assign,
+}
 
 _POISON = 0xAA
 
@@ -70,12 +79,16 @@ def _cuda_for_cpu_tensors() -> Iterator[None]:
                 return [move(item) for item in value]
             return value.cuda() if isinstance(value, Tensor) else value
 
-        return lambda *args: tuple(result.cpu() for result in kernels(*map(move, args)))
+        def run(*args: Any) -> Any:
+            result = kernels(*map(move, args))
+            return result.cpu() if isinstance(result, Tensor) else tuple(part.cpu() for part in result)
+
+        return run
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ops.kernels_on_cpu())
         for name in _ops.operators():
-            module = {"select_candidates": topk, "fit_gmm_1d": em, "score_voting": voting}.get(name, reassign)
+            module = MODULES.get(name, reassign)
             stack.enter_context(mock.patch.object(module, name, through_cuda(getattr(module, name))))
         yield
 

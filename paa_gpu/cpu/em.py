@@ -40,6 +40,7 @@ VECTOR = 16
 # scikit-learn's guard against an empty component.
 EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
 
+
 @compiled
 def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
     """(c, h) of the weighted log-density c - h (y - mean)^2."""

@@ -1,8 +1,8 @@
 """Losses of the potential positives for CPU tensors: what they need is gathered from the maps, then one after the other, in float64.
 
-    s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
-    focal = sum over the classes of weight * s(z) * exp(-gamma * s(-z)), weight = alpha for that class, 1 - alpha for the others
-    box   = weight * (1 - GIoU) of the decoded box
+s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
+focal = sum over the classes of weight * s(z) * exp(-gamma * s(-z)), weight = alpha for that class, 1 - alpha for the others
+box   = weight * (1 - GIoU) of the decoded box
 """
 
 from __future__ import annotations

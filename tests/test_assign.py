@@ -1,0 +1,168 @@
+"""Max-IoU assignment: exactly that from the matrix of all overlaps."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+import paa_gpu
+from paa_gpu import reference, testing
+
+SHAPES = ((13, 17), (7, 9), (0, 3), (2, 2))
+EXTENT = (136.0, 104.0)
+
+
+def check(anchors, boxes, ignored=None, valid=None, **options):
+    got = paa_gpu.assign_max_iou(anchors, boxes, ignored, valid, **options)
+    wanted = reference.assign_max_iou(anchors, boxes, ignored, valid, **options)
+    for values, expected, dtype in zip(got, wanted, (torch.int64, torch.float32), strict=True):
+        assert len(values) == len(boxes)
+        for a, b in zip(values, expected, strict=True):
+            assert a.dtype == dtype and torch.equal(a, b)
+    return got
+
+
+def draw(rng, numbers=(5, 0, 12, 1), ignored=(0, 2, 3, 1)):
+    """Boxes of four images; two are the same, one lies outside of all anchors, one has no area. Boxes to ignore, and valid flags."""
+    boxes = [testing.make_boxes(number, EXTENT, rng) for number in numbers]
+    if len(boxes) > 2 and len(boxes[2]) > 7:
+        boxes[2][3], boxes[2][5], boxes[2][7, 2:] = boxes[2][1], torch.tensor([900.0, 900, 910, 920]), boxes[2][7, :2]
+    total = sum(height * width for height, width in SHAPES)
+    valid = [torch.from_numpy(rng.random(total) < 0.8) for _ in numbers]
+    return boxes, [testing.make_boxes(number, EXTENT, rng) for number in ignored], valid
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["all valid", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"match_low_quality": False},
+        {"match_low_quality": False, "pos_iou_thr": 0.4, "neg_iou_thr": 0.3},
+        {"gt_max_assign_all": False, "pos_iou_thr": 0.6, "neg_iou_thr": 0.5},
+        {"min_pos_iou": 0.2, "pos_iou_thr": 0.7, "neg_iou_thr": 0.3},
+        {"ignore_iof_thr": 0.3},
+        {"ignore_iof_thr": 0.7, "gt_max_assign_all": False, "min_pos_iou": 0.05},
+    ],
+    ids=str,
+)
+def test_equal_to_the_matrix(options, padded, rng):
+    for _ in range(4):
+        boxes, ignored, valid = draw(rng)
+        check(testing.make_anchors(SHAPES), boxes, ignored, valid if padded else None, **options)
+
+
+def test_ties_go_to_the_lower_ground_truth_and_forced_ones_to_the_higher():
+    """A small box in the middle of four anchors that contain it: all have the same overlap."""
+    anchors = [torch.tensor([[0.0, 0, 40, 40], [4, 0, 44, 40], [0, 4, 40, 44], [4, 4, 44, 44], [90, 90, 99, 99]])]
+    box = torch.tensor([[15.0, 15, 30, 30]])
+    inds, overlaps = check(anchors, [box.expand(3, 4)])
+    assert inds[0].tolist() == [3, 3, 3, 3, 0] and overlaps[0].tolist() == pytest.approx([0.140625] * 4 + [0])
+    inds, _ = check(anchors, [box.expand(3, 4)], match_low_quality=False)
+    assert inds[0].tolist() == [1, 1, 1, 1, 0]
+    inds, _ = check(anchors, [box], gt_max_assign_all=False, pos_iou_thr=0.5, neg_iou_thr=0.1)
+    assert inds[0].tolist() == [1, -1, -1, -1, 0]
+
+
+def test_a_ground_truth_that_nothing_overlaps():
+    """As published: its best overlap is 0, and so it takes every anchor that has none; not with a threshold."""
+    anchors = [torch.tensor([[0.0, 0, 9, 9], [50, 50, 60, 60]])]
+    boxes = [torch.tensor([[0.0, 0, 9, 9], [500, 500, 510, 510]])]
+    assert check(anchors, boxes)[0][0].tolist() == [2, 2]
+    assert check(anchors, boxes, min_pos_iou=1e-6)[0][0].tolist() == [1, 0]
+
+
+def test_thresholds_are_met_exactly():
+    """0.5 is an overlap of 0.5, and 0.1 is what float32 makes of it."""
+    anchors = [torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 1], [0, 0, 10, 5]])]
+    boxes = [torch.tensor([[0.0, 0, 10, 10]])]
+    for threshold in (0.1, 0.5, np.nextafter(0.5, 1)):
+        check(anchors, boxes, pos_iou_thr=threshold, neg_iou_thr=threshold, match_low_quality=False)
+
+
+def test_valid_flags_take_anchors_away():
+    anchors, boxes = [torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]])], [torch.tensor([[0.0, 0, 10, 10]])]
+    inds, overlaps = check(anchors, boxes, valid=[torch.tensor([False, True])], pos_iou_thr=0.95)
+    assert inds[0].tolist() == [-1, 1] and overlaps[0][0] == -1
+    assert check(anchors, boxes, valid=[torch.zeros(2, dtype=torch.bool)])[0][0].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("numbers", [(0,), (0, 0), (0, 3), (3, 0)], ids=str)
+def test_images_without_ground_truths(numbers, rng):
+    boxes, ignored, valid = draw(rng, numbers, [2] * len(numbers))
+    for flags in (None, valid):
+        check(testing.make_anchors(SHAPES), boxes, ignored, flags, ignore_iof_thr=0.3)
+
+
+def test_no_anchors(rng):
+    check(testing.make_anchors([(0, 3)]), draw(rng)[0])
+
+
+def test_ignoring_needs_a_threshold(rng):
+    boxes, ignored, _ = draw(rng)
+    anchors = testing.make_anchors(SHAPES)
+    plain = paa_gpu.assign_max_iou(anchors, boxes)
+    for threshold in (-1, 0.0):
+        got = paa_gpu.assign_max_iou(anchors, boxes, ignored, ignore_iof_thr=threshold)
+        assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*plain), itertools.chain(*got), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_rounded_to_float32(dtype, rng):
+    boxes, ignored, _ = draw(rng)
+    columns = testing.make_anchors(SHAPES), boxes, ignored
+    check(*([t.to(dtype) for t in column] for column in columns), ignore_iof_thr=0.4)
+
+
+def test_views(rng):
+    """One level and one image, which nobody concatenates."""
+    anchors, (box, ignored) = torch.cat(testing.make_anchors(SHAPES)), [testing.make_boxes(n, EXTENT, rng) for n in (6, 2)]
+    valid = torch.from_numpy(rng.random(len(anchors)) < 0.8)
+    plain = check([anchors], [box], [ignored], [valid], ignore_iof_thr=0.5)
+    spread = [torch.stack([t, t + 1], -1)[..., 0] for t in (anchors, box.T.contiguous().T, ignored)]
+    got = check(*([t] for t in spread), [torch.stack([valid, ~valid], 1)[:, 0]], ignore_iof_thr=0.5)
+    assert torch.equal(got.gt_inds[0], plain.gt_inds[0])
+
+
+def test_a_box_with_a_nan_overlaps_nothing(rng):
+    """Of the others, nothing changes."""
+    boxes, ignored, _ = draw(rng, (4, 3), (2, 1))
+    anchors = testing.make_anchors(SHAPES)
+    plain = paa_gpu.assign_max_iou(anchors, boxes, ignored, ignore_iof_thr=0.5)
+    for side in range(4):
+        bad = torch.tensor([[10.0, 10, 60, 60]])
+        bad[0, side] = torch.nan
+        more = torch.cat([boxes[0], bad]), boxes[1]
+        got = paa_gpu.assign_max_iou(anchors, more, [torch.cat([ignored[0], bad]), ignored[1]], ignore_iof_thr=0.5)
+        assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*plain), itertools.chain(*got), strict=True))
+        assert paa_gpu.assign_max_iou(anchors, [bad]).gt_inds[0].eq(-1).all()
+
+
+def test_no_change(rng):
+    boxes, ignored, valid = draw(rng)
+    columns = [testing.make_anchors(SHAPES), boxes, ignored, valid]
+    before = [[t.clone() for t in column] for column in columns]
+    got = paa_gpu.assign_max_iou(*columns, ignore_iof_thr=0.3)
+    got.gt_inds[0].fill_(7)
+    assert all(torch.equal(a, b) for old, new in zip(before, columns, strict=True) for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.slow
+def test_600_boxes_against_200_000_anchors_need_a_few_megabytes(rng):
+    """The results are 2.4 megabytes, the matrix would be 480."""
+    anchors = testing.make_anchors([(400, 400), (200, 200)])
+    boxes = [testing.make_boxes(600, (3200, 3200), rng)]
+    paa_gpu.assign_max_iou([anchors[1]], boxes)  # compiles
+    tracemalloc.start()
+    got = paa_gpu.assign_max_iou(anchors, boxes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"{peak / 1e6:.1f} MB of numpy's memory")
+    assert peak < 16e6
+    some = torch.from_numpy(rng.permutation(200_000)[:2000])
+    overlaps = reference._overlaps(boxes[0], torch.cat(anchors)[some])
+    assert torch.equal(got.max_overlaps[0][some], overlaps.amax(0))

@@ -1,0 +1,165 @@
+"""The losses of the potential positives: against the unfused form, in all dtypes, from maps of any strides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import paa_gpu
+from paa_gpu import reference, testing
+
+#: Relative, of float32 results: the sum over the classes is float32 on a GPU. The unfused form itself, in float32, is up to 5e-5 off.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def check(batch, **options):
+    """Against the unfused form in float64, on the same values."""
+    got, wanted = paa_gpu.candidate_losses(*batch, **options), reference.candidate_losses(*batch, **options)
+    wide = torch.float64 in (batch.cls_scores[0].dtype, batch.anchors[0].dtype)
+    for losses, expected in zip(got, wanted, strict=True):
+        assert losses.dtype == (torch.float64 if wide else torch.float32) and losses.shape == expected.shape
+        torch.testing.assert_close(losses.double(), expected, rtol=TOLERANCE[losses.dtype], atol=0)
+
+
+def cast(batch, maps, targets=torch.float32):
+    dtypes = (targets, maps, maps, torch.int64, targets, targets, targets, torch.int64)
+    return testing.HeadBatch._make([t.to(dtype) for t in column] for column, dtype in zip(batch, dtypes, strict=True))
+
+
+def full_images(rng, error=0.5):
+    """Every location of three images is a potential positive."""
+    return testing.make_head_batch([13 * 17 + 7 * 9 + 4 * 5] * 3, rng, error=error)
+
+
+@pytest.mark.parametrize("error", [0.01, 0.3, 1.5], ids=["good boxes", "fair boxes", "poor boxes"])
+def test_equal_to_the_unfused_form(error, rng):
+    check(full_images(rng, error))
+
+
+@pytest.mark.parametrize("targets", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("maps", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtypes(maps, targets, rng):
+    check(cast(full_images(rng), maps, targets))
+
+
+def test_half_precision_throughout(rng):
+    check(cast(full_images(rng), torch.float16, torch.float16))
+    check(cast(full_images(rng), torch.bfloat16, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 0.0}, {"gamma": 1.5, "alpha": 0.6}, {"loss_cls_weight": 0.0}, {"loss_bbox_weight": 0.0}, {"loss_bbox_weight": 2},
+        {"stds": (1.0, 0.5, 0.2, 3)}, {"wh_ratio_clip": 0.9, "stds": (0.1, 0.1, 1.0, 1.0)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options(options, rng):
+    check(full_images(rng), **options)
+
+
+@pytest.mark.parametrize("potential", [[0], [1], [0, 5, 0, 33, 32, 0], [2] * 40], ids=str)
+def test_any_numbers_of_potential_positives(potential, rng):
+    check(testing.make_head_batch(potential, rng))
+
+
+@pytest.mark.parametrize("shapes", [((5, 8),), ((0, 4), (6, 6), (3, 0), (1, 1)), ((3, 2),) * 9], ids=str)
+@pytest.mark.parametrize("num_classes", [1, 2, 80])
+def test_any_levels_and_classes(shapes, num_classes, rng):
+    check(testing.make_head_batch([10, 3], rng, shapes, num_classes))
+
+
+def test_maps_and_targets_of_any_strides(rng):
+    """Channels last, a slice of a larger map, one image expanded to a batch; columns and steps of larger targets."""
+    batch = full_images(rng)
+    scores, deltas = batch.cls_scores, batch.bbox_preds
+    batch = batch._replace(
+        cls_scores=[scores[0].to(memory_format=torch.channels_last), torch.stack([scores[1]] * 2, 2)[:, :, 1], scores[2].mT.contiguous().mT],
+        bbox_preds=[deltas[0][:1].expand(3, -1, -1, -1), deltas[1].flip(0)[[2, 1, 0]], torch.cat([deltas[2]] * 2, 1)[:, 4:]],
+        anchors=[boxes.T.contiguous().T for boxes in batch.anchors],
+    )  # fmt: skip
+    check(batch)
+    one = batch._replace(**{name: getattr(batch, name)[:1] for name in batch._fields[3:]})
+    one = one._replace(cls_scores=[m[:1] for m in batch.cls_scores], bbox_preds=[m[:1] for m in batch.bbox_preds])
+    spread = {name: [torch.stack([t, t + 1], -1)[..., 0] for t in getattr(one, name)] for name in batch._fields[3:]}
+    check(one._replace(**spread))
+    check(one._replace(pos_inds=[one.pos_inds[0].int()]))
+
+
+def test_a_label_outside_the_classes_is_background(rng):
+    batch = full_images(rng)
+    labels = [label.fill_(value) for label, value in zip(batch.label, (7, -1, 2**40), strict=True)]
+    check(batch._replace(label=labels))
+
+
+def test_what_is_not_finite_stays_so_and_its_own(rng):
+    """`paa_reassign_batch` leaves out a ground truth whose loss is not finite; a NaN that got lost would be a wrong positive."""
+    clean = full_images(rng)
+    losses = torch.cat(paa_gpu.candidate_losses(*clean))
+    places = torch.cat([inds + 304 * image for image, inds in enumerate(clean.pos_inds)])
+    for name in ("cls_scores", "bbox_preds"):
+        for channel in range(getattr(clean, name)[0].shape[1]):
+            maps = [level.clone() for level in getattr(clean, name)]
+            maps[1][1, channel, 2, 3] = torch.nan
+            got = torch.cat(paa_gpu.candidate_losses(*clean._replace(**{name: maps})))
+            poisoned = places == 304 + 13 * 17 + 2 * 9 + 3
+            assert got[poisoned].isnan().all() and torch.equal(got[~poisoned], losses[~poisoned])
+    for side in range(4):
+        for name in ("bbox_target", "bbox_weight"):
+            columns = [t.clone() for t in getattr(clean, name)]
+            columns[2][7, side] = torch.nan
+            got = torch.cat(paa_gpu.candidate_losses(*clean._replace(**{name: columns})))
+            poisoned = places == 608 + 7
+            assert got[poisoned].isnan().all() and torch.equal(got[~poisoned], losses[~poisoned])
+
+
+def test_extreme_logits_and_deltas(rng):
+    batch = full_images(rng)
+    for maps in (batch.cls_scores, batch.bbox_preds):
+        for level in maps:
+            level.copy_(
+                torch.from_numpy(rng.choice([-1e4, -200, -90, -30, -1e-30, 0, 1e-3, 30, 90, 200, 1e4], level.shape)).float()
+            )
+    check(batch)
+
+
+def test_boxes_without_area(rng):
+    batch = full_images(rng)
+    for target in batch.bbox_target:
+        target[:, 2] = target[:, 0]
+    check(batch)
+    for boxes in batch.anchors:
+        boxes[:, 2:] = boxes[:, :2]
+    check(batch)
+    check(batch._replace(bbox_target=[torch.cat(batch.anchors)] * 3))
+
+
+def test_an_index_out_of_range_gives_nan_and_reads_nothing(rng):
+    batch = testing.make_head_batch([4, 12, 4], rng)
+    inds = torch.tensor([0, -1, 303, 304, 2**40, -(2**62), 5, 2**63 - 1, -(2**63), 2**31, 2**32, 1])
+    got = paa_gpu.candidate_losses(*batch._replace(pos_inds=[batch.pos_inds[0], inds, batch.pos_inds[2]]))
+    inside = torch.tensor([i in (0, 2, 6, 11) for i in range(12)])
+    wanted = reference.candidate_losses(*batch._replace(pos_inds=[batch.pos_inds[0], inds[inside], batch.pos_inds[2]]))
+    assert got[1][~inside].isnan().all()
+    for a, b in zip((got[0], got[1][inside], got[2]), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=0)
+
+
+def test_no_graph_and_no_change(rng):
+    batch = full_images(rng)
+    before = [[t.clone() for t in column] for column in batch]
+    for level in (*batch.cls_scores, *batch.bbox_preds):
+        level.requires_grad_()
+    assert not any(losses.requires_grad for losses in paa_gpu.candidate_losses(*batch))
+    assert all(torch.equal(a, b) for old, new in zip(before, batch, strict=True) for a, b in zip(old, new, strict=True))
+
+
+def test_the_losses_feed_the_reassignment(rng):
+    batch = testing.make_head_batch([60, 0, 90], rng)
+    gts = [torch.from_numpy(np.arange(len(inds)) % 3) for inds in batch.pos_inds]
+    losses = paa_gpu.candidate_losses(*batch)
+    targets = batch.label, batch.label_weight, batch.bbox_weight
+    out = paa_gpu.paa_reassign_batch(losses, *targets, batch.pos_inds, gts, batch.anchors, num_classes=7, num_gts=[3, 0, 3])
+    assert out.fit.valid.all() and len(out.fit.valid) == 6 and out.num_pos[1] == 0
