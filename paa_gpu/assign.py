@@ -20,7 +20,7 @@ class Assignment(NamedTuple):
     gt_inds: list[Tensor]  #: per image Tensor[A] int64: i + 1, the ground truth i; 0, background; -1, neither
     max_overlaps: list[
         Tensor
-    ]  #: per image Tensor[A] float32: the highest IoU; 0 without ground truths; -1 where ignored or not valid
+    ]  #: per image Tensor[A] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
 
 
 def assign_max_iou(
@@ -63,8 +63,9 @@ def assign_max_iou(
 
     Ties: an anchor with equal overlaps belongs to the lower ground truth, one that is the best of several to the higher, as
     published. Overlaps are float32 whatever the dtype, each operation rounded as torch rounds it; thresholds are rounded to
-    float32. A box with a NaN overlaps nothing, which with ground truths of its kind only makes all anchors -1. Inputs are not modified, no
-    graph is recorded, nothing synchronises. Source: mmdetection 3.3.0, `MaxIoUAssigner`; PAA (arXiv 2007.08103), section 3.2.
+    float32. A box with a NaN overlaps nothing, which with ground truths of its kind only makes all anchors -1. Inputs are not
+    modified, no graph is recorded, nothing synchronises. Source: mmdetection 3.3.0, `MaxIoUAssigner`; PAA (arXiv 2007.08103),
+    section 3.2.
     """
     check_list("anchors", anchors, "level")
     check_list("gt_bboxes", gt_bboxes)

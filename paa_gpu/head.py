@@ -224,30 +224,30 @@ class PAAHead(nn.Module):
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)
         cls_scores, bbox_preds, iou_preds = self(features)
-        with torch.autocast(features[0].device.type, enabled=False):
-            cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
-            anchors = self._anchors(cls_scores)
-            assigned, bbox_targets = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
-            label, label_weight = torch.cat(assigned.label), torch.cat(assigned.label_weight)
-            positive, found = self._positives(label, anchors, sum(len(target["labels"]) for target in targets))
-            all_anchors = torch.cat(anchors)
-            bbox_pred = decode(
-                all_anchors[positive % len(all_anchors)],
-                _flatten(bbox_preds).flatten(0, 1).index_select(0, positive),
-                self.target_stds,
-            )
-            bbox_target = torch.cat(bbox_targets)[positive]
-            iou = torch.where(found, iou_and_union(bbox_pred.detach(), bbox_target)[0], 0)
-            num_pos, images, iou_sum = _mean_over_processes(assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum())
-            loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), label, self.gamma, self.alpha).sum(1) * label_weight
-            loss_bbox = giou_loss(bbox_pred, bbox_target) * iou.clamp(min=LEAST_WEIGHT) * found
-            iou_pred = _flatten(iou_preds).flatten().index_select(0, positive)
-            loss_iou = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none") * found
-            return {
-                "loss_cls": loss_cls.sum() / (torch.maximum(num_pos, images) + EPS),
-                "loss_bbox": self.bbox_loss_weight * loss_bbox.sum() / (iou_sum + EPS),
-                "loss_iou": self.iou_loss_weight * loss_iou.sum() / (num_pos + EPS),
-            }
+        # Autocast keeps to float32 what starts there: there are neither products of matrices nor convolutions behind the towers.
+        cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
+        anchors = self._anchors(cls_scores)
+        assigned, bbox_targets = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
+        label, label_weight = torch.cat(assigned.label), torch.cat(assigned.label_weight)
+        positive, found = self._positives(label, anchors, sum(len(target["labels"]) for target in targets))
+        all_anchors = torch.cat(anchors)
+        bbox_pred = decode(
+            all_anchors[positive % len(all_anchors)],
+            _flatten(bbox_preds).flatten(0, 1).index_select(0, positive),
+            self.target_stds,
+        )
+        bbox_target = torch.cat(bbox_targets)[positive]
+        iou = torch.where(found, iou_and_union(bbox_pred.detach(), bbox_target)[0], 0)
+        num_pos, images, iou_sum = _mean_over_processes(assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum())
+        loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), label, self.gamma, self.alpha).sum(1) * label_weight
+        loss_bbox = giou_loss(bbox_pred, bbox_target) * iou.clamp(min=LEAST_WEIGHT) * found
+        iou_pred = _flatten(iou_preds).flatten().index_select(0, positive)
+        loss_iou = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none") * found
+        return {
+            "loss_cls": loss_cls.sum() / (torch.maximum(num_pos, images) + EPS),
+            "loss_bbox": self.bbox_loss_weight * loss_bbox.sum() / (iou_sum + EPS),
+            "loss_iou": self.iou_loss_weight * loss_iou.sum() / (num_pos + EPS),
+        }
 
     @torch.no_grad()
     def predict(
@@ -276,15 +276,14 @@ class PAAHead(nn.Module):
         if scale_factors is not None:
             check_list("scale_factors", scale_factors, length=len(image_sizes), like="`image_sizes`")
         cls_scores, bbox_preds, iou_preds = self(features)
-        with torch.autocast(features[0].device.type, enabled=False):
-            mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
-            if scale_factors is not None:
-                mlvl_bboxes = mlvl_bboxes / _pairs(scale_factors, mlvl_bboxes)
-            boxes, scores = list(mlvl_bboxes), list(mlvl_scores)
-            detections = [self._nms(*image) for image in zip(boxes, scores, strict=True)]
-            det_bboxes, det_labels = [image[0] for image in detections], [image[1] for image in detections]
-            if self.score_voting:
-                det_bboxes, det_labels = score_voting_batch(det_bboxes, det_labels, boxes, scores, self.score_thr)
+        mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
+        if scale_factors is not None:
+            mlvl_bboxes = mlvl_bboxes / _pairs(scale_factors, mlvl_bboxes)
+        boxes, scores = list(mlvl_bboxes), list(mlvl_scores)
+        detections = [self._nms(*image) for image in zip(boxes, scores, strict=True)]
+        det_bboxes, det_labels = [image[0] for image in detections], [image[1] for image in detections]
+        if self.score_voting:
+            det_bboxes, det_labels = score_voting_batch(det_bboxes, det_labels, boxes, scores, self.score_thr)
         return [
             {"boxes": bboxes[:, :4], "scores": bboxes[:, 4], "labels": labels}
             for bboxes, labels in zip(det_bboxes, det_labels, strict=True)

@@ -54,17 +54,17 @@ def candidate_losses(
             wh_ratio_clip times.
 
     Returns:
-        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if the maps or the targets are, else float32, in which
-        half precision is computed.
+        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if the maps or the targets are, else float32, in
+        which the classes of half precision are summed.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
             weight or `gamma`; `wh_ratio_clip` not positive.
 
     Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
-    NaN, and `paa_reassign_batch` then leaves out its ground truth. An index out of range gives NaN and reads nothing. Inputs are not
-    modified, no graph is recorded, nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU loss, whose
-    areas are at least 1e-6, and `DeltaXYWHBBoxCoder`.
+    NaN, and `paa_reassign_batch` then leaves out its ground truth. An index out of range gives NaN and reads nothing. Inputs are
+    not modified, no graph is recorded, nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU
+    loss, whose areas are at least 1e-6, and `DeltaXYWHBBoxCoder`.
     """
     _check_maps(anchors, cls_scores, bbox_preds, label)
     columns = {
@@ -113,5 +113,5 @@ def _check_maps(
         check_tensor(f"bbox_preds[{level}]", deltas, (len(label), 4, height, width), (scores.dtype,), device)
         if boxes.shape[0] != height * width:
             raise ValueError(
-                f"`anchors[{level}]` must hold {height * width} anchors as `cls_scores[{level}]` has locations, got {boxes.shape[0]}"
+                f"`anchors[{level}]` must hold {height * width} anchors as `cls_scores[{level}]` does, got {boxes.shape[0]}"
             )

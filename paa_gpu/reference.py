@@ -10,8 +10,8 @@ Written for clarity; slow, on the CPU. scikit-learn is imported when called. Two
 Score voting likewise: `published=True` is mmdetection's `PAAHead.score_voting`, `published=False` the same in float64 with the
 library's rules for boxes that nobody votes for.
 
-`candidate_losses` and `assign_max_iou` are `PAAHead.get_pos_loss` and `MaxIoUAssigner` of mmdetection, in torch: the losses in any precision,
-the assignment with the matrix of all overlaps.
+`candidate_losses` and `assign_max_iou` are `PAAHead.get_pos_loss` and `MaxIoUAssigner` of mmdetection, in torch: the losses in
+any precision, the assignment with the matrix of all overlaps.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ def assign_max_iou(
     match_low_quality: bool = True,
     gt_max_assign_all: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32; arguments and results as those of
-    `paa_gpu.assign_max_iou`."""
+    """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32; arguments and results as those
+    of `paa_gpu.assign_max_iou`."""
     everything = torch.cat(list(anchors)).float()
     results: tuple[list[Tensor], list[Tensor]] = [], []
     for image, boxes in enumerate(gt_bboxes):

@@ -168,7 +168,7 @@ def _make_predictions(
 
 
 def make_anchors(shapes: Sequence[tuple[int, int]], stride: int = 8, scale: int = 8) -> list[Tensor]:
-    """PAA's anchors: per level Tensor[H * W, 4], squares of `scale` strides around the locations; each level has twice the stride."""
+    """PAA's anchors: per level Tensor[H * W, 4], squares of `scale` strides; each level has twice the stride."""
     levels = []
     for level, (height, width) in enumerate(shapes):
         step = float(stride * 2**level)

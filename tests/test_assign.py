@@ -151,7 +151,7 @@ def test_no_change(rng):
     assert all(torch.equal(a, b) for old, new in zip(before, columns, strict=True) for a, b in zip(old, new, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_600_boxes_against_200_000_anchors_need_a_few_megabytes(rng):
     """The results are 2.4 megabytes, the matrix would be 480."""
     anchors = testing.make_anchors([(400, 400), (200, 200)])

@@ -134,7 +134,7 @@ def test_the_second_pass_waits_for_the_first(capability, rng, monkeypatch):
     with execute(capability):
         run(testing.make_anchors(SHAPES), [testing.make_boxes(2, (99, 99), rng)], (), (), 0.1, 0.1, 0.0, -1.0, True, True)
     ptx = compiled[0].asm["ptx"]
-    release, acquire = (re.search(rf"atom\.global\S*{order}\S*", ptx) for order in ("release", "acquire"))
+    release, acquire = (re.search(rf"(atom|ld)\.global\S*{order}\S*", ptx) for order in ("release", "acquire"))
     before, after = ptx[: release.start()], ptx[acquire.end() :]
     assert "bar.sync" in before[before.rindex("st.global") :] or "bar.warp.sync" in before[before.rindex("st.global") :]
     assert after.count("ld.global.cg") >= 2 and "ld.global.cg" not in before

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_head import INPUTS, SETTINGS
 
 import paa_gpu
 
@@ -281,6 +282,111 @@ def test_voting_of_one_image_names_its_arguments_without_an_image():
             paa_gpu.score_voting(**{**one, **changes})
 
 
+def head(**changes):
+    """Two levels, two images of 3 classes, 6 anchors."""
+    return {
+        "anchors": [torch.ones(4, 4), torch.ones(2, 4)],
+        "cls_scores": [torch.ones(2, 3, 2, 2), torch.ones(2, 3, 1, 2)],
+        "bbox_preds": [torch.ones(2, 4, 2, 2), torch.ones(2, 4, 1, 2)],
+        "label": [torch.zeros(6, dtype=torch.int64)] * 2,
+        "label_weight": [torch.ones(6)] * 2,
+        "bbox_target": [torch.ones(6, 4)] * 2,
+        "bbox_weight": [torch.ones(6, 4)] * 2,
+        "pos_inds": [Z, Z[:1]],
+        **changes,
+    }
+
+
+def second_of_head(name, value):
+    return {name: [head()[name][0], value]}
+
+
+HEAD = [
+    ({"anchors": torch.ones(6, 4)}, TypeError, "`anchors` must be a list with one entry per level, got Tensor"),
+    ({"anchors": []}, ValueError, "`anchors` must have at least one entry, got an empty list"),
+    ({"cls_scores": [torch.ones(2, 3, 2, 2)]}, ValueError, "`cls_scores` must have 2 entries as `anchors` has, got 1"),
+    ({"bbox_preds": []}, ValueError, "`bbox_preds` must have 2 entries as `anchors` has, got 0"),
+    ({"label": []}, ValueError, "`label` must have at least one entry, got an empty list"),
+    ({"pos_inds": [Z]}, ValueError, "`pos_inds` must have 2 entries as `label` has, got 1"),
+    (second_of_head("anchors", torch.ones(2, 5)), ValueError, "`anchors[1]` must have shape [any, 4], got [2, 5]"),
+    (second_of_head("anchors", torch.ones(3, 4)), ValueError, "`anchors[1]` must hold 2 anchors as `cls_scores[1]` does, got 3"),
+    (second_of_head("anchors", torch.ones(2, 4).half()), TypeError, "`anchors[1]` must be float32, got float16"),
+    (
+        second_of_head("cls_scores", torch.ones(2, 3, 2)),
+        ValueError,
+        "`cls_scores[1]` must have 4 dimensions, got shape [2, 3, 2]",
+    ),
+    (
+        second_of_head("cls_scores", torch.ones(2, 4, 1, 2)),
+        ValueError,
+        "`cls_scores[1]` must have shape [2, 3, any, any], got [2, 4, 1, 2]",
+    ),
+    (
+        second_of_head("bbox_preds", torch.ones(2, 4, 2, 2)),
+        ValueError,
+        "`bbox_preds[1]` must have shape [2, 4, 1, 2], got [2, 4, 2, 2]",
+    ),
+    (second_of_head("bbox_preds", torch.ones(2, 4, 1, 2).half()), TypeError, "`bbox_preds[1]` must be float32, got float16"),
+    (second_of_head("label", Z), ValueError, "`label[1]` must have shape [6], got [3]"),
+    (second_of_head("label", torch.zeros(6)), TypeError, "`label[1]` must be int64, got float32"),
+    (second_of_head("label_weight", torch.ones(6).double()), TypeError, "`label_weight[1]` must be float32, got float64"),
+    (second_of_head("bbox_target", torch.ones(6)), ValueError, "`bbox_target[1]` must have 2 dimensions, got shape [6]"),
+    (second_of_head("bbox_weight", torch.ones(6, 1)), ValueError, "`bbox_weight[1]` must have shape [6, 4], got [6, 1]"),
+    (second_of_head("pos_inds", Z.int()), TypeError, "`pos_inds[1]` must be int64, got int32"),
+    (second_of_head("pos_inds", Z.to("meta")), ValueError, "`pos_inds[1]` must be on cpu as the other tensors are, got meta"),
+    ({"gamma": -1}, ValueError, "`gamma` must not be negative, got -1"),
+    ({"alpha": "a"}, TypeError, "`alpha` must be a float, got str"),
+    ({"loss_bbox_weight": None}, TypeError, "`loss_bbox_weight` must be a float, got NoneType"),
+    ({"stds": (0.1, 0.1)}, ValueError, "`stds` must have 4 entries as a box has, got 2"),
+    ({"stds": (0.1, 0.1, 0.2, -0.2)}, ValueError, "`stds[3]` must not be negative, got -0.2"),
+    ({"wh_ratio_clip": 0}, ValueError, "`wh_ratio_clip` must be positive, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), HEAD, ids=[message for _, _, message in HEAD])
+def test_candidate_losses(changes, error, message):
+    assert_refused(head(**changes), error, message, paa_gpu.candidate_losses)
+
+
+def test_what_the_two_of_the_head_accept():
+    paa_gpu.candidate_losses(**head())
+    paa_gpu.assign_max_iou(**assignment())
+
+
+def assignment(**changes):
+    """Two levels of 4 and 2 anchors, two images."""
+    return {"anchors": [torch.ones(4, 4), torch.ones(2, 4)], "gt_bboxes": [torch.ones(3, 4), torch.ones(0, 4)], **changes}
+
+
+ASSIGNMENT = [
+    ({"anchors": []}, ValueError, "`anchors` must have at least one entry, got an empty list"),
+    ({"gt_bboxes": torch.ones(3, 4)}, TypeError, "`gt_bboxes` must be a list with one entry per image, got Tensor"),
+    ({"gt_bboxes": [torch.ones(4)]}, ValueError, "`gt_bboxes[0]` must have 2 dimensions, got shape [4]"),
+    ({"gt_bboxes": [torch.ones(3, 5)]}, ValueError, "`gt_bboxes[0]` must have shape [any, 4], got [3, 5]"),
+    ({"gt_bboxes": [torch.ones(3, 4).half()]}, TypeError, "`gt_bboxes[0]` must be float32, got float16"),
+    ({"anchors": [Z[:, None].expand(3, 4)]}, TypeError, "`anchors[0]` must be float16, bfloat16, float32 or float64, got int64"),
+    ({"gt_bboxes_ignore": [torch.ones(1, 4)]}, ValueError, "`gt_bboxes_ignore` must have 2 entries as `gt_bboxes` has, got 1"),
+    (
+        {"gt_bboxes_ignore": [torch.ones(1, 4), torch.ones(1, 3)]},
+        ValueError,
+        "`gt_bboxes_ignore[1]` must have shape [any, 4], got [1, 3]",
+    ),
+    ({"valid": [torch.ones(6, dtype=torch.bool), torch.ones(6)]}, TypeError, "`valid[1]` must be bool, got float32"),
+    ({"valid": [torch.ones(5, dtype=torch.bool)] * 2}, ValueError, "`valid[0]` must have shape [6], got [5]"),
+    ({"pos_iou_thr": -0.1}, ValueError, "`pos_iou_thr` must not be negative, got -0.1"),
+    ({"neg_iou_thr": (0.1, 0.2)}, TypeError, "`neg_iou_thr` must be a float, got tuple"),
+    ({"min_pos_iou": "0"}, TypeError, "`min_pos_iou` must be a float, got str"),
+    ({"ignore_iof_thr": None}, TypeError, "`ignore_iof_thr` must be a float, got NoneType"),
+    ({"match_low_quality": 1}, TypeError, "`match_low_quality` must be a bool, got int"),
+    ({"gt_max_assign_all": None}, TypeError, "`gt_max_assign_all` must be a bool, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ASSIGNMENT, ids=[message for _, _, message in ASSIGNMENT])
+def test_assign(changes, error, message):
+    assert_refused(assignment(**changes), error, message, paa_gpu.assign_max_iou)
+
+
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 
 
@@ -293,6 +399,9 @@ def page() -> str:
         "`select_candidates`": SELECT,
         "`fit_gmm_1d`": FIT,
         "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
+        "`candidate_losses`": HEAD,
+        "`assign_max_iou`": ASSIGNMENT,
+        "`PAAHead`": [(None, ValueError, message) for *_, message in SETTINGS + INPUTS],
     }
     text = (
         "# Errors\n\nEvery kind of bad input that is refused, with the error that it gives: from the tests that check them, by their "

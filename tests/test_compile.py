@@ -27,7 +27,7 @@ from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import empty_fit
-from paa_gpu.kernels import em, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -171,6 +171,30 @@ def vote(
     voting.score_voting(*([tensor] * images for tensor in columns), 0.05, 0.01, 0.025, 0.0, keep_order)
 
 
+def score(
+    maps: torch.dtype = torch.float32,
+    targets: torch.dtype = torch.float32,
+    index: torch.dtype = torch.int64,
+    levels: int = 5,
+    stride: int = 1,
+) -> None:
+    def spread(*shape: int, dtype: torch.dtype = targets) -> torch.Tensor:
+        return torch.zeros(*shape, stride, dtype=dtype)[..., 0]
+
+    scores, deltas = (spread(1, channels, 3, 3, dtype=maps) for channels in (9, 4))
+    inds, label = spread(5, dtype=index), spread(9 * levels, dtype=torch.int64)
+    targets_of = [label], [spread(9 * levels)], [spread(9 * levels, 4)], [spread(9 * levels, 4)]
+    options = 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016
+    losses.candidate_losses([spread(9, 4)] * levels, [scores] * levels, [deltas] * levels, *targets_of, [inds], *options)
+
+
+def match(
+    dtype: torch.dtype = torch.float32, stride: int = 1, full: bool = True, match: bool = True, match_all: bool = True
+) -> None:
+    boxes, flags = torch.zeros(9, 4, stride, dtype=dtype)[..., 0], [torch.ones(9, dtype=torch.bool)]
+    assign.assign_max_iou([boxes], [boxes], [boxes] * full, flags * full, 0.1, 0.1, 0.0, 0.5, match, match_all)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -197,6 +221,8 @@ USUAL = {
     "select": [{}, {"dtype": torch.float64, "index": torch.int32, "stride": 2}],
     "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32, "stride": 2}],
     "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
+    "score": [{}, {"maps": torch.float64, "targets": torch.bfloat16, "index": torch.int32, "levels": 2, "stride": 2}],
+    "match": [{}, {"dtype": torch.float16, "stride": 2, "match": False}],
 }
 INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
@@ -217,6 +243,12 @@ ALL = {
         *product(dtype=FLOATS, images=(1, 2), stride=STRIDES),
         *product(label=INTEGERS, keep_order=(False, True)),
     ],
+    "score": [
+        *product(maps=FLOATS, targets=FLOATS),
+        *product(levels=(1, 3, 9), stride=STRIDES),
+        *product(maps=FLOATS[2:], index=INDICES, stride=STRIDES),
+    ],
+    "match": [*product(dtype=FLOATS, stride=STRIDES), *product(full=(False, True), match=(False, True), match_all=(False, True))],
 }
 LAUNCHES: dict[str, Callable[..., None]] = {
     "fit_rows": fit_rows,
@@ -224,9 +256,11 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     "select": select,
     "write": write,
     "vote": vote,
+    "score": score,
+    "match": match,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
-ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel")
+ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")
 
 
 def cases() -> list[Any]:

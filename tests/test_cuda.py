@@ -62,12 +62,16 @@ def test_the_building_blocks_do_not_synchronise(request):
     rows = [torch.rand(n, device="cuda") for n in (45, 2, 100)]
     inds = torch.arange(20, device="cuda")
     predictions = make_predictions().to("cuda")
+    head = testing.make_head_batch([40, 0, 9], np.random.default_rng(0)).to("cuda")
+    boxes = [testing.make_boxes(number, (130, 100), np.random.default_rng(0)).cuda() for number in (4, 0, 2)]
     calls = [
         lambda: paa_gpu.fit_gmm_1d(x),
         lambda: paa_gpu.fit_gmm_1d(rows),
         lambda: paa_gpu.select_candidates(x[0, :20], inds, inds % 3, [10, 10], num_gt=3),
         lambda: paa_gpu.score_voting(*(column[0] for column in predictions), 0.05),
         lambda: paa_gpu.score_voting_batch(*predictions, 0.05),
+        lambda: paa_gpu.candidate_losses(*head),
+        lambda: paa_gpu.assign_max_iou(head.anchors, boxes, boxes, ignore_iof_thr=0.5),
     ]
     for call in calls:
         call()
@@ -162,3 +166,23 @@ def test_training_the_head_does_not_synchronise(request):
     train()  # compiles
     request.getfixturevalue("no_synchronisation")
     train()
+
+
+def test_assignment_of_many_blocks_at_once():
+    """Thousands of programs, half of which wait for the other half: they end, and the bits are the CPU's, every time."""
+    rng = np.random.default_rng(0)
+    anchors = testing.make_anchors([(200, 200), (100, 100), (50, 50)])
+    boxes = [testing.make_boxes(number, (1600, 1600), rng) for number in (40, 0, 300, 1) * 4]
+    wanted = paa_gpu.assign_max_iou(anchors, boxes)
+    on_device = [boxes.cuda() for boxes in anchors], [image.cuda() for image in boxes]
+    for _ in range(20):
+        got = paa_gpu.assign_max_iou(*on_device)
+        for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
+def test_losses_of_a_large_batch():
+    """`ex2.approx` of a GPU is an approximation: the sum over the classes is held to the same part of its value."""
+    batch = testing.make_head_batch([5000, 0, 9000], np.random.default_rng(0), ((100, 100), (50, 50)), num_classes=80)
+    for a, b in zip(paa_gpu.candidate_losses(*batch.to("cuda")), paa_gpu.candidate_losses(*batch), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=0)

@@ -117,18 +117,17 @@ def test_predict_says_what_it_needs(monkeypatch):
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"topk": 0}, "`topk` must be at least 1, got 0"),
-        ({"covariance_type": "round"}, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
-        ({"separation": "c"}, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
-        ({"singleton": "maybe"}, '`singleton` must be "background" or "positive", got \'maybe\''),
-        ({"target_stds": (1, 1)}, "`target_stds` must have 4 entries as a box has, got 2"),
-        ({"nms_pre": -1}, "`nms_pre` must be at least 0, got -1"),
-    ],
-    ids=str,
-)
+SETTINGS = [
+    ({"topk": 0}, "`topk` must be at least 1, got 0"),
+    ({"covariance_type": "round"}, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
+    ({"separation": "c"}, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
+    ({"singleton": "maybe"}, '`singleton` must be "background" or "positive", got \'maybe\''),
+    ({"target_stds": (1, 1)}, "`target_stds` must have 4 entries as a box has, got 2"),
+    ({"nms_pre": -1}, "`nms_pre` must be at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), SETTINGS, ids=[message for _, message in SETTINGS])
 def test_wrong_settings(options, message):
     with pytest.raises(ValueError) as error:
         make_head(**options)
@@ -144,20 +143,20 @@ def boxes_of(**change: Any) -> list[dict[str, Tensor]]:
     return [{**make_targets([2])[0], **change}]
 
 
-@pytest.mark.parametrize(
-    ("features", "targets", "sizes", "message"),
-    [
-        (make_features(1)[:1], make_targets([2]), None, "`features` must have 2 entries as `strides` has, got 1"),
-        ([level[:, :3] for level in make_features(1)], make_targets([2]), None, "`features[0]` must have shape [any, 8, any, any], got [1, 3, 8, 12]"),
-        (make_features(2), make_targets([2]), None, "`targets` must have 2 entries as the batch has, got 1"),
-        (make_features(1), [{"boxes": torch.zeros(0, 4)}], None, "`targets[0]` must have an entry `labels`, got ['boxes']"),
-        (make_features(1), boxes_of(boxes=torch.zeros(2, 5)), None, "`targets[0]['boxes']` must have shape [any, 4], got [2, 5]"),
-        (make_features(1), boxes_of(labels=torch.zeros(3).long()), None, "`targets[0]['labels']` must have shape [2], got [3]"),
-        (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
-        (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
-        (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
-    ],
-)  # fmt: skip
+INPUTS = [
+    (make_features(1)[:1], make_targets([2]), None, "`features` must have 2 entries as `strides` has, got 1"),
+    ([level[:, :3] for level in make_features(1)], make_targets([2]), None, "`features[0]` must have shape [any, 8, any, any], got [1, 3, 8, 12]"),
+    (make_features(2), make_targets([2]), None, "`targets` must have 2 entries as the batch has, got 1"),
+    (make_features(1), [{"boxes": torch.zeros(0, 4)}], None, "`targets[0]` must have an entry `labels`, got ['boxes']"),
+    (make_features(1), boxes_of(boxes=torch.zeros(2, 5)), None, "`targets[0]['boxes']` must have shape [any, 4], got [2, 5]"),
+    (make_features(1), boxes_of(labels=torch.zeros(3).long()), None, "`targets[0]['labels']` must have shape [2], got [3]"),
+    (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
+    (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
+    (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("features", "targets", "sizes", "message"), INPUTS, ids=[message for *_, message in INPUTS])
 def test_wrong_inputs(features, targets, sizes, message):
     with pytest.raises(ValueError) as error:
         make_head().loss(features, targets, sizes)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import EXECUTIONS, assert_written, compiled_only, execute, poisoned_outputs
 
 import paa_gpu
 from paa_gpu import _ops, reference, testing

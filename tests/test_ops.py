@@ -44,6 +44,12 @@ def calls(batch):
         _ops.score_voting,
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
+    head = testing.make_head_batch([5, 0, 9], np.random.default_rng(0))
+    yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016)
+    boxes = [testing.make_boxes(number, (99, 99), np.random.default_rng(1)) for number in (4, 0, 2)]
+    valid = [label == 1 for label in head.label]
+    yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, 0.1, 0.1, 0.0, 0.5, True, False)
+    yield _ops.assign_max_iou, (head.anchors, boxes, [], [], 0.5, 0.4, 0.0, -1.0, False, True)
     image = [column[2] for column in batch.arguments[:6]]
     yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
     yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
@@ -67,6 +73,8 @@ def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(batch):
 
         with mode:
             faked = operator(*map(fake, arguments))
+        if isinstance(real, torch.Tensor):
+            real, faked = [real], [faked]
         for a, b in zip(real, faked, strict=True):
             assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
@@ -116,6 +124,18 @@ def test_score_voting_compiles_whole(rng):
     got = torch.compile(paa_gpu.score_voting_batch, fullgraph=True, backend="aot_eager")(*batch, 0.05)
     one = torch.compile(paa_gpu.score_voting, fullgraph=True, backend="aot_eager")(*(column[0] for column in batch), 0.05)
     for a, b in zip((*got[0], *got[1], *one), (*wanted[0], *wanted[1], wanted[0][0], wanted[1][0]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_way_from_boxes_to_losses_compiles_whole(rng):
+    head = testing.make_head_batch([20, 0, 9], rng)
+    boxes = [testing.make_boxes(number, (130, 100), rng) for number in (4, 0, 2)]
+
+    def both(*columns):
+        return paa_gpu.candidate_losses(*columns), paa_gpu.assign_max_iou(columns[0], boxes)
+
+    wanted, got = both(*head), torch.compile(both, fullgraph=True, backend="aot_eager")(*head)
+    for a, b in zip((*got[0], *got[1][0], *got[1][1]), (*wanted[0], *wanted[1][0], *wanted[1][1]), strict=True):
         assert torch.equal(a, b)
 
 

@@ -15,7 +15,7 @@ C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for 
 
 @compiled
 def exp(x: float) -> float:
-    """exp(x) of x <= 0 to 1.1 units in the last place; below -708, where float64 loses its bits, exp(-708).
+    """The exponential of x <= 0 to 1.1 units in the last place; that of -708 below, where float64 loses its bits.
 
     exp(x) = 2^n exp(r) with |r| <= log(2) / 2, and the Taylor series of exp(r) up to the last term above a rounding error. The
     mathematical library's function takes one value at a time, and half of the time of a fit; this one fills vector registers:
@@ -35,7 +35,7 @@ A1, A2, A3, A4, A5, A6, A7, A8, A9, A10, A11, A12, A13, A14, A15, A16 = (1 / (2 
 
 @compiled
 def log1p(x: float) -> float:
-    """log(1 + x) = 2 atanh(x / (2 + x)) of 0 <= x <= 1."""
+    """The logarithm of 1 + x = 2 atanh(x / (2 + x)) of 0 <= x <= 1."""
     s = x / (2 + x)
     t = s * s
     high = A9 + t * (A10 + t * (A11 + t * (A12 + t * (A13 + t * (A14 + t * (A15 + t * A16))))))
