@@ -32,7 +32,9 @@ class Detector(nn.Module):
         body = resnet18(norm_layer=lambda channels: nn.GroupNorm(16, channels))
         layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
         self.backbone = BackboneWithFPN(body, layers, [128, 256, 512], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
-        self.head = PAAHead(num_classes=1, in_channels=CHANNELS, feat_channels=CHANNELS, stacked_convs=2, norm_groups=16)
+        self.head = PAAHead(
+            num_classes=1, in_channels=CHANNELS, feat_channels=CHANNELS, stacked_convs=2, norm_groups=16, iou_threshold=0.4
+        )
 
     def loss(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.head.loss(list(self.backbone(images).values()), targets)
@@ -103,7 +105,7 @@ if __name__ == "__main__":
     totals = train(detector, pictures, options.steps, options.size)
     image, boxes = pictures[0]
     found = detector.eval().predict(image)
-    found = {name: values[found["scores"] > 0.3] for name, values in found.items()}
+    found = {name: values[found["scores"] > 0.5] for name, values in found.items()}
     hits = int((box_iou(boxes, found["boxes"]) > 0.5).any(1).sum())
     print(f"{len(found['boxes'])} boxes find {hits} of {len(boxes)} trees with an IoU above 0.5: see {options.out}")
     draw(options.out, totals, image, boxes, found)
