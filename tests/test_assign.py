@@ -111,6 +111,7 @@ def test_ignoring_needs_a_threshold(rng):
         assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*plain), itertools.chain(*got), strict=True))
 
 
+@pytest.mark.slow  # on compiled kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_are_rounded_to_float32(dtype, rng):
     boxes, ignored, _ = draw(rng)
@@ -118,6 +119,7 @@ def test_other_dtypes_are_rounded_to_float32(dtype, rng):
     check(*([t.to(dtype) for t in column] for column in columns), ignore_iof_thr=0.4)
 
 
+@pytest.mark.slow
 def test_views(rng):
     """One level and one image, which nobody concatenates."""
     anchors, (box, ignored) = torch.cat(testing.make_anchors(SHAPES)), [testing.make_boxes(n, EXTENT, rng) for n in (6, 2)]

@@ -43,14 +43,15 @@ def check(anchors, boxes, ignored=(), valid=(), options=(0.1, 0.1, 0.0, -1.0, Tr
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("padded", "options"),
     [
-        (0.1, 0.1, 0.0, -1.0, True, True), (0.1, 0.1, 0.0, 0.4, True, False), (0.5, 0.3, 0.2, 0.7, True, True),
-        (0.4, 0.3, 0.0, 0.4, False, True),
+        (False, (0.1, 0.1, 0.0, -1.0, True, True)),
+        (True, (0.1, 0.1, 0.0, 0.4, True, False)),
+        (True, (0.5, 0.3, 0.2, 0.7, True, True)),
+        (False, (0.4, 0.3, 0.0, 0.4, False, True)),
     ],
     ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("padded", [False, True], ids=["all valid", "padded"])
+)
 def test_equal_to_the_matrix(session, options, padded, rng):
     boxes, ignored, valid = draw(rng)
     check(testing.make_anchors(SHAPES), boxes, ignored if options[3] > 0 else (), valid if padded else (), options)
@@ -70,14 +71,15 @@ def test_blocks_that_are_full_and_that_are_not(session, size, rng):
 
 
 def test_ties_across_blocks(session):
-    """Hundreds of anchors with the same overlaps: all are the best, or the first is."""
+    """Hundreds of anchors with the same overlaps: all are the best, or the first is; of two boxes alike, the first owns them."""
     anchors = [torch.tensor([[0.0, 0, 10, 10]]).repeat(300, 1)]
     boxes = [torch.tensor([[0.0, 0, 10, 5]]).repeat(2, 1), torch.tensor([[0.0, 0, 5, 5]])]
     for match_all in (True, False):
         check(anchors, boxes, options=(0.6, 0.6, 0.0, -1.0, True, match_all))
+    check(anchors, boxes, options=(0.4, 0.4, 0.0, -1.0, False, True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_and_views(session, dtype, rng):
     """One image, which nobody concatenates."""
     anchors, boxes, ignored = torch.cat(testing.make_anchors(SHAPES)), *(testing.make_boxes(n, (136, 104), rng) for n in (6, 2))

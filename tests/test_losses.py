@@ -37,12 +37,14 @@ def test_equal_to_the_unfused_form(error, rng):
     check(full_images(rng, error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("maps", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dtypes(maps, targets, rng):
     check(cast(full_images(rng), maps, targets))
 
 
+@pytest.mark.slow
 def test_half_precision_throughout(rng):
     check(cast(full_images(rng), torch.float16, torch.float16))
     check(cast(full_images(rng), torch.bfloat16, torch.bfloat16))
@@ -65,12 +67,14 @@ def test_any_numbers_of_potential_positives(potential, rng):
     check(testing.make_head_batch(potential, rng))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [((5, 8),), ((0, 4), (6, 6), (3, 0), (1, 1)), ((3, 2),) * 9], ids=str)
 @pytest.mark.parametrize("num_classes", [1, 2, 80])
 def test_any_levels_and_classes(shapes, num_classes, rng):
     check(testing.make_head_batch([10, 3], rng, shapes, num_classes))
 
 
+@pytest.mark.slow
 def test_maps_and_targets_of_any_strides(rng):
     """Channels last, a slice of a larger map, one image expanded to a batch; columns and steps of larger targets."""
     batch = full_images(rng)
@@ -156,6 +160,7 @@ def test_no_graph_and_no_change(rng):
     assert all(torch.equal(a, b) for old, new in zip(before, batch, strict=True) for a, b in zip(old, new, strict=True))
 
 
+@pytest.mark.slow  # on compiled kernels
 def test_the_losses_feed_the_reassignment(rng):
     batch = testing.make_head_batch([60, 0, 90], rng)
     gts = [torch.from_numpy(np.arange(len(inds)) % 3) for inds in batch.pos_inds]
