@@ -9,7 +9,7 @@ MMDET_VENV ?= .venv-mmdet
 MMDET_BIN = $(MMDET_VENV)/bin
 MMDET_READY = $(MMDET_VENV)/.installed
 
-.PHONY: demo test test-fast test-long test-ptxrun test-mmdet lint bench bench-quick bench-mmdet clean
+.PHONY: demo test test-fast test-long test-ptxrun test-mmdet fuzz lint bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -39,6 +39,11 @@ test-long: $(READY)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
+
+# Minutes, at random: the seed that it prints repeats it, with `make fuzz SEED=...`.
+SEED ?= $(shell date +%s)
+fuzz: $(READY)
+	$(BIN)/python -m pytest -s tests/test_properties.py --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
 # More threads than one make scikit-learn slower and erratic.
 test-mmdet: $(MMDET_READY)

@@ -28,7 +28,10 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.7"],
-        "test": ["paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "build>=1.2"],
+        "test": [
+            *("paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
+            "build>=1.2",
+        ],
         "dev": ["paa-gpu[test]", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
     },
     classifiers=[

@@ -1,8 +1,12 @@
-"""Bad input: every error by its message, and the inputs untouched after it."""
+"""Bad input: every error by its message, and the inputs untouched after it.
+
+The tables below are `docs/errors.md` too: `python tests/test_checks.py` writes it.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,31 +146,31 @@ def test_the_drop_in_names_its_arguments_without_an_image():
         paa_gpu.paa_reassign(*list(one.values())[:7])
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"x": 3}, TypeError, "`x` must be a list with one entry per row, got int"),
-        ({"x": []}, ValueError, "`x` must have at least one entry, got an empty list"),
-        ({"x": torch.zeros(3)}, ValueError, "`x` must have 2 dimensions, got shape [3]"),
-        ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
-        ({"x": [torch.zeros(3), torch.zeros(1, 3)]}, ValueError, "`x[1]` must have 1 dimension, got shape [1, 3]"),
-        ({"x": [torch.zeros(3), torch.zeros(3).half()]}, TypeError, "`x[1]` must be float32, got float16"),
-        ({"x": [torch.zeros(3)], "count": Z}, ValueError, "`count` must be None where `x` is a list, got Tensor"),
-        ({"count": Z}, ValueError, "`count` must have shape [2], got [3]"),
-        ({"count": torch.ones(2)}, TypeError, "`count` must be int64 or int32, got float32"),
-        ({"covariance_type": "d"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'d\''),
-        ({"tol": -1e-3}, ValueError, "`tol` must not be negative, got -0.001"),
-        ({"tol": float("nan")}, ValueError, "`tol` must not be negative, got nan"),
-        ({"reg_covar": -1}, ValueError, "`reg_covar` must not be negative, got -1"),
-        ({"reg_covar": "1"}, TypeError, "`reg_covar` must be a float, got str"),
-        ({"max_iter": 0}, ValueError, "`max_iter` must be at least 1, got 0"),
-        ({"precision": 64}, ValueError, '`precision` must be "float64" or "float32", got 64'),
-        ({"weights_init": torch.ones(3)}, ValueError, "`weights_init` must have shape [2], got [3]"),
-        ({"means_init": torch.ones(3, 2)}, ValueError, "`means_init` must have shape [2, 2], got [3, 2]"),
-        ({"means_init": [1.0, 2.0]}, TypeError, "`means_init` must be a Tensor, got list"),
-        ({"precisions_init": torch.ones(2), "covariance_type": "tied"}, ValueError, "`precisions_init` must have shape [1], got [2]"),
-    ],
-)  # fmt: skip
+FIT = [
+    ({"x": 3}, TypeError, "`x` must be a list with one entry per row, got int"),
+    ({"x": []}, ValueError, "`x` must have at least one entry, got an empty list"),
+    ({"x": torch.zeros(3)}, ValueError, "`x` must have 2 dimensions, got shape [3]"),
+    ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
+    ({"x": [torch.zeros(3), torch.zeros(1, 3)]}, ValueError, "`x[1]` must have 1 dimension, got shape [1, 3]"),
+    ({"x": [torch.zeros(3), torch.zeros(3).half()]}, TypeError, "`x[1]` must be float32, got float16"),
+    ({"x": [torch.zeros(3)], "count": Z}, ValueError, "`count` must be None where `x` is a list, got Tensor"),
+    ({"count": Z}, ValueError, "`count` must have shape [2], got [3]"),
+    ({"count": torch.ones(2)}, TypeError, "`count` must be int64 or int32, got float32"),
+    ({"covariance_type": "d"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'d\''),
+    ({"tol": -1e-3}, ValueError, "`tol` must not be negative, got -0.001"),
+    ({"tol": float("nan")}, ValueError, "`tol` must not be negative, got nan"),
+    ({"reg_covar": -1}, ValueError, "`reg_covar` must not be negative, got -1"),
+    ({"reg_covar": "1"}, TypeError, "`reg_covar` must be a float, got str"),
+    ({"max_iter": 0}, ValueError, "`max_iter` must be at least 1, got 0"),
+    ({"precision": 64}, ValueError, '`precision` must be "float64" or "float32", got 64'),
+    ({"weights_init": torch.ones(3)}, ValueError, "`weights_init` must have shape [2], got [3]"),
+    ({"means_init": torch.ones(3, 2)}, ValueError, "`means_init` must have shape [2, 2], got [3, 2]"),
+    ({"means_init": [1.0, 2.0]}, TypeError, "`means_init` must be a Tensor, got list"),
+    ({"precisions_init": torch.ones(2), "covariance_type": "tied"}, ValueError, "`precisions_init` must have shape [1], got [2]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), FIT, ids=[message for _, _, message in FIT])
 def test_fit(changes, error, message):
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
         paa_gpu.fit_gmm_1d(**{"x": torch.zeros(2, 5), **changes})
@@ -180,18 +184,18 @@ def test_methods_of_a_fit():
         gmm.score_samples([torch.rand(5)])
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"pos_losses": torch.zeros(3, 1)}, ValueError, "`pos_losses` must have 1 dimension, got shape [3, 1]"),
-        ({"pos_inds": Z[:2]}, ValueError, "`pos_inds` must have shape [3], got [2]"),
-        ({"pos_gt_inds": torch.zeros(3)}, TypeError, "`pos_gt_inds` must be int64 or int32, got float32"),
-        ({"level_sizes": 4}, TypeError, "`level_sizes` must be a list with one entry per level, got int"),
-        ({"level_sizes": [3, -1]}, ValueError, "`level_sizes[1]` must be at least 0, got -1"),
-        ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
-        ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
-    ],
-)
+SELECT = [
+    ({"pos_losses": torch.zeros(3, 1)}, ValueError, "`pos_losses` must have 1 dimension, got shape [3, 1]"),
+    ({"pos_inds": Z[:2]}, ValueError, "`pos_inds` must have shape [3], got [2]"),
+    ({"pos_gt_inds": torch.zeros(3)}, TypeError, "`pos_gt_inds` must be int64 or int32, got float32"),
+    ({"level_sizes": 4}, TypeError, "`level_sizes` must be a list with one entry per level, got int"),
+    ({"level_sizes": [3, -1]}, ValueError, "`level_sizes[1]` must be at least 0, got -1"),
+    ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
+    ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), SELECT, ids=[message for _, _, message in SELECT])
 def test_select(changes, error, message):
     arguments = {"pos_losses": torch.zeros(3), "pos_inds": Z, "pos_gt_inds": Z, "level_sizes": [4], "num_gt": 1, **changes}
     with pytest.raises(error, match="^" + re.escape(message) + "$"):
@@ -380,3 +384,36 @@ ASSIGNMENT = [
 @pytest.mark.parametrize(("changes", "error", "message"), ASSIGNMENT, ids=[message for _, _, message in ASSIGNMENT])
 def test_assign(changes, error, message):
     assert_refused(assignment(**changes), error, message, paa_gpu.assign_max_iou)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
+
+
+def page() -> str:
+    tables = {
+        "`paa_reassign_batch`; `paa_reassign` names the same arguments without an index": BATCH,
+        "The same with `validate=True`, which reads the values": [
+            (changes, ValueError, message) for changes, message in VALIDATED
+        ],
+        "`select_candidates`": SELECT,
+        "`fit_gmm_1d`": FIT,
+        "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
+        "`assign_max_iou`": ASSIGNMENT,
+        "`candidate_losses`": HEAD,
+    }
+    text = (
+        "# Errors\n\nEvery kind of bad input that is refused, with the error that it gives: from the tests that check them, by their "
+        "whole message. An error comes before any work, and leaves the inputs as they were.\n"
+    )
+    for title, rows in tables.items():
+        text += f"\n## {title}\n\n| error | message |\n|---|---|\n"
+        text += "".join(f"| {error.__name__} | {message.replace('|', '&#124;')} |\n" for _, error, message in rows)
+    return text
+
+
+def test_the_page_lists_every_error():
+    assert PAGE.read_text() == page()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

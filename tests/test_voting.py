@@ -183,6 +183,17 @@ def test_no_candidates(boxes, scores):
     assert torch.equal(got, det) and labels.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("iou_thr", "moved"), [(0.5, False), (0.49, True)])
+def test_a_voter_overlaps_by_more_than_the_threshold(iou_thr, moved):
+    """IoU 1/2, exactly; and a box that only touches, or lies elsewhere, never votes, even where the threshold is 0."""
+    det, boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.5]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    got, _ = paa_gpu.score_voting(det, torch.tensor([0]), boxes, torch.tensor([[0.9]]), 0.05, iou_thr=iou_thr, sigma=1.0)
+    assert bool((got != det).any()) == moved
+    elsewhere = torch.tensor([[2.0, 0.0, 4.0, 1.0], [90.0, 90.0, 99.0, 99.0]])
+    got, _ = paa_gpu.score_voting(det, torch.tensor([0]), elsewhere, torch.full((2, 1), 0.9), 0.05, iou_thr=0.0, sigma=1.0)
+    assert torch.equal(got, det)
+
+
 def test_no_voters_and_labels_that_are_no_class():
     rows = [[600, 600, 700, 700, 0.5], [10, 20, 50, 60, 0.9], [10, 20, 50, 60, 0.8], [10, 20, 50, 60, 0.7], [10, 20, 50, 60, 0.6]]
     det, got, labels = vote(rows, [0, 1, 2, -1, 0])
