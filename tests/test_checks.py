@@ -399,8 +399,8 @@ def page() -> str:
         "`select_candidates`": SELECT,
         "`fit_gmm_1d`": FIT,
         "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
-        "`candidate_losses`": HEAD,
         "`assign_max_iou`": ASSIGNMENT,
+        "`candidate_losses`": HEAD,
         "`PAAHead`": [(None, ValueError, message) for *_, message in SETTINGS + INPUTS],
     }
     text = (

@@ -245,12 +245,24 @@ def test_no_graph_is_recorded():
 def test_exponential_of_the_cpu_fit():
     from numba import vectorize
 
-    from paa_gpu.cpu.em import _exp
+    from paa_gpu.cpu._numeric import exp as loop
 
-    exp = vectorize(["float64(float64)"])(_exp.py_func)
+    exp = vectorize(["float64(float64)"])(loop.py_func)
     x = -np.concatenate([np.geomspace(1e-300, 708, 100_001), np.linspace(0, 708, 100_001), [0.0]])
     exact = np.exp(x.astype(np.longdouble))
     assert (np.abs(exp(x) - exact) <= 1.1 * np.spacing(exact.astype(np.float64))).all()
     assert exp(0.0) == 1
     assert exp(-1e300) == exp(-np.inf) == exp(-708.0)
     assert np.isnan(exp(np.nan))
+
+
+def test_logarithm_of_the_cpu_losses():
+    from numba import vectorize
+
+    from paa_gpu.cpu._numeric import log1p as loop
+
+    log1p = vectorize(["float64(float64)"])(loop.py_func)
+    x = np.concatenate([np.geomspace(1e-300, 1, 100_001), np.linspace(0, 1, 100_001)])
+    exact = np.log1p(x.astype(np.longdouble))
+    assert (np.abs(log1p(x) - exact) <= 3 * np.spacing(exact.astype(np.float64))).all()
+    assert np.isnan(log1p(np.nan))
