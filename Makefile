@@ -23,7 +23,7 @@ KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassig
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" $(KERNELS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(KERNELS)
 	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 120 $(PUBLIC)
 
 test-fast: $(READY)

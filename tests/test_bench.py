@@ -8,11 +8,12 @@ import pytest
 
 from bench import cases, compare, plot, providers, scaling
 
-SLOW = {"recorded", "crowded", "1000_detections"}
+#: The recordings have tests of their own in the suite.
+MARKS = {"recorded": pytest.mark.long, "crowded": pytest.mark.slow, "1000_detections": pytest.mark.slow}
 
 
 def named(names):
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
 
 
 @pytest.mark.parametrize("case", named(cases.REASSIGN))

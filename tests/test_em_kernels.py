@@ -61,7 +61,7 @@ def draw_rows(rng, rows, length=45):
     return np.stack([testing.make_losses(SHAPES[i % len(SHAPES)], length, rng) for i in range(rows)])
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS[:-1], pytest.param(LENGTHS[-1], marks=pytest.mark.slow)])
 def test_rows_of_any_length(session, length, rng):
     rows = draw_rows(rng, FEW if length <= 65 else 2, length)
     result = fit(torch.from_numpy(rows))
@@ -80,6 +80,7 @@ def test_flat_rows(session, rng):
         assert_row(result, row, values)
 
 
+@pytest.mark.slow
 def test_flat_long_rows(session, rng):
     lengths = [1025, 5, 2050]
     rows = [testing.make_losses("bimodal", length, rng) for length in lengths]
@@ -309,7 +310,7 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
     return *outputs, fitted
 
 
-@pytest.mark.parametrize("width", [1, 2, 45, 64, 65, 600])
+@pytest.mark.parametrize("width", [1, 2, 45, 64, 65, pytest.param(600, marks=pytest.mark.slow)])
 def test_assignment_and_score(session, width, rng):
     few = Candidates([rng.normal(size=width), rng.normal(size=1), []], width, rng)
     candidates = random_candidates(rng, MANY // 2, width) if width > 4 else few
@@ -334,7 +335,7 @@ def test_separation(session, separation, singleton, rng):
 
 
 @pytest.mark.parametrize("separation", ["mmdet", "b"])
-@pytest.mark.parametrize("width", [100, 700])
+@pytest.mark.parametrize("width", [100, pytest.param(700, marks=pytest.mark.slow)])
 def test_separation_of_long_rows(session, separation, width, rng):
     candidates = Candidates([testing.make_losses(shape, width - 3, rng) for shape in SHAPES], width, rng)
     positive, ignored, _ = launch(candidates, separation=separation)
@@ -412,6 +413,7 @@ def test_loss_dtypes(session, dtype, rng):
         assert torch.equal(ignored, candidates.scatter(wanted[1]))
 
 
+@pytest.mark.slow
 def test_float32_candidates(session, rng):
     """In float32 the rule is plain: component 0 at least as likely, equal scores tie. Checked on the kernel's own scores."""
     candidates = random_candidates(rng, dtype=torch.float32)

@@ -116,7 +116,7 @@ def test_rows_of_any_length(session, topk, rng):
     check([(losses, inds, gts)], (potential // 3, potential // 3, potential), [len(lengths)], topk)
 
 
-@pytest.mark.parametrize("topk", [64, 200] if INTERPRETER else [63, 64, 65, 128, 200])
+@pytest.mark.parametrize("topk", [64, pytest.param(200, marks=pytest.mark.slow)] if INTERPRETER else [63, 64, 65, 128, 200])
 def test_more_candidates_than_one_pass_finds(session, topk, rng):
     sizes = (300, 129, 128, 64, 3)
     check([draw_image(rng, 600, 1, torch.float64, sizes), draw_image(rng, 300, 2, torch.float64, sizes)], sizes, [1, 2], topk)
@@ -161,6 +161,7 @@ def test_nothing_to_select(session, num_gts, potential, rng):
     check(images, LEVEL_SIZES, num_gts)
 
 
+@pytest.mark.slow
 def test_thousands_of_ground_truths(session, rng):
     """More rows than one block of the prefix sum."""
     potential, num_gt = (40, 520) if INTERPRETER else (1200, 1500)
