@@ -287,7 +287,9 @@ def test_inputs_stay_and_lie_anywhere(rng):
     for arguments in (spread, turned):
         before = [t.clone() for t in arguments]
         got = paa_gpu.score_voting(*arguments, score_thr)
-        assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+        # A kernel adds in an order that depends on how its inputs lie; the loops on the CPU do not.
+        torch.testing.assert_close(got[0], plain[0], rtol=0, atol=1e-4)
+        assert torch.equal(got[0][:, 4], plain[0][:, 4]) and torch.equal(got[1], plain[1])
         got[0].fill_(5), got[1].fill_(5)
         assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
