@@ -1,8 +1,8 @@
 """`PYTHONPATH=tests python -m bench.scaling --out FILE`: how `paa_reassign_batch` grows.
 
 Four axes, the rest held: boxes of one image over the same 20,000 potential positives; potential positives of seven boxes; images of
-seven boxes; `topk`. A point's results are checked by a test of the same cases; here: the time of a call (median), the peak of memory beyond what was there
-before, and, where ptxrun can be imported, the instructions and the sectors of the compiled kernels, which say how the GPU path grows
+seven boxes; `topk`. The suite checks results; here it is the time of a call (median), the most memory that its arrays take at once,
+and, where ptxrun can be imported, the instructions and the sectors of the compiled kernels, which say how the GPU path grows
 without a GPU. The slope of an axis is that of log(y) against log(x) over its upper half: above 1 it grows faster than linearly.
 """
 
@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,31 +73,21 @@ def measure(call: cases.Call) -> dict[str, float]:
         start = time.perf_counter()
         providers.library(call)
         times.append(time.perf_counter() - start)
-    point = {"seconds": statistics.median(times)}
-    if peak := _peak_bytes(lambda: providers.library(call)):
-        point["bytes"] = peak
+    point = {"seconds": statistics.median(times), "bytes": _peak_bytes(lambda: providers.library(call))}
     positives = sum(inds.shape[0] for inds in call.batch.pos_inds)
     if positives <= COUNTED_POSITIVES and importlib.util.find_spec("ptxrun"):
         point |= _work(call)
     return point
 
 
-def _peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Resident memory at its highest during `run` beyond that before it, where Linux tells."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    reset.write_text("5")  # the highest becomes the present
-    before = _status("VmRSS")
+def _peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that arrays took at once during `run`, results included: what numpy allocates, it tells tracemalloc."""
+    tracemalloc.start()
     keep = run()
-    peak = _status("VmHWM") - before
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     del keep
-    return max(peak, 0)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return peak
 
 
 def _work(call: cases.Call) -> dict[str, float]:
