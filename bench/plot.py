@@ -84,7 +84,7 @@ def caption(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     commit = result["commit"] if isinstance(result.get("commit"), str) else result["commit_info"]["id"][:7]
     return (
-        f"Medians, {result['datetime'][:10]}, commit {commit}: {machine['cpu']}, {machine['cores']} cores, {device}, "
+        f"`make bench`, medians, {result['datetime'][:10]}, commit {commit}: {machine['cpu']}, {machine['cores']} cores, {device}, "
         f"Python {machine['python_version']}, {versions}."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from kernel_execution import compiled_only
 
 from bench import cases, compare, plot, providers, scaling
 
@@ -97,7 +98,10 @@ def test_table_and_pictures_of_saved_results(tmp_path, monkeypatch):
         assert (tmp_path / "docs" / name).stat().st_size > 10_000
 
 
+@compiled_only
 def test_a_point_of_the_scaling_is_measured():
     point = scaling.measure(scaling.images(1))
     assert point["seconds"] > 0
+    # The targets at least: a label, a weight and four more of every anchor.
+    assert point["bytes"] >= sum(cases.COCO_LEVELS) * (8 + 4 + 16)
     assert {"instructions", "sectors"} <= point.keys()
