@@ -25,6 +25,7 @@ START, END = "<!-- benchmarks: written by bench.plot -->", "<!-- end of benchmar
 PROVIDERS = {
     "published": ("published loop", "#D55E00"),
     "scikit_learn": ("scikit-learn", "#D55E00"),
+    "unfused": ("unfused torch", "#CC79A7"),
     "gmm_gpu": ("gmm-gpu (CPU)", "#E69F00"),
     "library_one_by_one": ("paa_gpu, image by image", "#56B4E9"),
     "library": ("paa_gpu", "#0072B2"),
@@ -64,7 +65,7 @@ def table(found: Medians) -> str:
         "|---|" + "---|" * (len(names) + 2),
     ]
     for group, seconds in found.items():
-        baseline = seconds.get("published") or seconds.get("scikit_learn")
+        baseline = next((seconds[name] for name in ("published", "scikit_learn", "unfused") if name in seconds), None)
         ratio = f"{baseline / seconds['library']:.0f}x" if baseline else ""
         limit = f"{seconds['library'] / seconds['limit']:.1f}" if "limit" in seconds else ""
         cells = [_time(seconds[name]) if name in seconds else "" for name in names]
