@@ -40,14 +40,14 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
         positive: BoolTensor[n], which candidates are positive; without any there is no threshold to draw.
     """
     top = _plot_components(axes, loss, gmm, row)
+    base = -0.08 * top
     if positive.any():
         threshold = float(loss[positive].max())
-        axes.axvline(threshold, color=BLACK, linestyle="--", linewidth=1)
+        axes.vlines(threshold, 1.5 * base, 1.6 * top, color=BLACK, linestyle="--", linewidth=1)
         axes.annotate(
             f"threshold {threshold:.2f}: the positives end\nwith the most likely candidate\nof the foreground",
             (threshold, 1.57 * top), (6, 0), textcoords="offset points", va="top",
         )  # fmt: skip
-    base = -0.08 * top
     for mask, marker, colour, name in ((positive, "o", BLUE, "positive"), (~positive, "x", GREY, "negative")):
         number = int(mask.sum())
         axes.plot(loss[mask], [base] * number, marker, color=colour, markersize=6, label=f"{number} {name}")
@@ -106,7 +106,7 @@ def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Te
     axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=4)
 
 
-def plot_recording(recording: Recording, result: Reassignment, candidates: Candidates, path: Path) -> None:
+def plot_recording(recording: Recording, result: Reassignment, candidates: Candidates, path: str | Path) -> None:
     """The demonstration's picture: an image's potential positives, its positives, and the fit of one ground truth.
 
     Args:
@@ -137,7 +137,7 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
     figure.savefig(path, dpi=DPI)
 
 
-def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: Path) -> None:
+def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | Path) -> None:
     """A ground truth's fit, and below it what each separation scheme makes of it.
 
     Args:
@@ -159,7 +159,7 @@ def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: Path) 
     figure.savefig(path, dpi=DPI)
 
 
-def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: Path) -> None:
+def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: str | Path) -> None:
     """The demonstration's second picture: an image's detections before and after voting, and the voters of one of them.
 
     Args:
@@ -224,8 +224,8 @@ def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) 
         axes.plot(x, density, color=colour)
         peak = int(density.argmax())
         axes.annotate(
-            f"{name}\ncomponent", (x[peak], density[peak]), (0, 4), textcoords="offset points", ha=side, color=colour,
-            fontweight="bold",
+            f"{name}\ncomponent", (x[peak], density[peak]), (0, 5), textcoords="offset points", ha=side, color=colour,
+            fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         top = max(top, float(density.max()))
     return top

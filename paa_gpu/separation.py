@@ -68,8 +68,9 @@ def separate(assignment: Tensor, score: Tensor, loss: Tensor, mask: Tensor, sche
         scheme: a key of `SCHEMES`.
 
     Returns:
-        `(positive, ignored)`, two BoolTensor[G, K]; a candidate in neither is negative. Source: PAA, section 3.2 and
-        figure 3.
+        `(positive, ignored)`, two BoolTensor[G, K]; a candidate in neither is negative.
+
+    Source: PAA, section 3.2 and figure 3.
     """
     rule = SCHEMES[scheme]
     if assignment.shape[1] == 0:
