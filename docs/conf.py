@@ -31,13 +31,3 @@ napoleon_use_param = False  # so that arguments that share an entry stay togethe
 napoleon_use_rtype = False
 autodoc_preserve_defaults = True
 myst_heading_anchors = 3
-
-
-def skip_bare_fields(app, what, name, obj, skip, options):
-    """Leave out the fields of named tuples that nobody described: their names are in the signature."""
-    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
-
-
-def setup(app):
-    """Connect."""
-    app.connect("autodoc-skip-member", skip_bare_fields)

@@ -24,6 +24,7 @@ class Scheme(NamedTuple):
     all_without_foreground: bool  #: a ground truth without foreground keeps all its candidates
 
 
+#: The built-in schemes.
 SCHEMES = {
     #                stop_at_threshold, foreground_only, ignore_foreground, ignore_before_background, all_without_foreground
     "mmdet": Scheme(True, True, False, False, False),  # figure 3c, as mmdetection counts
