@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, its reference is complete, its pictures are those that the code draws, and small."""
+"""The documentation: its Python runs, its reference is complete, its pictures are small, and those that its code draws."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import paa_gpu
 from paa_gpu import plot
 
 DOCS = pages.ROOT / "docs"
+PICTURES = (".png", ".jpg")
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 
 
@@ -23,6 +24,9 @@ def with_python() -> list:
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run([block for block in pages.blocks(page) if not block.missing], {"__name__": page.stem})
+    if page.stem == "gallery":  # `python docs/pictures.py` keeps what it draws
+        drawn, kept = ({path.stem for path in folder.iterdir() if path.suffix in PICTURES} for folder in (tmp_path, DOCS))
+        assert drawn == kept - {"benchmarks", "scaling"}  # of bench.plot
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.missing], ids=lambda block: block.name)
@@ -62,6 +66,6 @@ def test_the_gallery_shows_every_picture_of_plot():
 
 def test_pictures_are_small_and_all_shown():
     shown = {name for page in pages.PAGES for name in re.findall(r"\]\((?:docs/)?([\w-]+\.(?:png|jpg))\)", page.read_text())}
-    there = {path.name for path in DOCS.iterdir() if path.suffix in (".png", ".jpg")}
+    there = {path.name for path in DOCS.iterdir() if path.suffix in PICTURES}
     assert shown == there
     assert not [path.name for path in DOCS.iterdir() if path.name in there and path.stat().st_size > 150_000]
