@@ -26,7 +26,9 @@ from paa_gpu.kernels.topk import anchors as anchors_of
 from paa_gpu.kernels.topk import concatenate, image_starts, positions
 
 BLOCK_P = 32  # one warp; on AMD half of one
-LEVEL_FIELDS = tl.constexpr(12)  # of a level in its table: first anchor, width, strides of the two maps and of the anchors
+# Of a level in its table: first anchor, width; address and strides of the scores, the deltas and the anchors. To choose among
+# addresses that are arguments, three for each level, would fill AMD's scalar registers.
+LEVEL_FIELDS = tl.constexpr(15)
 LOG2_HIGH, LOG2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)  # the first times an exponent is exact
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -86,20 +88,13 @@ def _load4(ptr, stride, mask):
 
 
 @triton.jit
-def _of_level(ptrs, level):
-    """The lane's pointer among those of the levels. Chosen as an integer: for AMD, Triton cannot choose pointers."""
-    address = tl.zeros(level.shape, tl.int64)
-    for i in tl.static_range(len(ptrs)):
-        address = tl.where(level == i, ptrs[i].to(tl.int64), address)
-    return address.to(ptrs[0].dtype)
-
-
-@triton.jit
-def _of_map(ptrs, level, row_ptr, image, y, x, mask):
-    """Where the channels of each lane's location begin, and their stride; `row_ptr`: its map's strides over B, C, H, W."""
-    image_stride, stride = tl.load(row_ptr, mask=mask, other=0), tl.load(row_ptr + 1, mask=mask, other=0)
-    y_stride, x_stride = tl.load(row_ptr + 2, mask=mask, other=0), tl.load(row_ptr + 3, mask=mask, other=0)
-    return _of_level(ptrs, level) + image * image_stride + y * y_stride + x * x_stride, stride
+def _of_map(row_ptr, image, y, x, mask, dtype: tl.constexpr):
+    """Where the channels of each lane's location begin, and their stride. `row_ptr`: its map's address, then strides over B, C, H,
+    W."""
+    ptr = tl.load(row_ptr, mask=mask, other=0).to(dtype)
+    image_stride, stride = tl.load(row_ptr + 1, mask=mask, other=0), tl.load(row_ptr + 2, mask=mask, other=0)
+    y_stride, x_stride = tl.load(row_ptr + 3, mask=mask, other=0), tl.load(row_ptr + 4, mask=mask, other=0)
+    return ptr + image * image_stride + y * y_stride + x * x_stride, stride
 
 
 @triton.jit
@@ -119,9 +114,9 @@ def _decode_side(low, high, shift, scale, limit):
 # One compiled form whatever the number of images, which decides where in the table its parts begin.
 @triton.jit(do_not_specialize=["n_images", "n_classes"], do_not_specialize_on_alignment=["level_ptr", "option_ptr"])
 def _losses_kernel(
-    anchor_ptrs,  # of each level: Tensor[H * W, 4]
-    score_ptrs,  # of each level: Tensor[B, C, H, W]
-    delta_ptrs,  # of each level: Tensor[B, 4, H, W]
+    anchor_ptrs,  # of each level, read at its address in the table: Tensor[H * W, 4]
+    score_ptrs,  # Tensor[B, C, H, W]
+    delta_ptrs,  # Tensor[B, 4, H, W]
     level_ptr,  # Tensor[L, LEVEL_FIELDS]
     start_ptr,  # Tensor[4, B + 1]: first block, position, row (there are none) and anchor of each image, and their totals
     n_images,
@@ -131,10 +126,7 @@ def _losses_kernel(
     label_weight,
     bbox_target,
     bbox_weight,
-    gamma: tl.float64,
-    positive_weight: tl.float64,
-    negative_weight: tl.float64,
-    option_ptr,  # Tensor[6], the bits of float64: deviations of dx, dy, dw, dh; limit of dw, dh; weight of the box loss
+    option_ptr,  # Tensor[9], the bits of float64: deviations of dx, dy, dw, dh; limit of dw, dh; see `candidate_losses`
     loss_ptr,  # Tensor[P]
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -152,30 +144,31 @@ def _losses_kernel(
     width = tl.load(row_ptr + 1, mask=exists, other=1).to(tl.int32)
     y, x = (cell.to(tl.int32) // width).to(tl.int64), (cell.to(tl.int32) % width).to(tl.int64)
 
-    score_ptr, score_stride = _of_map(score_ptrs, level, row_ptr + 2, image, y, x, exists)
-    own_label = tl.load(label[0] + row * label[1], mask=exists, other=-1)
-    exponent = tl.full((), gamma, REAL)
-    positive, negative = tl.full((), positive_weight, REAL), tl.full((), negative_weight, REAL)
-    total = tl.zeros([BLOCK_C, BLOCK_P], REAL)
-    for first_class in range(0, n_classes, BLOCK_C):
-        c = first_class + tl.arange(0, BLOCK_C).to(tl.int64)[:, None]  # [BLOCK_C, 1]
-        counts = exists[None, :] & (c < n_classes)
-        logit = tl.load(score_ptr[None, :] + c * score_stride[None, :], mask=counts, other=0.0).to(REAL)
-        total += tl.where(counts, _focal(logit, c == own_label[None, :], exponent, positive, negative), 0.0)
-    weight = tl.load(label_weight[0] + row * label_weight[1], mask=exists, other=0.0).to(REAL)
-    loss = tl.sum(total, 0) * weight
-
-    delta_ptr, delta_stride = _of_map(delta_ptrs, level, row_ptr + 6, image, y, x, exists)
+    delta_ptr, delta_stride = _of_map(row_ptr + 7, image, y, x, exists, delta_ptrs[0].dtype)
     dx, dy, dw, dh = _load4(delta_ptr, delta_stride, exists)
-    anchor_ptr = _of_level(anchor_ptrs, level) + cell * tl.load(row_ptr + 10, mask=exists, other=0)
-    x1, y1, x2, y2 = _load4(anchor_ptr, tl.load(row_ptr + 11, mask=exists, other=0), exists)
+    anchor_ptr = tl.load(row_ptr + 12, mask=exists, other=0).to(anchor_ptrs[0].dtype)
+    anchor_ptr += cell * tl.load(row_ptr + 13, mask=exists, other=0)
+    x1, y1, x2, y2 = _load4(anchor_ptr, tl.load(row_ptr + 14, mask=exists, other=0), exists)
     limit = _option(option_ptr + 4)
     x1, x2 = _decode_side(x1, x2, dx * _option(option_ptr), dw * _option(option_ptr + 2), limit)
     y1, y2 = _decode_side(y1, y2, dy * _option(option_ptr + 1), dh * _option(option_ptr + 3), limit)
     target = _load4(bbox_target[0] + row * bbox_target[1], bbox_target[2], exists)
     w0, w1, w2, w3 = _load4(bbox_weight[0] + row * bbox_weight[1], bbox_weight[2], exists)
     weight = (w0 + w1 + w2 + w3) * (_option(option_ptr + 5) * 0.25)
-    loss += (_giou_loss(x1, y1, x2, y2, *target) * weight).to(REAL)
+    loss = (_giou_loss(x1, y1, x2, y2, *target) * weight).to(REAL)
+
+    score_ptr, score_stride = _of_map(row_ptr + 2, image, y, x, exists, score_ptrs[0].dtype)
+    own_label = tl.load(label[0] + row * label[1], mask=exists, other=-1)
+    gamma = _option(option_ptr + 6).to(REAL)
+    positive, negative = _option(option_ptr + 7).to(REAL), _option(option_ptr + 8).to(REAL)
+    total = tl.zeros([BLOCK_C, BLOCK_P], REAL)
+    for first_class in range(0, n_classes, BLOCK_C):
+        c = first_class + tl.arange(0, BLOCK_C).to(tl.int64)[:, None]  # [BLOCK_C, 1]
+        counts = exists[None, :] & (c < n_classes)
+        logit = tl.load(score_ptr[None, :] + c * score_stride[None, :], mask=counts, other=0.0).to(REAL)
+        total += tl.where(counts, _focal(logit, c == own_label[None, :], gamma, positive, negative), 0.0)
+    weight = tl.load(label_weight[0] + row * label_weight[1], mask=exists, other=0.0).to(REAL)
+    loss += tl.sum(total, 0) * weight
     tl.store(loss_ptr + position, tl.where(exists, loss, float("nan")), mask=inside)
 
 
@@ -190,7 +183,10 @@ def _level_table(anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_p
     return [
         number
         for begin, boxes, scores, deltas in levels
-        for number in (begin, scores.shape[3], *scores.stride(), *deltas.stride(), *boxes.stride())
+        for number in (
+            *(begin, scores.shape[3], scores.data_ptr(), *scores.stride()),
+            *(deltas.data_ptr(), *deltas.stride(), boxes.data_ptr(), *boxes.stride()),
+        )
     ]
 
 
@@ -218,7 +214,8 @@ def candidate_losses(
     starts = image_starts([inds.shape[0] for inds in pos_inds], [0] * images, [total] * images, BLOCK_P)
     starts = list(itertools.chain(*starts))
     # In memory and not as arguments: they are needed late, and would fill AMD's scalar registers until then.
-    options = struct.unpack("6q", struct.pack("6d", *stds, abs(math.log(wh_ratio_clip)), loss_bbox_weight))
+    weights = loss_bbox_weight, gamma, loss_cls_weight * alpha, loss_cls_weight * (1 - alpha)
+    options = struct.unpack("9q", struct.pack("9d", *stds, abs(math.log(wh_ratio_clip)), *weights))
     table = stage([*starts, *options, *_level_table(anchors, cls_scores, bbox_preds)], losses)
     keep(losses, table)
     columns = [concatenate(column) for column in (pos_inds, label, label_weight, bbox_target, bbox_weight)]
@@ -232,9 +229,6 @@ def candidate_losses(
             images,
             cls_scores[0].shape[1],
             *((column, *column.stride()) for column in columns),
-            gamma,
-            loss_cls_weight * alpha,
-            loss_cls_weight * (1 - alpha),
             table[len(starts) :],
             losses,
             **launch_rule(losses.itemsize == 8),
