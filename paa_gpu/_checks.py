@@ -48,7 +48,7 @@ def check_tensor(
 
 def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
     """A list or tuple with an entry for each `entry`: not empty, or of this length, which is that of `like`."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type(value).__name__}")
     if length is None and len(value) == 0:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list")
@@ -62,7 +62,7 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
 
 
 def check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
@@ -74,7 +74,7 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_float(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
 
 
@@ -86,7 +86,7 @@ def check_non_negative(name: str, value: Any) -> None:
 
 def level_sizes_of(name: str, levels: Any) -> list[int]:
     """The number of anchors of each level, from a list of ints or of Tensor[A_l, 4]."""
-    check_list(name, levels, "level", len(levels) if isinstance(levels, list | tuple) else None)
+    check_list(name, levels, "level", len(levels) if isinstance(levels, (list, tuple)) else None)
     sizes = []
     for i, level in enumerate(levels):
         if isinstance(level, Tensor):

@@ -182,7 +182,7 @@ def paa_reassign_batch(
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
     """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
-    if not isinstance(anchors, list | tuple) or not anchors or not isinstance(anchors[0], list | tuple):
+    if not isinstance(anchors, (list, tuple)) or not anchors or not isinstance(anchors[0], (list, tuple)):
         return [level_sizes_of("anchors", anchors)] * images
     check_list("anchors", anchors, length=images)
     sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]
