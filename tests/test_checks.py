@@ -401,7 +401,8 @@ def page() -> str:
         "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
         "`assign_max_iou`": ASSIGNMENT,
         "`candidate_losses`": HEAD,
-        "`PAAHead`": [(None, ValueError, message) for *_, message in SETTINGS + INPUTS],
+        "`PAAHead`": SETTINGS,
+        "`PAAHead.loss`": [(None, ValueError, message) for *_, message in INPUTS],
     }
     text = (
         "# Errors\n\nEvery kind of bad input that is refused, with the error that it gives: from the tests that check them, by their "
