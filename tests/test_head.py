@@ -96,6 +96,14 @@ def test_image_sizes_leave_out_what_is_beyond():
     torch.testing.assert_close(wide, alone)
 
 
+@pytest.mark.parametrize("boxes", [1, 10_000])
+def test_every_anchor_is_a_potential_positive(boxes):
+    """Of one box, and of many more boxes than anchors."""
+    for loss in make_head(pos_iou_thr=0.0).loss(make_features(1), make_targets([boxes])).values():
+        assert loss.isfinite()
+        assert loss > 0
+
+
 def test_levels_to_images():
     levels = make_features(2)
     for image, got in enumerate(paa_gpu.levels_to_images(levels)):
@@ -218,6 +226,8 @@ INPUTS = [
     (make_features(1), boxes_of(labels=torch.tensor([0, 3])), None, "`targets[0]['labels']` must be in [0, 3), got 3 at position 1"),
     (make_features(1), boxes_of(labels=torch.tensor([-1, 3]).int()), None, "`targets[0]['labels']` must be in [0, 3), got -1 at position 0"),
     (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
+    ([*make_features(1)[:1], make_features(1)[1].to("meta")], make_targets([2]), None, "`features[1]` must be on cpu as the other tensors are, got meta"),
+    (make_features(1), boxes_of(boxes=torch.zeros(2, 4, device="meta")), None, "`targets[0]['boxes']` must be on cpu as the other tensors are, got meta"),
     (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
 ]  # fmt: skip
