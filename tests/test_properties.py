@@ -40,11 +40,11 @@ orders = st.randoms(use_true_random=False)
 
 
 @pytest.fixture(scope="module")
-def ground_truths():
-    """How many the properties of this module were tried on; `make fuzz` shows it."""
+def ground_truths(request):
+    """How many the properties of this module were tried on; `make fuzz` shows it, and the seed that repeats the run."""
     seen = [0]
     yield seen
-    print(f"\n{seen[0]:,} ground truths")
+    print(f"\n{seen[0]:,} ground truths, seed {request.config.getoption('--hypothesis-seed')}")
 
 
 def reassign(batch, chosen, **changed):
@@ -145,7 +145,8 @@ def test_more_than_all_candidates_are_all(ground_truths, batch, chosen):
 
 
 @given(batches, options, st.sampled_from([0.25, 2.0, 1024.0]))
-def test_weights_scale(batch, chosen, scale):
+def test_weights_scale(ground_truths, batch, chosen, scale):
+    ground_truths[0] += sum(batch.num_gts)
     scaled = batch._replace(bbox_weight=[weight * scale for weight in batch.bbox_weight])
     got, wanted = reassign(scaled, chosen), reassign(batch, chosen)
     assert_same(got, wanted._replace(bbox_weight=[weight * scale for weight in wanted.bbox_weight]))
