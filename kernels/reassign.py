@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import PRECISIONS, empty_fit
+from paa_gpu._ops import PRECISIONS, count_gts, empty_fit
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels.em import launch_fit
 from paa_gpu.kernels.topk import (
@@ -163,12 +163,13 @@ def paa_reassign(
     pos_inds: Tensor,
     pos_gt_inds: Tensor,
     level_sizes: Sequence[int],
-    num_gt: int,
+    num_gt: int | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """The operator `paa_gpu::paa_reassign`: a batch of one image."""
+    num_gts = count_gts([pos_gt_inds]) if num_gt is None else [num_gt]
     tensors = ([tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds))
-    return paa_reassign_batch(*tensors, level_sizes, [num_gt], *options)[:4]
+    return paa_reassign_batch(*tensors, level_sizes, num_gts, *options)[:4]
 
 
 def fit_candidates(

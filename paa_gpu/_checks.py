@@ -1,7 +1,7 @@
 """What arguments must be, and the wording of the errors: "`<argument>` must ..., got ...".
 
 Checks go in the order rank, shape, dtype, device, values; all of them come before any work, and only those of `validate=True`
-read tensors, and `check_classes`, which does so on the CPU only. Types are tested as tuples: torch 2.9 cannot compile a union.
+read tensors, and `check_classes`, which does so on the CPU only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
+# Not `int | float` where it is used: Python would make the union again on every call, and torch 2.9 cannot compile it.
+INT = (int, torch.SymInt)
+REAL = (int, float)
+LIST = (list, tuple)
 INTEGERS = (*INDICES, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -48,7 +52,7 @@ def check_tensor(
 
 def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
     """A list or tuple with an entry for each `entry`: not empty, or of this length, which is that of `like`."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, LIST):
         raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type(value).__name__}")
     if length is None and len(value) == 0:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list")
@@ -62,7 +66,7 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
 
 
 def check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, INT):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
@@ -74,7 +78,7 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_float(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, REAL):
         raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
 
 
@@ -101,7 +105,7 @@ def check_classes(name: str, labels: Tensor, num_classes: int) -> None:
 
 def level_sizes_of(name: str, levels: Any) -> list[int]:
     """The number of anchors of each level, from a list of ints or of Tensor[A_l, 4]."""
-    check_list(name, levels, "level", len(levels) if isinstance(levels, (list, tuple)) else None)
+    check_list(name, levels, "level", len(levels) if isinstance(levels, LIST) else None)
     sizes = []
     for i, level in enumerate(levels):
         if isinstance(level, Tensor):

@@ -40,6 +40,13 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
     )
 
 
+def count_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
+    """The largest index of each image and one more, which has to be read: one synchronisation."""
+    largest = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
+    found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
+    return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
+
+
 def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
     """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]."""
     dtype = PRECISIONS[precision]
@@ -182,7 +189,7 @@ def paa_reassign(
     pos_inds: Tensor,
     pos_gt_inds: Tensor,
     level_sizes: Sequence[int],
-    num_gt: int,
+    num_gt: int | None,
     num_classes: int,
     topk: int,
     covariance_type: str,
@@ -191,7 +198,7 @@ def paa_reassign(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The targets of one image, without what only a caller of `paa_reassign_batch` sees: label [A], label_weight [A],
-    bbox_weight [A, 4], num_pos [1]."""
+    bbox_weight [A, 4], num_pos [1]. Their sizes do not depend on `num_gt`, so None, see `count_gts`, is left to the operator."""
     return _empty_targets([label], [label_weight], [bbox_weight])
 
 

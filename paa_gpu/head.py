@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ._checks import (
     FLOATS,
     INDICES,
+    LIST,
     check_bool,
     check_classes,
     check_float,
@@ -507,7 +508,7 @@ def _flatten(levels: Sequence[Tensor]) -> Tensor:
 
 def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:
     """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`; pinned, so that nothing waits for the copy."""
-    pairs = [value if isinstance(value, (tuple, list)) else (value, value) for value in values]
+    pairs = [value if isinstance(value, LIST) else (value, value) for value in values]
     host = torch.tensor([[[x, y, x, y]] for x, y in pairs], dtype=like.dtype, pin_memory=like.is_cuda)
     return host.to(like.device, non_blocking=True)
 
@@ -530,5 +531,5 @@ def _check_levels(name: str, levels: Sequence[Tensor], channels: int | None) -> 
 def _check_sizes(image_sizes: Any, num_images: int) -> None:
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
-        if not isinstance(size, (tuple, list)) or len(size) != 2:
+        if not isinstance(size, LIST) or len(size) != 2:
             raise ValueError(f"`image_sizes[{i}]` must be (height, width), got {size!r}")

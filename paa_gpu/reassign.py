@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
+from ._checks import FLOATS, INDICES, LIST, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
 from .em import COVARIANCE_TYPES, GaussianMixture1D
 from .separation import SCHEMES
 
@@ -100,7 +100,7 @@ def paa_reassign(
     its candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out
     of range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2.
     """
-    columns, sizes, num_gts = _checked(
+    columns, sizes = _checked(
         [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
         [level_sizes_of("anchors", anchors)],
         None if num_gt is None else [num_gt],
@@ -108,9 +108,9 @@ def paa_reassign(
     )  # fmt: skip
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
     if callable(separation):
-        results = _with_callable(columns, sizes, num_gts, *options)
+        results = _with_callable(columns, sizes, None if num_gt is None else [num_gt], *options)
     else:
-        results = _ops.paa_reassign(*(column[0] for column in columns), sizes, num_gts[0], *options)
+        results = _ops.paa_reassign(*[column[0] for column in columns], sizes, num_gt, *options)
     return results[0], results[1], results[2], int(results[3])
 
 
@@ -157,7 +157,7 @@ def paa_reassign_batch(
         check_list(name, column, length=images)
     if num_gts is not None:
         check_list("num_gts", num_gts, length=images)
-    checked, sizes, num_gts = _checked(
+    checked, sizes = _checked(
         columns, _levels_of_images(anchors, images), num_gts,
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
     )  # fmt: skip
@@ -165,7 +165,7 @@ def paa_reassign_batch(
     if callable(separation):
         results = _with_callable(checked, sizes, num_gts, *options)
     else:
-        results = _ops.paa_reassign_batch(*checked, sizes, num_gts, *options)
+        results = _ops.paa_reassign_batch(*checked, sizes, num_gts or _ops.count_gts(checked[-1]), *options)
     anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
     return Reassignment(
         list(results[0].split_with_sizes(anchors_of)),
@@ -182,7 +182,7 @@ def paa_reassign_batch(
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
     """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
-    if not isinstance(anchors, (list, tuple)) or not anchors or not isinstance(anchors[0], (list, tuple)):
+    if not isinstance(anchors, LIST) or not anchors or not isinstance(anchors[0], LIST):
         return [level_sizes_of("anchors", anchors)] * images
     check_list("anchors", anchors, length=images)
     sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]
@@ -202,9 +202,9 @@ def _checked(
     precision: str,
     validate: bool,
     suffix: Sequence[str],
-) -> tuple[list[list[Tensor]], list[int], Sequence[int]]:
-    """The six lists of tensors, one entry per image and detached; the level sizes of all images; the ground truths of each. The
-    names of an image's tensors end in its `suffix` in errors."""
+) -> tuple[list[list[Tensor]], list[int]]:
+    """The six lists of tensors, one entry per image and detached; the level sizes of all images. The names of an image's tensors
+    end in its `suffix` in errors."""
     _check_tensors(columns, level_sizes, suffix)
     check_int("num_classes", num_classes, 1)
     check_int("topk", topk, 1)
@@ -216,19 +216,19 @@ def _checked(
     for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
         check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
     detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
-    pos_losses, label, _, _, pos_inds, pos_gt_inds = detached
-    num_gts = _num_gts(pos_gt_inds) if num_gts is None else num_gts
     if validate:
+        pos_losses, label, _, _, pos_inds, pos_gt_inds = detached
+        num_gts = num_gts or _ops.count_gts(pos_gt_inds)
         for image, end in enumerate(suffix):
             values = (pos_losses[image], label[image], pos_inds[image], pos_gt_inds[image])
             check_values(end, *values, num_gts[image], num_classes)
-    return detached, [size for levels in level_sizes for size in levels], num_gts
+    return detached, [size for levels in level_sizes for size in levels]
 
 
 def _with_callable(
     columns: Sequence[Sequence[Tensor]],
     level_sizes: Sequence[int],
-    num_gts: Sequence[int],
+    num_gts: Sequence[int] | None,
     num_classes: int,
     topk: int,
     covariance_type: str,
@@ -239,7 +239,7 @@ def _with_callable(
     """What the operator `paa_reassign_batch` returns, with a caller's scheme between two operators."""
     pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
-        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
+        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts or _ops.count_gts(pos_gt_inds), topk, covariance_type, precision
     )
     masks = _separate(separation, singleton, loss, count, assignment, score, fit[-1])
     *targets, positive, ignored = _ops.write_targets(label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes)
@@ -259,13 +259,6 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Se
             raise ValueError(
                 f"`anchors` must hold {sizes['A']} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
             )
-
-
-def _num_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
-    """The largest index of each image and one more: the one synchronisation of a caller who does not know them."""
-    largest = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
-    found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
-    return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 
 
 def _separate(

@@ -7,20 +7,40 @@ threads. Our loops release the GIL, so ordinary threads do.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from numba import njit
+from numba.extending import register_jitable
 
-# error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
-compiled = njit(nogil=True, cache=True, error_model="numpy")
+# numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
+# function calls lies in other files, so the name tells all of them.
+_SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+_VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def compile_at_first_call(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += f"-{_VERSION}"
+        # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
+        return njit(function, nogil=True, cache=True, error_model="numpy", **options)
+
+    return compile_at_first_call
+
+
+compiled = _compiled()
 
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the
 # same on any number of threads; infinities and NaN stay what they are.
-compiled_sums = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+compiled_sums = _compiled(fastmath={"reassoc", "contract", "arcp", "nsz"})
+
+# Python to Python, and a part of the compiled functions that call it.
+shared = register_jitable
 
 
 @functools.cache

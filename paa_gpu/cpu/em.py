@@ -24,8 +24,8 @@ from torch import Tensor
 from .._ops import PRECISIONS
 from ..separation import tie_tolerance
 from ._arrays import Array, flat, view
-from ._loops import compiled, compiled_sums, over_slices
-from ._numeric import exp
+from ._loops import compiled, compiled_sums, over_slices, shared
+from ._numeric import exp, log1p
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
@@ -119,9 +119,9 @@ def _assign(
         score[i] = max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1
     for i in range(len(y)):
-        r1[i] = exp(-abs(r0[i]))
+        r1[i] = log1p(exp(-abs(r0[i])))
     for i in range(size):
-        score[i] += math.log(y.dtype.type(1) + r1[i])
+        score[i] += r1[i]
 
 
 @compiled
@@ -135,7 +135,7 @@ def _extent(values: Any) -> tuple[Any, Any, bool]:
 
 
 @compiled
-def _fit_rows(
+def fit_rows(
     first: int,
     last: int,
     x: Any,
@@ -202,41 +202,50 @@ def _fit_rows(
         mean += smallest
 
 
+@shared
+def empty_fit(rows: int, width: int, real: Any) -> tuple[Array, ...]:
+    """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]; assignment, score [G, width]."""
+    return (
+        np.empty((rows, 2), real),
+        np.empty((rows, 2), real),
+        np.empty((rows, 2), real),
+        np.empty(rows, real),
+        np.empty(rows, np.int64),
+        np.empty(rows, np.bool_),
+        np.empty(rows, np.bool_),
+        np.empty((rows, width), np.bool_),
+        np.empty((rows, width), real),
+    )
+
+
+def fit(x: Array, start: Array, count: Array, width: int, options: tuple[Any, ...]) -> tuple[Array, ...]:
+    """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g: what `empty_fit` holds."""
+    results = empty_fit(len(start), width, options[0].dtype)
+    over_slices(fit_rows, len(start), SERIAL_ROWS, x, start, count, *options, *results)
+    return results
+
+
 @functools.cache
 def _defaults(precision: str) -> tuple[Array, Array, Array]:
-    """Weights and precisions for all rows; no means: each row's own minimum and maximum."""
+    """Weights, means and precisions for all rows; no means: each row's own minimum and maximum."""
     return np.full((1, 2), 0.5, precision), np.empty((0, 2), precision), np.ones((1, 2), precision)
 
 
-def fit_rows(
-    x: Array,
-    start: Array,
-    count: Array,
-    weights_init: Tensor | None,
-    means_init: Tensor | None,
-    precisions_init: Tensor | None,
-    covariance_type: str,
-    tol: float,
-    reg_covar: float,
-    max_iter: int,
+def fit_options(
     precision: str,
-    width: int = 0,
-) -> tuple[list[Array], Array, Array]:
-    """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g; with a `width`, assignment and score [G, width] too."""
-    rows, real = len(start), np.dtype(precision)
-    weights, means, precisions = _defaults(precision)
-    weights = weights if weights_init is None else flat([weights_init], real)
-    means = means if means_init is None else flat([means_init], real)
-    precisions = precisions if precisions_init is None else flat([precisions_init], real)
-    fit = [np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty((rows, 2), real), np.empty(rows, real)]
-    fit += [np.empty(rows, np.int64), np.empty(rows, bool), np.empty(rows, bool)]
-    assignment, score = np.empty((rows, width), bool), np.empty((rows, width), real)
-    over_slices(
-        _fit_rows, rows, SERIAL_ROWS, x, start, count,
-        weights, means, precisions, covariance_type == "tied", tol, reg_covar, max_iter, tie_tolerance(PRECISIONS[precision]),
-        *fit, assignment, score,
-    )  # fmt: skip
-    return fit, assignment, score
+    covariance_type: str,
+    tol: float = 1e-3,
+    reg_covar: float = 1e-6,
+    max_iter: int = 100,
+    initial: Sequence[Tensor | None] = (None, None, None),
+) -> tuple[Any, ...]:
+    """What `fit_rows` takes between the rows and its results. The initial weights, means and precisions are of the dtype of the
+    fit, given or not."""
+    given = [
+        default if values is None else flat([values], default.dtype)
+        for values, default in zip(initial, _defaults(precision), strict=True)
+    ]
+    return *given, covariance_type == "tied", tol, reg_covar, max_iter, tie_tolerance(PRECISIONS[precision])
 
 
 def fit_gmm_1d(
@@ -259,8 +268,5 @@ def fit_gmm_1d(
         rows, width = x.shape
         start = np.arange(rows) * width
         size = np.full(rows, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
-    fit, _, _ = fit_rows(
-        flat([x], precision).reshape(-1), start, size, weights_init, means_init, precisions_init,
-        covariance_type, tol, reg_covar, max_iter, precision,
-    )  # fmt: skip
-    return tuple(map(torch.from_numpy, fit))
+    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, (weights_init, means_init, precisions_init))
+    return tuple(map(torch.from_numpy, fit(flat([x], precision).reshape(-1), start, size, 0, options)[:7]))

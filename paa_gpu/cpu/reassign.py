@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, over_slices
-from .em import fit_rows
-from .topk import SERIAL_IMAGES, select
+from .em import SERIAL_ROWS as FIT_SERIAL_ROWS
+from .em import empty_fit, fit, fit_options, fit_rows
+from .topk import SERIAL_IMAGES, empty_candidates, empty_groups, flatten, group_images, select, select_rows
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.3 us, handing over 100.
 SERIAL_ROWS = 2048
@@ -73,6 +75,14 @@ def _separate_rows(
 
 
 @compiled
+def _largest(values: Any) -> int:
+    largest = -1
+    for value in values:
+        largest = max(largest, value)
+    return largest
+
+
+@compiled
 def _number_rows(gt_offset: Any) -> tuple[Any, Any]:
     """The image of every row, and which of its ground truths the row is."""
     rows, images = gt_offset[-1], len(gt_offset) - 1
@@ -106,89 +116,83 @@ def _write_images(
             elif 0 <= pos_inds[p] < anchor_offset[image + 1] - anchor_offset[image]:
                 anchor = anchor_offset[image] + pos_inds[p]
                 label[anchor] = num_classes
-                for side in range(4):
-                    bbox_weight[anchor, side] = 0
+                bbox_weight[anchor] = 0
                 if ignored[p]:
                     label_weight[anchor] = 0
 
 
-def _copy(images: Sequence[Tensor]) -> Array:
-    """The images' targets one after the other, in memory of their own; half precision as int16, in which zero has the same
-    bits."""
-    values = [(image.view(torch.int16) if image.itemsize == 2 else image).numpy() for image in images]
-    return values[0].copy() if len(values) == 1 else np.concatenate(values)
+def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
+    """Write what the masks [P] say into the targets that `_targets` gives; returns the number of positives of each image."""
+    num_pos = np.empty(len(pos_offset) - 1, np.int64)
+    over_slices(_write_images, len(num_pos), SERIAL_IMAGES, pos_inds, positive, ignored, pos_offset, *targets, num_pos)
+    return num_pos
 
 
-def _write(
-    label: Sequence[Tensor],
-    label_weight: Sequence[Tensor],
-    bbox_weight: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    positive: Array,
-    ignored: Array,
-    num_classes: int,
-) -> tuple[Tensor, ...]:
-    """Copies of the targets with what the masks [P] say written into them, and the number of positives of each image."""
-    inputs = (label, label_weight, bbox_weight)
-    targets = [_copy(images) for images in inputs]
-    num_pos = np.empty(len(label), np.int64)
-    over_slices(
-        _write_images, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), positive, ignored, offsets(lengths(pos_inds)),
-        offsets(lengths(label)), num_classes, *targets, num_pos,
-    )  # fmt: skip
-    written = [torch.from_numpy(target) for target in targets]
-    # Half precision was copied as int16.
-    written = [
-        image.view(given[0].dtype) if given[0].itemsize == 2 else image for image, given in zip(written, inputs, strict=True)
-    ]
-    return *written, torch.from_numpy(num_pos)
-
-
-def _fit(
-    pos_losses: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    pos_gt_inds: Sequence[Tensor],
-    level_sizes: Sequence[int],
-    num_gts: Sequence[int],
-    topk: int,
-    covariance_type: str,
-    precision: str,
-) -> tuple[tuple[Array, ...], list[Array]]:
-    """loss, index, count, assignment, score of the candidates; the fit."""
-    loss, index, count = select(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+def _fit(losses: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The candidates, loss, index and count; their fit, with assignment and score."""
+    candidates = loss, _, count = select(losses)
     rows, width = loss.shape
-    fit, assignment, score = fit_rows(
-        loss.reshape(-1), np.arange(rows) * width, count, None, None, None, covariance_type, 1e-3, 1e-6, 100, precision, width
-    )
-    return (loss, index, count, assignment, score), fit
+    return candidates, fit(loss.reshape(-1), np.arange(rows) * width, count, width, options)
 
 
 def _reassign(
-    pos_losses: Sequence[Tensor],
-    label: Sequence[Tensor],
-    label_weight: Sequence[Tensor],
-    bbox_weight: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    pos_gt_inds: Sequence[Tensor],
-    level_sizes: Sequence[int],
-    num_gts: Sequence[int],
-    num_classes: int,
-    topk: int,
-    covariance_type: str,
-    separation: str,
-    singleton: str,
-    precision: str,
-) -> tuple[tuple[Tensor, ...], list[Array], Array, Array]:
-    """The targets with num_pos, the fit, the masks positive and ignored."""
-    candidates, fit = _fit(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision)
-    loss, index, count, assignment, score = candidates
-    potential = sum(lengths(pos_inds))
-    positive, ignored = np.zeros(potential, bool), np.zeros(potential, bool)
-    over_slices(
-        _separate_rows, len(count), SERIAL_ROWS, loss, index, count, fit[-1], assignment, score, tuple(SCHEMES[separation]),
-        singleton == "positive", tie_tolerance(PRECISIONS[precision]), positive, ignored,
-    )  # fmt: skip
-    return _write(label, label_weight, bbox_weight, pos_inds, positive, ignored, num_classes), fit, positive, ignored
+    losses: tuple[Any, ...], options: tuple[Any, ...], rule: tuple[Any, ...], targets: tuple[Any, ...]
+) -> tuple[Array, tuple[Array, ...], Array, Array]:
+    """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
+    candidates, fit = _fit(losses, options)
+    pos_inds, pos_offset = losses[1], losses[3]
+    masks = np.zeros(len(pos_inds), bool), np.zeros(len(pos_inds), bool)
+    over_slices(_separate_rows, len(candidates[0]), SERIAL_ROWS, *candidates, *fit[-3:], *rule, *masks)
+    return _write(pos_inds, *masks, pos_offset, targets), fit[:-2], *masks
+
+
+@compiled
+def _reassign_few(losses: Any, options: Any, rule: Any, targets: Any) -> Any:
+    """The number of positives from `_reassign`, for a few rows of one image. It runs the same loops, on this thread: what Python
+    does between them would take longer than they do."""
+    loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, width = losses
+    levels, rows = level_bounds.shape[1] - 1, gt_offset[-1]
+    groups = empty_groups(rows, levels, len(loss))
+    bits = loss.astype(np.float64).view(np.int64)
+    group_images(0, 1, bits, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, *groups)
+    candidates = empty_candidates(rows, width, loss.dtype)
+    select_rows(0, rows, levels, topk, loss, *groups, *candidates)
+    fit = empty_fit(rows, width, options[0].dtype)
+    fit_rows(0, rows, candidates[0].reshape(-1), np.arange(rows) * width, candidates[2], *options, *fit)
+    positive, ignored = np.zeros(len(loss), np.bool_), np.zeros(len(loss), np.bool_)
+    _separate_rows(0, rows, *candidates, *fit[-3:], *rule, positive, ignored)
+    num_pos = np.empty(1, np.int64)
+    _write_images(0, 1, pos_inds, positive, ignored, pos_offset, *targets, num_pos)
+    return num_pos
+
+
+def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
+    """The images' targets one after the other, in memory of their own, as a tensor and as the bytes of each anchor: zero has the
+    same bytes in every dtype, so that one compiled loop writes all."""
+    dtype = images[0].dtype
+    # Half precision as int16: numpy has no bfloat16.
+    values = [(image.view(torch.int16) if dtype.itemsize == 2 else image).numpy() for image in images]
+    copy = values[0].copy() if len(values) == 1 else np.concatenate(values)
+    tensor = torch.from_numpy(copy)
+    return tensor.view(dtype) if dtype.itemsize == 2 else tensor, (copy if copy.ndim == 2 else copy[:, None]).view(np.uint8)
+
+
+def _targets(
+    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor], num_classes: int
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Copies of the targets: the tensors, and what `_write` takes."""
+    labels = label[0].numpy().copy() if len(label) == 1 else np.concatenate([image.numpy() for image in label])
+    weights, weight_bytes = _copied(label_weight)
+    box_weights, box_weight_bytes = _copied(bbox_weight)
+    anchor_offset = offsets(lengths(label))
+    return (torch.from_numpy(labels), weights, box_weights), (anchor_offset, num_classes, labels, weight_bytes, box_weight_bytes)
+
+
+@functools.cache
+def _rules(covariance_type: str, separation: str, singleton: str, precision: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What `_reassign` takes between the losses and the targets."""
+    rule = tuple(SCHEMES[separation]), singleton == "positive", tie_tolerance(PRECISIONS[precision])
+    return fit_options(precision, covariance_type), rule
 
 
 def paa_reassign(
@@ -199,12 +203,19 @@ def paa_reassign(
     pos_inds: Tensor,
     pos_gt_inds: Tensor,
     level_sizes: Sequence[int],
-    num_gt: int,
-    *options: Any,
+    num_gt: int | None,
+    num_classes: int,
+    topk: int,
+    *options: str,
 ) -> tuple[Tensor, ...]:
-    return _reassign(
-        [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], *options
-    )[0]
+    num_gt = _largest(flat([pos_gt_inds], np.int64)) + 1 if num_gt is None else num_gt
+    losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
+    tensors, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
+    if num_gt < FIT_SERIAL_ROWS:
+        num_pos = _reassign_few(losses, *_rules(*options), targets)
+    else:
+        num_pos = _reassign(losses, *_rules(*options), targets)[0]
+    return *tensors, torch.from_numpy(num_pos)
 
 
 def paa_reassign_batch(
@@ -216,12 +227,14 @@ def paa_reassign_batch(
     pos_gt_inds: Sequence[Tensor],
     level_sizes: Sequence[int],
     num_gts: Sequence[int],
-    *options: Any,
+    num_classes: int,
+    topk: int,
+    *options: str,
 ) -> tuple[Tensor, ...]:
-    targets, fit, *masks = _reassign(
-        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds, level_sizes, num_gts, *options
-    )
-    return *targets, *map(torch.from_numpy, (*fit, *_number_rows(offsets(num_gts)), *masks))
+    losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    num_pos, fit, *masks = _reassign(losses, *_rules(*options), targets)
+    return *tensors, *map(torch.from_numpy, (num_pos, *fit, *_number_rows(offsets(num_gts)), *masks))
 
 
 def fit_candidates(
@@ -234,8 +247,9 @@ def fit_candidates(
     covariance_type: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    (loss, *candidates), fit = _fit(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision)
-    arrays = (*candidates, *fit, *_number_rows(offsets(num_gts)))
+    losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    (loss, *candidates), (*fit, assignment, score) = _fit(losses, fit_options(precision, covariance_type))
+    arrays = (*candidates, assignment, score, *fit, *_number_rows(offsets(num_gts)))
     return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, arrays)
 
 
@@ -252,4 +266,6 @@ def write_targets(
     masks = np.zeros(sum(lengths(pos_inds)), bool), np.zeros(sum(lengths(pos_inds)), bool)
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
-    return *_write(label, label_weight, bbox_weight, pos_inds, *masks, num_classes), *map(torch.from_numpy, masks)
+    tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    num_pos = _write(flat(pos_inds, np.int64), *masks, offsets(lengths(pos_inds)), targets)
+    return *tensors, *map(torch.from_numpy, (num_pos, *masks))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._ops import max_candidates
 from ._arrays import Array, flat, lengths, offsets, tensor
-from ._loops import compiled, over_slices
+from ._loops import compiled, over_slices, shared
 
 # Rows and images below which a second thread costs more than it saves, measured on 2 cores: a row takes 1 us, an image of
 # 10,000 potential positives 100, and handing over to a thread 100.
@@ -38,7 +38,13 @@ def _ordered_key(bits: int) -> int:
 
 
 @compiled
-def _group_images(
+def _stable_order(values: Any) -> Any:
+    """The positions of the values, smallest first, equal ones as they stand; compiled once for all that sort."""
+    return np.argsort(values, kind="mergesort")
+
+
+@compiled
+def group_images(
     first: int,
     last: int,
     loss_bits: Any,
@@ -77,7 +83,7 @@ def _group_images(
             size = group_stop[g]
             group_start[g] = group_stop[g] = place
             place += size
-        order = np.arange(0) if ascending else np.argsort(anchor[start:stop], kind="mergesort")
+        order = np.arange(0) if ascending else _stable_order(anchor[start:stop])
         for i in range(stop - start):
             at = i if ascending else order[i]
             g = group[at]
@@ -101,7 +107,9 @@ def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
     """Make chosen the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
     size = len(chosen)
     if size > INSERTION_LIMIT:
-        chosen[:] = start + np.argsort(key[start:stop], kind="mergesort")[:size]
+        order = _stable_order(key[start:stop])
+        for place in range(size):
+            chosen[place] = start + order[place]
         return
     for place in range(size):
         _insert(start + place, key, chosen, place)
@@ -118,14 +126,19 @@ def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
 def _sort(key: Any, chosen: Any) -> None:
     """Put the slots in the order of their keys, equal ones as they stand."""
     if len(chosen) > INSERTION_LIMIT:
-        chosen[:] = chosen[np.argsort(key[chosen], kind="mergesort")]
+        slots, keys = chosen.copy(), np.empty(len(chosen), np.int64)
+        for place in range(len(slots)):
+            keys[place] = key[slots[place]]
+        order = _stable_order(keys)
+        for place in range(len(slots)):
+            chosen[place] = slots[order[place]]
         return
     for place in range(len(chosen)):
         _insert(chosen[place], key, chosen, place)
 
 
 @compiled
-def _select_rows(
+def select_rows(
     first: int,
     last: int,
     levels: int,
@@ -156,29 +169,59 @@ def _select_rows(
         row_count[row] = count
 
 
-def select(
+@shared
+def empty_groups(rows: int, levels: int, potential: int) -> tuple[Array, ...]:
+    """group_start, group_stop [G * L]; member, key [P]."""
+    return (
+        np.empty(rows * levels, np.int64),
+        np.empty(rows * levels, np.int64),
+        np.empty(potential, np.int64),
+        np.empty(potential, np.int64),
+    )
+
+
+@shared
+def empty_candidates(rows: int, width: int, dtype: Any) -> tuple[Array, ...]:
+    """loss, index [G, K]; count [G]."""
+    return np.empty((rows, width), dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
+
+
+def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
+    """loss, index [G, K] and count [G] of what `flatten` gives."""
+    loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, width = losses
+    images, levels, rows = level_bounds.shape[0], level_bounds.shape[1] - 1, gt_offset[-1]
+    groups = empty_groups(rows, levels, len(loss))
+    bits = loss.astype(np.float64).view(np.int64)
+    over_slices(
+        group_images, images, SERIAL_IMAGES, bits, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, *groups
+    )  # fmt: skip
+    candidates = empty_candidates(rows, width, loss.dtype)
+    over_slices(select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, *candidates)
+    return candidates
+
+
+def flatten(
     pos_losses: Sequence[Tensor],
     pos_inds: Sequence[Tensor],
     pos_gt_inds: Sequence[Tensor],
     level_sizes: Sequence[int],
     num_gts: Sequence[int],
     topk: int,
-) -> tuple[Array, Array, Array]:
-    """loss, index [G, K] and count [G], as arrays; half-precision losses as float32, which holds them in the same order."""
-    images, rows = len(pos_inds), sum(num_gts)
-    levels, width = len(level_sizes) // images, max_candidates(pos_inds, level_sizes, topk)
-    loss = flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32)
+) -> tuple[Any, ...]:
+    """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
+    images = len(pos_inds)
+    levels = len(level_sizes) // images
     bounds = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
-    group_start, group_stop = np.empty((2, rows * levels), np.int64)
-    member, key = np.empty((2, len(loss)), np.int64)
-    groups = (group_start, group_stop, member, key)
-    over_slices(
-        _group_images, images, SERIAL_IMAGES, loss.astype(np.float64).view(np.int64), flat(pos_inds, np.int64),
-        flat(pos_gt_inds, np.int64), offsets(lengths(pos_inds)), offsets(num_gts), np.array(bounds, np.int64), *groups,
-    )  # fmt: skip
-    row_loss, row_index, count = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
-    over_slices(_select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, row_loss, row_index, count)
-    return row_loss, row_index, count
+    return (
+        flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
+        flat(pos_inds, np.int64),
+        flat(pos_gt_inds, np.int64),
+        offsets(lengths(pos_inds)),
+        offsets(num_gts),
+        np.array(bounds, np.int64),
+        topk,
+        max_candidates(pos_inds, level_sizes, topk),
+    )
 
 
 def select_candidates(
@@ -189,5 +232,5 @@ def select_candidates(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, index, count = select(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
+    loss, index, count = select(flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk))
     return tensor(loss, pos_losses[0].dtype), torch.from_numpy(index), torch.from_numpy(count)
