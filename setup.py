@@ -35,7 +35,8 @@ setup(
             *("paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
             "build>=1.2.1",
         ],
-        "dev": ["paa-gpu[test]", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9", "twine>=6.1"],
+        "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8.1"],
+        "dev": ["paa-gpu[test,docs]", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9", "twine>=6.1"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after its backend
+from PIL import Image
 
 from . import scaling
 
@@ -116,13 +117,22 @@ def scaling_picture(result: dict[str, Any], path: Path) -> None:
     for row, (name, points) in zip(grid, grown.items(), strict=True):
         for axes, (what, unit) in zip(row, UNITS.items(), strict=True):
             known = [(point["x"], point[what]) for point in points if point.get(what)]
-            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit)
+            if not known:
+                axes.set_axis_off()
+                continue
+            x, y = zip(*known, strict=True)
+            axes.plot(x, y, "o-", color="#0072B2")
+            # A decade at least, or what hardly grows would look steep.
+            margin = 1.2 * max(10 * min(y) / max(y), 1) ** 0.5
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, ylim=(min(y) / margin, max(y) * margin))
+            axes.set_title(f"slope {scaling.slope(points, what):.2f}", fontsize=10)
+            shown = sorted({x[0], x[len(x) // 2], x[-1]})
+            axes.set_xticks(shown, labels=[f"{value:,}" for value in shown])
+            axes.minorticks_off()
             axes.grid(color="0.9")
-            if known:
-                axes.plot(*zip(*known, strict=True), "o-", color="#0072B2")
-                axes.set_title(f"slope {scaling.slope(points, what):.2f}", fontsize=10)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def scaling_table(result: dict[str, Any]) -> str:

@@ -86,10 +86,10 @@ def draw(file: str, totals: list[float], image: Tensor, boxes: Tensor, found: di
     curve.plot(np.convolve(totals, np.full(20, 0.05), "valid"), color="black")
     curve.set(xlabel="step", ylabel="sum of the losses", ylim=(0, None), title="training")
     picture.imshow((image.permute(1, 2, 0) * 50 + 110).clamp(0, 255).byte())
-    for corners, color in ((boxes, "white"), (found["boxes"], "red")):
+    for corners, color in ((boxes, "white"), (found["boxes"], "#E69F00")):
         for x1, y1, x2, y2 in corners.tolist():
             picture.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
-    picture.set(title="trees drawn by people (white), and found (red)", xticks=[], yticks=[])
+    picture.set(title="trees drawn by people (white), and found (orange)", xticks=[], yticks=[])
     figure.savefig(file, dpi=80)
 
 

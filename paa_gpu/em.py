@@ -33,7 +33,7 @@ class GaussianMixture1D(NamedTuple):
     n_iter: Tensor  #: Tensor[G] int64, EM iterations
     converged: Tensor  #: Tensor[G] bool, whether the lower bound changed by less than `tol` within `max_iter` iterations
     valid: Tensor  #: Tensor[G] bool
-    covariance_type: str = "diag"
+    covariance_type: str = "diag"  #: of the fit
 
     def predict(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The likelier component of each value, 0 or 1 (0 where equal): int64, shape of `x`."""

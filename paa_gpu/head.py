@@ -298,8 +298,8 @@ class PAAHead(nn.Module):
                 NMS. None: they stay in pixels of the batch.
 
         Returns:
-            for each image `{"boxes": Tensor[k, 4], "scores": Tensor[k], "labels": Tensor[k] int64}`, by class, ascending, and
-            within a class by score, descending, as published; without voting all by score.
+            For each image a dictionary with `boxes` Tensor[k, 4], `scores` Tensor[k] and `labels` Tensor[k] int64, by class,
+            ascending, and within a class by score, descending, as published; without voting all by score.
 
         Raises:
             TypeError, ValueError: as `forward`; lists not of N entries.

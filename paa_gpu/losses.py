@@ -32,6 +32,8 @@ def candidate_losses(
 ) -> list[Tensor]:
     """The losses by which the potential positives of N images are reassigned: `PAAHead.get_pos_loss` of mmdetection for a batch.
 
+    Each is::
+
         loss_cls_weight * label_weight * (sigmoid focal loss, summed over the classes)
         + loss_bbox_weight * mean(bbox_weight) * (1 - GIoU(decoded box, bbox_target))
 

@@ -1,4 +1,8 @@
-"""Pictures of what reassignment does. Needs matplotlib and Pillow: `pip install paa-gpu[demo]`."""
+"""Pictures of what reassignment and score voting do. Needs matplotlib and Pillow: `pip install paa-gpu[demo]`.
+
+`plot_fit`, `plot_schemes` and `plot_anchors` draw into given axes; `plot_recording`, `plot_separation` and `plot_voting`
+write a whole picture, 1,800 pixels wide, to be read at half that width too.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,16 @@ from .data import Recording, Voting, picture
 from .em import GaussianMixture1D
 from .reassign import Reassignment
 from .reference import overlaps
+from .separation import SCHEMES, separate, tie_tolerance
 from .topk import Candidates
 
-# Okabe and Ito's colours, told apart by the colour-blind.
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#999999", "#000000"
+__all__ = ["plot_anchors", "plot_fit", "plot_recording", "plot_schemes", "plot_separation", "plot_voting"]
+
+# Okabe and Ito's colours, told apart by the colour-blind; a shape or a word says the same.
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#666666", "#000000"
+
+LOSS = "loss of a candidate (classification + regression, no unit)"
+DPI = 150
 
 
 def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive: Tensor) -> None:
@@ -27,45 +37,54 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
         loss: Tensor[n] float, the candidates' losses, ascending.
         gmm: the fit; `row` of it is this ground truth.
         row: the row of `gmm`.
-        positive: BoolTensor[n], which candidates are positive.
+        positive: BoolTensor[n], which candidates are positive; without any there is no threshold to draw.
     """
-    weights, means, variances = (values[row].tolist() for values in gmm[:3])
-    low, high = float(loss.min()), float(loss.max())
-    x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
-    names, sides, top = ("foreground", "background"), ("right", "left"), 0.0
-    for name, colour, side, *parameters in zip(names, (BLUE, ORANGE), sides, weights, means, variances, strict=True):
-        weight, mean, variance = parameters
-        density = weight * np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
-        axes.fill_between(x, density, color=colour, alpha=0.25, linewidth=0)
-        axes.plot(x, density, color=colour)
-        peak = int(density.argmax())
+    top = _plot_components(axes, loss, gmm, row)
+    base = -0.08 * top
+    if positive.any():
+        threshold = float(loss[positive].max())
+        axes.vlines(threshold, 1.5 * base, 1.6 * top, color=BLACK, linestyle="--", linewidth=1)
         axes.annotate(
-            f"{name}\ncomponent", (x[peak], density[peak]), (0, 4), textcoords="offset points", ha=side, color=colour,
-            fontweight="bold",
+            f"threshold {threshold:.2f}: the positives end\nwith the most likely candidate\nof the foreground",
+            (threshold, 1.57 * top), (6, 0), textcoords="offset points", va="top",
         )  # fmt: skip
-        top = max(top, float(density.max()))
-    threshold = float(loss[positive].max())
-    axes.axvline(threshold, color=BLACK, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"threshold {threshold:.2f}: the positives end with\nthe most likely foreground candidate",
-        (threshold, 1.38 * top), (6, 0), textcoords="offset points", va="top",
-    )  # fmt: skip
-    base = -0.07 * top
-    axes.plot(
-        loss[positive], [base] * int(positive.sum()), "o", color=BLUE, markersize=6, label=f"{int(positive.sum())} positives"
-    )
-    axes.plot(
-        loss[~positive],
-        [base] * int((~positive).sum()),
-        "x",
-        color=GREY,
-        markersize=6,
-        label=f"{int((~positive).sum())} negatives",
-    )
-    axes.set(
-        xlabel=f"losses of the {len(loss)} candidates (classification + regression)", ylabel="density", ylim=(3 * base, 1.4 * top)
-    )
+    for mask, marker, colour, name in ((positive, "o", BLUE, "positive"), (~positive, "x", GREY, "negative")):
+        number = int(mask.sum())
+        axes.plot(loss[mask], [base] * number, marker, color=colour, markersize=6, label=f"{number} {name}")
+    axes.set(xlabel=LOSS, ylabel="density, per unit of loss", ylim=(3.2 * base, 1.6 * top))
     axes.legend(loc="lower center", ncols=2, frameon=False)
+
+
+def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> None:
+    """One ground truth under every separation scheme: a line for each, on which its candidates are positive, ignored or negative.
+
+    Args:
+        axes: matplotlib axes.
+        loss: Tensor[n] float, the candidates' losses, ascending.
+        gmm: the fit; `row` of it is this ground truth.
+        row: the row of `gmm`.
+    """
+    one = GaussianMixture1D._make([*(values[row, None] for values in gmm[:7]), gmm.covariance_type])
+    foreground, score = torch.as_tensor(one.predict(loss[None])) == 0, torch.as_tensor(one.score_samples(loss[None]))
+    everyone = torch.ones_like(foreground)
+    kinds = (("o", BLUE, "positive"), ("D", ORANGE, "ignored"), ("x", GREY, "negative"))
+    for line, scheme in enumerate(SCHEMES):
+        positive, ignored = (masks[0] for masks in separate(foreground, score, loss[None], everyone, scheme))
+        for (marker, colour, name), mask in zip(kinds, (positive, ignored, ~positive & ~ignored), strict=True):
+            axes.plot(loss[mask], [line] * int(mask.sum()), marker, color=colour, label=name if line == 0 else None)
+    for x, is_foreground in zip(loss.tolist(), foreground[0].tolist(), strict=True):
+        letter, colour = ("F", BLUE) if is_foreground else ("B", GREY)
+        axes.text(x, -1, letter, ha="center", va="center", color=colour, fontweight="bold")
+    for letter, of, side, style in (("F: the threshold", foreground, "right", "--"), ("B", ~foreground, "left", ":")):
+        if of.any():
+            among = score[0].masked_fill(~of[0], -torch.inf)
+            best = float(loss[among >= among.max() - tie_tolerance(score.dtype)][0])
+            axes.axvline(best, color=BLACK, linestyle=style, linewidth=1, zorder=1)
+            axes.text(best, -1.8, f" the most likely {letter} ", ha=side, va="center")
+    names = ["component", *(f'"{scheme}"' for scheme in SCHEMES)]
+    axes.set(xlabel=LOSS, ylim=(len(SCHEMES) - 0.4, -2.3), yticks=range(-1, len(SCHEMES)), yticklabels=names)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
 
 
 def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Tensor, chosen: Tensor, gt: int) -> None:
@@ -73,26 +92,21 @@ def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Te
 
     Args:
         axes: matplotlib axes.
-        image: Array[H, W, 3], or a Pillow image.
+        image: a Pillow image.
         boxes: Array[G, 4], x1, y1, x2, y2 in pixels of the image.
         centres: Tensor[n, 2], x, y in pixels.
         chosen: BoolTensor[n], the anchors of `gt`.
         gt: the ground truth to stand out.
     """
-    from matplotlib.patches import Rectangle
-
-    axes.imshow(image, alpha=0.75)
-    for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        style: dict[str, Any] = (
-            {"edgecolor": ORANGE, "linewidth": 2.5, "zorder": 4} if i == gt else {"edgecolor": "white", "linewidth": 0.8}
-        )
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
-    axes.plot(*centres[~chosen].T, ".", color=BLUE, markersize=2.5)
-    axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=4.5)
-    axes.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
+    _plot_image(axes, image)
+    everyone = torch.from_numpy(boxes)
+    _plot_boxes(axes, everyone, "white", linewidth=1)
+    axes.plot(*centres[~chosen].T, ".", color=BLUE, markersize=1 if len(centres) > 2000 else 2.5)
+    _plot_boxes(axes, everyone[gt, None], ORANGE, linewidth=2.5)
+    axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=4)
 
 
-def plot_recording(recording: Recording, result: Reassignment, candidates: Candidates, path: Path) -> None:
+def plot_recording(recording: Recording, result: Reassignment, candidates: Candidates, path: str | Path) -> None:
     """The demonstration's picture: an image's potential positives, its positives, and the fit of one ground truth.
 
     Args:
@@ -101,11 +115,6 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
         candidates: its `Candidates`.
         path: where the picture goes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     positive = result.positive[0]
     gt = _telling(result.fit, candidates, positive)
     index = candidates.index[gt, : candidates.count[gt]]
@@ -114,22 +123,43 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     of_gt = recording.pos_gt_inds == gt
 
-    figure, (before, after, fit) = pyplot.subplots(1, 3, figsize=(18, 6.4), width_ratios=[1, 1, 1.15], layout="constrained")
+    figure, (before, after, fit) = _figure(5.1, 1, 3, width_ratios=[1, 1, 1.15])
     figure.suptitle(
-        f"Probabilistic anchor assignment of {recording.num_gt} trees: white boxes are ground truths, "
-        "dots the centres of anchors; one ground truth and its anchors in orange", fontsize=13,
-    )  # fmt: skip
+        f"Which anchors are a detector's positives? {recording.num_gt} trees (boxes), the centres of anchors (dots), "
+        "and one tree with its anchors in orange"
+    )
     plot_anchors(before, image, boxes, centres, of_gt, gt)
-    before.set_title(f"Before: {len(centres):,} potential positives (IoU at least 0.1)")
+    before.set_title(f"Before: {len(centres):,} potential positives,\nall with an IoU of at least 0.1 with a tree", fontsize=11)
     plot_anchors(after, image, boxes, centres[positive], of_gt[positive], gt)
-    after.set_title(f"After: {int(positive.sum()):,} positives")
+    after.set_title(f"After: {int(positive.sum()):,} positives,\nthose of the lowest losses", fontsize=11)
     plot_fit(fit, candidates.loss[gt, : len(index)], result.fit, gt, positive[index])
-    fit.set_title(f"The orange ground truth: two Gaussians fitted to its losses, {int(result.fit.n_iter[gt])} iterations")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    fit.set_title(f"The orange tree: {len(index)} candidates,\ntwo Gaussians fitted to their losses", fontsize=11)
+    figure.savefig(path, dpi=DPI)
 
 
-def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: Path) -> None:
+def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | Path) -> None:
+    """A ground truth's fit, and below it what each separation scheme makes of it.
+
+    Args:
+        loss: Tensor[n] float, the candidates' losses, ascending.
+        gmm: the fit; `row` of it is this ground truth.
+        row: the row of `gmm`.
+        path: where the picture goes.
+    """
+    figure, (fit, schemes) = _figure(7.2, 2, 1, sharex=True, height_ratios=[1, 1.15])
+    top = _plot_components(fit, loss, gmm, row)
+    fit.set(ylabel="density, per unit of loss", ylim=(0, 1.35 * top))
+    fit.tick_params(labelbottom=True)
+    fit.set_title(f"The two Gaussians fitted to the losses of {len(loss)} candidates of one ground truth", fontsize=11)
+    plot_schemes(schemes, loss, gmm, row)
+    schemes.set_title(
+        "The candidates: F or B, the component likelier to have made it; then what each scheme makes of it", fontsize=11
+    )
+    figure.legend(*schemes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: str | Path) -> None:
     """The demonstration's second picture: an image's detections before and after voting, and the voters of one of them.
 
     Args:
@@ -139,11 +169,6 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
         labels: Tensor[k], their classes.
         path: where the picture goes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     image, det = picture(recording), call.det_bboxes
     distance = (voted[:, :4] - det[:, :4]).abs().amax(1)
     chosen = int((distance * (det[:, 4] > det[:, 4].median())).argmax())
@@ -152,36 +177,77 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
     iou = overlaps(det[chosen : chosen + 1, :4], boxes, 0.0)[0]
     weights = torch.exp(-((1 - iou) ** 2) / 0.025) * scores * (iou > 0.01)
 
-    figure, (all_axes, one_axes) = pyplot.subplots(1, 2, figsize=(16, 7.6), layout="constrained")
-    figure.suptitle(
-        f"Score voting: each of {len(det)} detections moves to the weighted mean of the boxes around it; "
-        "blue before, orange after", fontsize=13,
-    )  # fmt: skip
-    for axes in (all_axes, one_axes):
-        axes.imshow(image, alpha=0.75)
-        axes.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
-    _plot_boxes(all_axes, det[:, :4], BLUE)
-    _plot_boxes(all_axes, voted[:, :4], ORANGE)
+    figure, (all_axes, one_axes) = _figure(6.7, 1, 2)
+    figure.suptitle(f"Score voting: each of {len(det)} detections moves to the weighted mean of the boxes around it, its voters")
     median, most = distance.median().item(), distance.max().item()
-    all_axes.set_title(f"All detections: they move by {median:.1f} pixels (median), at most {most:.1f}")
+    _plot_image(all_axes, image)
+    _plot_boxes(all_axes, voted[:, :4], ORANGE, linewidth=1.5)
+    all_axes.set_title(f"All detections after voting: moved by {median:.1f} pixels\n(median), at most {most:.1f}", fontsize=11)
 
+    _plot_image(one_axes, image)
+    x1, y1, x2, y2 = det[chosen, :4].tolist()
+    margin = 0.3 * max(x2 - x1, y2 - y1)
+    region = torch.tensor([x1 - margin, y1 - margin, x2 + margin, y2 + margin])
+    _plot_boxes(all_axes, region[None], BLACK, linewidth=2, linestyle="--")
+    all_axes.annotate("shown on the right", (region[0], region[1]), (0, 3), textcoords="offset points", fontweight="bold")
     opacity = (weights / weights.max())[iou > 0.01].clamp(min=0.1).tolist()
     _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
-    _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=3)
+    _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=3, linestyle="--")
     _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=3)
-    x1, y1, x2, y2 = det[chosen, :4].tolist()
-    margin = 0.5 * max(x2 - x1, y2 - y1)
-    one_axes.set(xlim=(x1 - margin, x2 + margin), ylim=(y2 + margin, y1 - margin))
-    one_axes.set_title(f"One of them and its {int((iou > 0.01).sum())} voters, the more opaque the more they weigh")
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    _show(one_axes, region)
+    one_axes.set_title(
+        "One of them before (blue, dashed) and after (orange),\n"
+        f"and its {int((iou > 0.01).sum())} voters, darker the more they weigh",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=DPI)
 
 
-def _plot_boxes(axes: Any, boxes: Tensor, colour: str, linewidth: float = 1.2, alpha: list[float] | None = None) -> None:
+def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure 12 inches wide and its axes; of no backend, which stays the caller's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> float:
+    """The weighted densities of both components, and the highest of them."""
+    weights, means, variances = (values[row].tolist() for values in gmm[:3])
+    low, high = float(loss.min()), float(loss.max())
+    x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
+    names, sides, top = ("foreground", "background"), ("right", "center"), 0.0
+    for name, colour, side, *parameters in zip(names, (BLUE, GREY), sides, weights, means, variances, strict=True):
+        weight, mean, variance = parameters
+        density = weight * np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+        axes.fill_between(x, density, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(x, density, color=colour)
+        peak = int(density.argmax())
+        axes.annotate(
+            f"{name}\ncomponent", (x[peak], density[peak]), (0, 5), textcoords="offset points", ha=side, color=colour,
+            fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
+        top = max(top, float(density.max()))
+    return top
+
+
+def _plot_image(axes: Any, image: Any) -> None:
+    axes.imshow(image, alpha=0.75)
+    _show(axes, torch.tensor([0, 0, image.width, image.height]))
+
+
+def _show(axes: Any, region: Tensor) -> None:
+    """The part of an image to be seen: x1, y1, x2, y2 in pixels."""
+    x1, y1, x2, y2 = region.tolist()
+    axes.set(xlim=(x1, x2), ylim=(y2, y1), xticks=[], yticks=[])
+    axes.set_xlabel(f"{x2 - x1:.0f} x {y2 - y1:.0f} pixels", fontsize=9)
+
+
+def _plot_boxes(axes: Any, boxes: Tensor, colour: str, alpha: list[float] | None = None, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
     for (x1, y1, x2, y2), opacity in zip(boxes.tolist(), alpha or [1.0] * len(boxes), strict=True):
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=linewidth, alpha=opacity))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, alpha=opacity, **style))
 
 
 def _telling(gmm: GaussianMixture1D, candidates: Candidates, positive: Tensor) -> int:

@@ -34,8 +34,8 @@ class GroundTruth(NamedTuple):
     """What became of one ground truth; indices are positions in `pos_inds`."""
 
     candidates: Array  #: ascending by (loss, anchor index)
-    positive: Array
-    ignored: Array
+    positive: Array  #: as indices, like the candidates
+    ignored: Array  #: likewise
     mixture: Any  #: the fitted `sklearn.mixture.GaussianMixture`, or None
     foreground: Array  #: bool, of each candidate; empty without a fit
     score: Array  #: log-density of each candidate; empty without a fit

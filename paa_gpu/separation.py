@@ -24,6 +24,7 @@ class Scheme(NamedTuple):
     all_without_foreground: bool  #: a ground truth without foreground keeps all its candidates
 
 
+#: The built-in schemes.
 SCHEMES = {
     #                stop_at_threshold, foreground_only, ignore_foreground, ignore_before_background, all_without_foreground
     "mmdet": Scheme(True, True, False, False, False),  # figure 3c, as mmdetection counts
@@ -68,8 +69,9 @@ def separate(assignment: Tensor, score: Tensor, loss: Tensor, mask: Tensor, sche
         scheme: a key of `SCHEMES`.
 
     Returns:
-        `(positive, ignored)`, two BoolTensor[G, K]; a candidate in neither is negative. Source: PAA, section 3.2 and
-        figure 3.
+        `(positive, ignored)`, two BoolTensor[G, K]; a candidate in neither is negative.
+
+    Source: PAA, section 3.2 and figure 3.
     """
     rule = SCHEMES[scheme]
     if assignment.shape[1] == 0:

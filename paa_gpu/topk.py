@@ -17,8 +17,10 @@ class Candidates(NamedTuple):
     """The candidates of G ground truths, at most K each, a row ascending by (loss, anchor index)."""
 
     loss: Tensor  #: Tensor[G, K], dtype of the losses; +inf at padding
-    index: Tensor  # type: ignore[assignment]  #: Tensor[G, K] int64 into `pos_inds`; -1 at padding
-    count: Tensor  # type: ignore[assignment]  #: Tensor[G] int64, candidates of each ground truth; what follows them is padding
+    #: Tensor[G, K] int64 into `pos_inds`; -1 at padding
+    index: Tensor  # type: ignore[assignment]
+    #: Tensor[G] int64, candidates of each ground truth; what follows them is padding
+    count: Tensor  # type: ignore[assignment]
 
 
 def select_candidates(

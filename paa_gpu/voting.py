@@ -135,7 +135,7 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[str]) -
     for image, end in enumerate(suffix):
         sizes: dict[str, int | None] = {"C": classes}
         for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
-            wanted = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+            wanted = tuple([size if isinstance(size, int) else sizes.get(size) for size in shape])
             check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
             sizes[shape[0]] = column[image].shape[0]
             device = column[image].device

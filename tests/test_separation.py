@@ -20,22 +20,23 @@ def run(foreground, score, scheme, mask=None):
     return [i + 1 for i in range(len(score)) if positive[0, i]], [i + 1 for i in range(len(score)) if ignored[0, i]]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "positive", "ignored"),
-    [
-        ("mmdet", [1, 3], []),
-        ("paper", [1, 2, 3], []),
-        ("a", [1, 3, 4], []),
-        ("b", [1, 2, 3], [4, 5]),
-        ("d", [1, 3], [4]),
-    ],
-)
+CASES = [
+    # scheme, positive, ignored
+    ("mmdet", [1, 3], []),
+    ("paper", [1, 2, 3], []),
+    ("a", [1, 3, 4], []),
+    ("b", [1, 2, 3], [4, 5]),
+    ("d", [1, 3], [4]),
+]
+
+
+@pytest.mark.parametrize(("scheme", "positive", "ignored"), CASES)
 def test_schemes(scheme, positive, ignored):
     assert run(FOREGROUND, SCORE, scheme) == (positive, ignored)
 
 
 def test_every_scheme_is_tested():
-    assert set(SCHEMES) == {"mmdet", "paper", "a", "b", "d"}
+    assert set(SCHEMES) == {scheme for scheme, _, _ in CASES}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

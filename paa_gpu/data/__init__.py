@@ -17,7 +17,7 @@ BUNDLED = HERE / "g01_OSBS_029_late.npz"
 class Recording(NamedTuple):
     """The arguments of one recorded call of `PAAHead.paa_reassign`, and what is known of its results."""
 
-    name: str
+    name: str  #: the file's, without its ending
     pos_losses: Tensor  #: Tensor[P] float32
     label: Tensor  #: Tensor[A] int64
     label_weight: Tensor  #: Tensor[A] float32
@@ -25,9 +25,9 @@ class Recording(NamedTuple):
     pos_inds: Tensor  #: Tensor[P] int64
     pos_gt_inds: Tensor  #: Tensor[P] int64
     anchors: list[Tensor]  #: Tensor[A_l, 4] float32 of each level
-    num_classes: int
+    num_classes: int  #: of the detector
     published: Tensor  #: BoolTensor[P], the positives of the recorded call
-    gt: dict[str, np.ndarray[Any, Any]]  #: one entry per box: `bboxes`, `npos64`, `iter64`, `tie`, ...
+    gt: dict[str, np.ndarray[Any, Any]]  #: `bboxes`, `npos64`, `iter64`, `tie` and others, an entry per box
     meta: dict[str, Any]  #: image, crop, stage, sizes, times
 
     @property
@@ -43,12 +43,12 @@ class Recording(NamedTuple):
 class Voting(NamedTuple):
     """The arguments of one recorded call of `PAAHead.score_voting`, and its results."""
 
-    name: str
+    name: str  #: the recording's, the score threshold and the most detections
     det_bboxes: Tensor  #: Tensor[k, 5] float32
     det_labels: Tensor  #: Tensor[k] int64
     mlvl_bboxes: Tensor  #: Tensor[N, 4] float32
     mlvl_nms_scores: Tensor  #: Tensor[N, C + 1] float32; the last column is the background, zeros
-    score_thr: float
+    score_thr: float  #: boxes with a higher score vote
     out_bboxes: Tensor  #: Tensor[k, 5] float32
     out_labels: Tensor  #: Tensor[k] int64
 

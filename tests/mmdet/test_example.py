@@ -25,9 +25,3 @@ def test_the_example_without_mmdetection_trains_and_draws(monkeypatch, capsys, t
     runpy.run_path(str(EXAMPLES / "train_trees.py"), run_name="__main__")
     assert re.search(r"\d+ boxes find \d+ of 61 trees", capsys.readouterr().out)
     assert picture.stat().st_size > 10_000
-
-
-def test_the_page_about_the_head_runs():
-    page = (EXAMPLES.parent / "docs" / "head.md").read_text()
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mmdet" not in block]
-    exec(block, {})

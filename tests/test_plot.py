@@ -1,0 +1,102 @@
+"""The pictures: what they show of the data, and that the caller's matplotlib stays as it is. How they look, only a person can judge."""
+
+from __future__ import annotations
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+import paa_gpu
+from paa_gpu import data, plot
+from paa_gpu.separation import SCHEMES
+
+
+@pytest.fixture(scope="module")
+def call():
+    """A recording, its reassignment and its candidates."""
+    trees = data.load()
+    columns = [[tensor] for tensor in trees.arguments[:6]]
+    result = paa_gpu.paa_reassign_batch(*columns, trees.anchors, num_classes=1, num_gts=[trees.num_gt])
+    arguments = trees.pos_losses, trees.pos_inds, trees.pos_gt_inds, trees.anchors
+    return trees, result, paa_gpu.select_candidates(*arguments, num_gt=trees.num_gt)
+
+
+def candidates_of(call, gt):
+    """Losses of a ground truth's candidates, and which of them are positive."""
+    _, result, candidates = call
+    index = candidates.index[gt, : candidates.count[gt]]
+    return candidates.loss[gt, : len(index)], result.positive[0][index]
+
+
+def marked(axes):
+    """Numbers of markers by (height, marker)."""
+    lines = [line for line in axes.get_lines() if line.get_marker() not in ("None", "")]
+    return {(line.get_ydata()[0], line.get_marker()): len(line.get_xdata()) for line in lines if len(line.get_xdata())}
+
+
+def test_the_fit_counts_positives_and_negatives(call):
+    axes = Figure().subplots()
+    loss, positive = candidates_of(call, 23)
+    plot.plot_fit(axes, loss, call[1].fit, 23, positive)
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [f"{int(positive.sum())} positive", f"{int((~positive).sum())} negative"]
+    assert any(f"threshold {float(loss[positive].max()):.2f}" in text.get_text() for text in axes.texts)
+
+
+def test_the_fit_of_a_ground_truth_without_positives(call):
+    axes = Figure().subplots()
+    loss, positive = candidates_of(call, 23)
+    plot.plot_fit(axes, loss, call[1].fit, 23, torch.zeros_like(positive))
+    assert not any("threshold" in text.get_text() for text in axes.texts)
+
+
+def test_the_schemes_show_what_reassignment_does(call):
+    """Ground truth 23, of whose candidates all five schemes make something else."""
+    trees, _, candidates = call
+    axes = Figure().subplots()
+    loss, _ = candidates_of(call, 23)
+    plot.plot_schemes(axes, loss, call[1].fit, 23)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["component", *(f'"{scheme}"' for scheme in SCHEMES)]
+    shown, seen = marked(axes), set()
+    for line, scheme in enumerate(SCHEMES):
+        columns = [[tensor] for tensor in trees.arguments[:6]]
+        got = paa_gpu.paa_reassign_batch(*columns, trees.anchors, num_classes=1, num_gts=[trees.num_gt], separation=scheme)
+        index = candidates.index[23, : len(loss)]
+        positive, ignored = (int(mask[0][index].sum()) for mask in (got.positive, got.ignored))
+        wanted = {"o": positive, "D": ignored, "x": len(loss) - positive - ignored}
+        assert {marker: shown.get((line, marker), 0) for marker in "oDx"} == wanted, scheme
+        seen.add(tuple(wanted.items()))
+    assert len(seen) == len(SCHEMES)
+
+
+def test_the_pictures(call, tmp_path):
+    trees, result, candidates = call
+    backend = matplotlib.get_backend()
+    voting = data.load_voting()[-1]
+    voted, labels = paa_gpu.score_voting(*voting.arguments, keep_order=True)
+    plot.plot_recording(trees, result, candidates, tmp_path / "recording.png")
+    plot.plot_separation(candidates_of(call, 23)[0], result.fit, 23, tmp_path / "separation.png")
+    plot.plot_voting(trees, voting, voted, labels, tmp_path / "voting.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.width == 1800
+    assert matplotlib.get_backend() == backend
+
+
+def test_colours_are_far_apart_for_the_colour_blind():
+    """In each picture, after a simulation of protan and deutan vision (Viénot, Brettel, Mollon 1999), in linear RGB."""
+    views = (
+        [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],  # protanopia
+        [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],  # deuteranopia
+    )
+    for first, second in (("BLUE", "ORANGE"), ("BLUE", "GREY"), ("ORANGE", "GREY")):
+        for view in views:
+            colours = [
+                torch.tensor([int(to_hex(getattr(plot, name))[i : i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2
+                for name in (first, second)
+            ]
+            seen = [torch.tensor(view) @ colour for colour in colours]
+            assert float((seen[0] - seen[1]).norm()) > 0.15, (first, second)
