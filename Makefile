@@ -9,7 +9,12 @@ MMDET_VENV ?= .venv-mmdet
 MMDET_BIN = $(MMDET_VENV)/bin
 MMDET_READY = $(MMDET_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet fuzz lint bench bench-quick bench-mmdet clean
+# The lower bounds of setup.py.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_BIN = $(OLDEST_VENV)/bin
+OLDEST_READY = $(OLDEST_VENV)/.installed
+
+.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -29,9 +34,13 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(KERNELS)
 	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 120 $(PUBLIC)
 
+FAST = -n 2 -m "not long and not slow" --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not long and not slow" \
-	  --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
+	$(BIN)/python -m pytest $(FAST)
+
+# The kernels' budgets, of registers and the like, hold for the newest Triton only.
+test-oldest: $(OLDEST_READY)
+	$(OLDEST_BIN)/python -m pytest $(FAST)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -57,6 +66,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What would be published: the archive of the sources, and the wheel made from it.
+release-check: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 # gmm-gpu asks for numpy below 2, which it does not need: it goes into a folder of its own, without what it asks for.
 bench: $(READY) .bench/gmm_gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios
@@ -80,6 +95,12 @@ $(READY): setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(OLDEST_READY): setup.py
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	grep -oE '[a-z-]+>=[0-9.]+' setup.py | sed 's/>=/==/' > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_BIN)/python -m pip install --quiet --editable ".[test]" --constraint $(OLDEST_VENV)/constraints.txt
+	touch $@
+
 $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 	$(PYTHON) -m venv $(MMDET_VENV)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
@@ -88,4 +109,4 @@ $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png
+	rm -rf $(VENV) $(MMDET_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

@@ -1,6 +1,7 @@
 """Probabilistic anchor assignment (PAA): reassignment and score voting for a whole batch of images, on the GPU and the CPU."""
 
 from .assign import Assignment, assign_max_iou
+from .distributed import reduce_mean
 from .em import GaussianMixture1D, fit_gmm_1d
 from .head import PAAHead, levels_to_images
 from .losses import candidate_losses
@@ -22,6 +23,7 @@ __all__ = [
     "levels_to_images",
     "paa_reassign",
     "paa_reassign_batch",
+    "reduce_mean",
     "score_voting",
     "score_voting_batch",
     "select_candidates",

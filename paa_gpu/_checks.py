@@ -1,7 +1,7 @@
 """What arguments must be, and the wording of the errors: "`<argument>` must ..., got ...".
 
 Checks go in the order rank, shape, dtype, device, values; all of them come before any work, and only those of `validate=True`
-read the tensors.
+read tensors, and `check_classes`, which does so on the CPU only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
-# Not `int | float` where it is used: Python would make the union again on every call.
+# Not `int | float` where it is used: Python would make the union again on every call, and torch 2.9 cannot compile it.
 INT = (int, torch.SymInt)
 REAL = (int, float)
 LIST = (list, tuple)
@@ -86,6 +86,21 @@ def check_non_negative(name: str, value: Any) -> None:
     check_float(name, value)
     if not value >= 0:
         raise ValueError(f"`{name}` must not be negative, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    check_non_negative(name, value)
+    if value == 0:
+        raise ValueError(f"`{name}` must be positive, got {value}")
+
+
+def check_classes(name: str, labels: Tensor, num_classes: int) -> None:
+    """Labels of the CPU in [0, num_classes); those on a device would have to be waited for, and a compiler has no values."""
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        values = labels.numpy()
+        (wrong,) = ((values < 0) | (values >= num_classes)).nonzero()
+        if len(wrong):
+            raise ValueError(f"`{name}` must be in [0, {num_classes}), got {values[wrong[0]]} at position {wrong[0]}")
 
 
 def level_sizes_of(name: str, levels: Any) -> list[int]:

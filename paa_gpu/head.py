@@ -17,10 +17,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from ._checks import FLOATS, INDICES, check_int, check_list, check_option, check_tensor
+from ._checks import (
+    FLOATS,
+    INDICES,
+    LIST,
+    check_bool,
+    check_classes,
+    check_float,
+    check_int,
+    check_list,
+    check_non_negative,
+    check_option,
+    check_positive,
+    check_tensor,
+)
+from ._ops import PRECISIONS
 from .assign import assign_max_iou
+from .distributed import reduce_mean
 from .em import COVARIANCE_TYPES
 from .losses import candidate_losses
 from .reassign import SINGLETONS, Reassignment, Separation, paa_reassign_batch
@@ -130,10 +145,26 @@ class PAAHead(nn.Module):
         for level, stride in enumerate(strides):
             check_int(f"strides[{level}]", stride, 1)
         check_list("target_stds", target_stds, "offset", length=4, like="a box")
+        for i, std in enumerate(target_stds):
+            check_positive(f"target_stds[{i}]", std)
+        check_positive("anchor_scale", anchor_scale)
+        for name, value in (
+            ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou), ("gamma", gamma),
+            ("alpha", alpha), ("bbox_loss_weight", bbox_loss_weight), ("iou_loss_weight", iou_loss_weight),
+            ("iou_threshold", iou_threshold),
+        ):  # fmt: skip
+            check_non_negative(name, value)
+        for name, value in (
+            ("ignore_iof_thr", ignore_iof_thr), ("allowed_border", allowed_border), ("score_thr", score_thr),
+        ):  # fmt: skip
+            check_float(name, value)
+        check_bool("match_low_quality", match_low_quality)
+        check_bool("score_voting", score_voting)
         check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
         if not callable(separation):
             check_option("separation", separation, SCHEMES)
         check_option("singleton", singleton, SINGLETONS)
+        check_option("precision", precision, PRECISIONS)
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
         self.strides, self.anchor_scale, self.target_stds = tuple(strides), anchor_scale, tuple(target_stds)
@@ -217,9 +248,11 @@ class PAAHead(nn.Module):
 
         Raises:
             TypeError, ValueError: as `forward`; lists not of N entries; a target without `boxes` or `labels`, or of the wrong
-                shape, dtype or device; no `image_sizes` where `allowed_border` is not negative.
+                shape, dtype or device; no `image_sizes` where `allowed_border` is not negative; a label outside [0, C), on the
+                CPU.
 
-        An image of which no anchor is inside contributes nothing (mmdetection raises). Not finite losses: see `paa_reassign`.
+        On a device a label outside [0, C) is of no class: to be refused, it would have to be waited for. An image of which no
+        anchor is inside contributes nothing (mmdetection raises). Not finite losses: see `paa_reassign`.
         """
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)
@@ -238,7 +271,7 @@ class PAAHead(nn.Module):
         )
         bbox_target = torch.cat(bbox_targets)[positive]
         iou = torch.where(found, iou_and_union(bbox_pred.detach(), bbox_target)[0], 0)
-        num_pos, images, iou_sum = _mean_over_processes(assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum())
+        num_pos, images, iou_sum = reduce_mean(torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()]))
         loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), label, self.gamma, self.alpha).sum(1) * label_weight
         loss_bbox = giou_loss(bbox_pred, bbox_target) * iou.clamp(min=LEAST_WEIGHT) * found
         iou_pred = _flatten(iou_preds).flatten().index_select(0, positive)
@@ -394,6 +427,7 @@ class PAAHead(nn.Module):
                     raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
             check_tensor(f"targets[{i}]['boxes']", target["boxes"], (None, 4), FLOATS, device)
             check_tensor(f"targets[{i}]['labels']", target["labels"], (len(target["boxes"]),), INDICES, device)
+            check_classes(f"targets[{i}]['labels']", target["labels"], self.num_classes)
             if "ignored_boxes" in target:
                 check_tensor(f"targets[{i}]['ignored_boxes']", target["ignored_boxes"], (None, 4), FLOATS, device)
         if image_sizes is not None:
@@ -473,17 +507,10 @@ def _flatten(levels: Sequence[Tensor]) -> Tensor:
 
 
 def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:
-    """Tensor[N, 1, 4] of x, y, x, y of each image."""
-    pairs = [value if isinstance(value, tuple | list) else (value, value) for value in values]
-    return like.new_tensor([[x, y, x, y] for x, y in pairs])[:, None]
-
-
-def _mean_over_processes(*numbers: Tensor) -> tuple[Tensor, ...]:
-    values = torch.stack([number.float() for number in numbers])
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
-        values = values / distributed.get_world_size()
-    return values.unbind()
+    """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`; pinned, so that nothing waits for the copy."""
+    pairs = [value if isinstance(value, LIST) else (value, value) for value in values]
+    host = torch.tensor([[[x, y, x, y]] for x, y in pairs], dtype=like.dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
 
 
 def _num_images(features: Any) -> int:
@@ -504,5 +531,5 @@ def _check_levels(name: str, levels: Sequence[Tensor], channels: int | None) -> 
 def _check_sizes(image_sizes: Any, num_images: int) -> None:
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
-        if not isinstance(size, tuple | list | torch.Size) or len(size) != 2:
+        if not isinstance(size, LIST) or len(size) != 2:
             raise ValueError(f"`image_sizes[{i}]` must be (height, width), got {size!r}")

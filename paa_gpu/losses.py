@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_tensor
+from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_positive, check_tensor
 
 __all__ = ["candidate_losses"]
 
@@ -84,10 +84,9 @@ def candidate_losses(
     for image, inds in enumerate(pos_inds):
         check_tensor(f"pos_inds[{image}]", inds, (None,), (pos_inds[0].dtype,) if image else INDICES, device)
     numbers = {"gamma": gamma, "alpha": alpha, "loss_cls_weight": loss_cls_weight, "loss_bbox_weight": loss_bbox_weight}
-    for name, number in (*numbers.items(), ("wh_ratio_clip", wh_ratio_clip)):
+    for name, number in numbers.items():
         check_non_negative(name, number)
-    if wh_ratio_clip == 0:
-        raise ValueError(f"`wh_ratio_clip` must be positive, got {wh_ratio_clip}")
+    check_positive("wh_ratio_clip", wh_ratio_clip)
     check_list("stds", stds, "delta", 4, "a box")
     for i, std in enumerate(stds):
         check_non_negative(f"stds[{i}]", std)

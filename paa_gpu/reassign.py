@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
+from ._checks import FLOATS, INDICES, LIST, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
 from .em import COVARIANCE_TYPES, GaussianMixture1D
 from .separation import SCHEMES
 
@@ -183,7 +183,7 @@ def paa_reassign_batch(
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
     """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
-    if not isinstance(anchors, list | tuple) or not anchors or not isinstance(anchors[0], list | tuple):
+    if not isinstance(anchors, LIST) or not anchors or not isinstance(anchors[0], LIST):
         return [level_sizes_of("anchors", anchors)] * images
     check_list("anchors", anchors, length=images)
     sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]

@@ -12,7 +12,7 @@ from paa_gpu import data
 settings.register_profile(
     "suite", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=1000, derandomize=False, print_blob=True)
+settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=1200, derandomize=False, print_blob=True)
 settings.load_profile("suite")
 
 

@@ -98,6 +98,10 @@ def test_images_without_ground_truths(numbers, rng):
         check(testing.make_anchors(SHAPES), boxes, ignored, flags, ignore_iof_thr=0.3)
 
 
+def test_thousands_of_ground_truths(rng):
+    check(testing.make_anchors([(9, 9)]), [testing.make_boxes(10_000, EXTENT, rng)])
+
+
 def test_no_anchors(rng):
     check(testing.make_anchors([(0, 3)]), draw(rng)[0])
 

@@ -40,7 +40,10 @@ BATCH = [
     # type, rank, shape, dtype, device of tensors; the image named
     ({"pos_losses": torch.zeros(3)}, TypeError, "`pos_losses` must be a list with one entry per image, got Tensor"),
     ({"pos_losses": []}, ValueError, "`pos_losses` must have at least one entry, got an empty list"),
-    ({"label": [torch.zeros(6)]}, ValueError, "`label` must have 2 entries as `pos_losses` has, got 1"),
+    *(
+        ({name: batch()[name][:1]}, ValueError, f"`{name}` must have 2 entries as `pos_losses` has, got 1")
+        for name in ("label", "label_weight", "bbox_weight", "pos_inds", "pos_gt_inds")
+    ),
     ({"num_gts": [1]}, ValueError, "`num_gts` must have 2 entries as `pos_losses` has, got 1"),
     (second("label", None), TypeError, "`label[1]` must be a Tensor, got NoneType"),
     (second("pos_losses", torch.zeros(3, 1)), ValueError, "`pos_losses[1]` must have 1 dimension, got shape [3, 1]"),
@@ -167,6 +170,9 @@ FIT = [
     ({"weights_init": torch.ones(3)}, ValueError, "`weights_init` must have shape [2], got [3]"),
     ({"means_init": torch.ones(3, 2)}, ValueError, "`means_init` must have shape [2, 2], got [3, 2]"),
     ({"means_init": [1.0, 2.0]}, TypeError, "`means_init` must be a Tensor, got list"),
+    ({"count": Z[:2].to("meta")}, ValueError, "`count` must be on cpu as the other tensors are, got meta"),
+    ({"x": [torch.zeros(3), torch.zeros(3, device="meta")]}, ValueError, "`x[1]` must be on cpu as the other tensors are, got meta"),
+    ({"weights_init": torch.ones(2, device="meta")}, ValueError, "`weights_init` must be on cpu as the other tensors are, got meta"),
     ({"precisions_init": torch.ones(2), "covariance_type": "tied"}, ValueError, "`precisions_init` must have shape [1], got [2]"),
 ]  # fmt: skip
 
@@ -189,6 +195,7 @@ SELECT = [
     ({"pos_losses": torch.zeros(3, 1)}, ValueError, "`pos_losses` must have 1 dimension, got shape [3, 1]"),
     ({"pos_inds": Z[:2]}, ValueError, "`pos_inds` must have shape [3], got [2]"),
     ({"pos_gt_inds": torch.zeros(3)}, TypeError, "`pos_gt_inds` must be int64 or int32, got float32"),
+    ({"pos_gt_inds": Z.to("meta")}, ValueError, "`pos_gt_inds` must be on cpu as the other tensors are, got meta"),
     ({"level_sizes": 4}, TypeError, "`level_sizes` must be a list with one entry per level, got int"),
     ({"level_sizes": [3, -1]}, ValueError, "`level_sizes[1]` must be at least 0, got -1"),
     ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
@@ -365,6 +372,11 @@ ASSIGNMENT = [
     ({"gt_bboxes": [torch.ones(3, 5)]}, ValueError, "`gt_bboxes[0]` must have shape [any, 4], got [3, 5]"),
     ({"gt_bboxes": [torch.ones(3, 4).half()]}, TypeError, "`gt_bboxes[0]` must be float32, got float16"),
     ({"anchors": [Z[:, None].expand(3, 4)]}, TypeError, "`anchors[0]` must be float16, bfloat16, float32 or float64, got int64"),
+    (
+        {"gt_bboxes": [torch.ones(3, 4, device="meta")]},
+        ValueError,
+        "`gt_bboxes[0]` must be on cpu as the other tensors are, got meta",
+    ),
     ({"gt_bboxes_ignore": [torch.ones(1, 4)]}, ValueError, "`gt_bboxes_ignore` must have 2 entries as `gt_bboxes` has, got 1"),
     (
         {"gt_bboxes_ignore": [torch.ones(1, 4), torch.ones(1, 3)]},
@@ -372,6 +384,7 @@ ASSIGNMENT = [
         "`gt_bboxes_ignore[1]` must have shape [any, 4], got [1, 3]",
     ),
     ({"valid": [torch.ones(6, dtype=torch.bool), torch.ones(6)]}, TypeError, "`valid[1]` must be bool, got float32"),
+    ({"valid": [torch.ones(6, dtype=torch.bool)]}, ValueError, "`valid` must have 2 entries as `gt_bboxes` has, got 1"),
     ({"valid": [torch.ones(5, dtype=torch.bool)] * 2}, ValueError, "`valid[0]` must have shape [6], got [5]"),
     ({"pos_iou_thr": -0.1}, ValueError, "`pos_iou_thr` must not be negative, got -0.1"),
     ({"neg_iou_thr": (0.1, 0.2)}, TypeError, "`neg_iou_thr` must be a float, got tuple"),
@@ -401,7 +414,8 @@ def page() -> str:
         "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
         "`assign_max_iou`": ASSIGNMENT,
         "`candidate_losses`": HEAD,
-        "`PAAHead`": [(None, ValueError, message) for *_, message in SETTINGS + INPUTS],
+        "`PAAHead`": SETTINGS,
+        "`PAAHead.loss`": [(None, ValueError, message) for *_, message in INPUTS],
     }
     text = (
         "# Errors\n\nEvery kind of bad input that is refused, with the error that it gives: from the tests that check them, by their "

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from synchronisations import Synchronisations
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import paa_gpu
@@ -94,6 +96,14 @@ def test_image_sizes_leave_out_what_is_beyond():
     torch.testing.assert_close(wide, alone)
 
 
+@pytest.mark.parametrize("boxes", [1, 10_000])
+def test_every_anchor_is_a_potential_positive(boxes):
+    """Of one box, and of many more boxes than anchors."""
+    for loss in make_head(pos_iou_thr=0.0).loss(make_features(1), make_targets([boxes])).values():
+        assert loss.isfinite()
+        assert loss > 0
+
+
 def test_levels_to_images():
     levels = make_features(2)
     for image, got in enumerate(paa_gpu.levels_to_images(levels)):
@@ -114,29 +124,95 @@ def test_predict_says_what_it_needs(monkeypatch):
         make_head().predict(make_features(1), [SIZE])
 
 
+# --- synchronisation; that of `predict`, which needs torchvision, is in tests/mmdet ---
+
+
+@pytest.mark.parametrize("boxes", [[0], [4, 0, 2]], ids=str)
+def test_training_never_waits(boxes):
+    """No value is read between features and gradients, and no shape depends on one."""
+    head, features, targets = make_head(), make_features(len(boxes)), make_targets(boxes)
+    with Synchronisations() as mode:
+        sum(head.loss(features, targets, [SIZE] * len(boxes)).values()).backward()
+    assert mode.count == 0
+
+
+def test_the_count_can_fail():
+    x = torch.arange(4)
+    with Synchronisations() as mode:
+        x.sum().item(), x.nonzero(), x[x > 1], bool(x.any())
+    assert mode.count == 4
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.9 asks CUDA's driver to pad fake tensors, 2.14 does not")
+def test_training_on_fake_cuda_tensors():
+    """From the towers' outputs on: without values nothing can be read. A label that is out of range is not refused there either."""
+    head = make_head()
+    with FakeTensorMode(), torch.device("cuda"):
+        features = [torch.empty(level.shape) for level in make_features(2)]
+        outputs = [[torch.empty(2, channels, *level.shape[2:]) for level in features] for channels in (3, 4, 1)]
+        head.forward = lambda _: outputs
+        targets = [{"boxes": torch.empty(number, 4), "labels": torch.empty(number, dtype=torch.int64)} for number in (3, 0)]
+        losses = head.loss(features, targets, [SIZE, SIZE])
+    assert {(loss.shape, loss.device.type) for loss in losses.values()} == {((), "cuda")}
+
+
+@pytest.mark.slow
+def test_training_compiles_whole():
+    """Labels are not read there either."""
+    head, features, targets = make_head(), make_features(2), make_targets([3, 0])
+
+    def loss(features, targets):
+        return head.loss(features, targets, [SIZE, SIZE])
+
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(features, targets)
+    torch.testing.assert_close(got, loss(features, targets))
+
+
 # --- errors ---
 
 
 SETTINGS = [
-    ({"topk": 0}, "`topk` must be at least 1, got 0"),
-    ({"covariance_type": "round"}, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
-    ({"separation": "c"}, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
-    ({"singleton": "maybe"}, '`singleton` must be "background" or "positive", got \'maybe\''),
-    ({"target_stds": (1, 1)}, "`target_stds` must have 4 entries as a box has, got 2"),
-    ({"nms_pre": -1}, "`nms_pre` must be at least 0, got -1"),
+    ({"num_classes": 0}, ValueError, "`num_classes` must be at least 1, got 0"),
+    ({"in_channels": 8.0}, TypeError, "`in_channels` must be an int, got float"),
+    ({"norm_groups": 3}, ValueError, "`feat_channels` must be a multiple of `norm_groups`, 3, got 8"),
+    ({"stacked_convs": -1}, ValueError, "`stacked_convs` must be at least 0, got -1"),
+    ({"strides": 8}, TypeError, "`strides` must be a list with one entry per level, got int"),
+    ({"strides": ()}, ValueError, "`strides` must have at least one entry, got an empty list"),
+    ({"strides": (8, 0)}, ValueError, "`strides[1]` must be at least 1, got 0"),
+    ({"anchor_scale": 0}, ValueError, "`anchor_scale` must be positive, got 0"),
+    ({"anchor_scale": "8"}, TypeError, "`anchor_scale` must be a float, got str"),
+    ({"target_stds": (1, 1)}, ValueError, "`target_stds` must have 4 entries as a box has, got 2"),
+    ({"target_stds": (0.1, 0.1, 0.2, 0)}, ValueError, "`target_stds[3]` must be positive, got 0"),
+    ({"pos_iou_thr": -0.1}, ValueError, "`pos_iou_thr` must not be negative, got -0.1"),
+    ({"neg_iou_thr": (0, 0.1)}, TypeError, "`neg_iou_thr` must be a float, got tuple"),
+    ({"min_pos_iou": float("nan")}, ValueError, "`min_pos_iou` must not be negative, got nan"),
+    ({"match_low_quality": 1}, TypeError, "`match_low_quality` must be a bool, got int"),
+    ({"ignore_iof_thr": None}, TypeError, "`ignore_iof_thr` must be a float, got NoneType"),
+    ({"allowed_border": True}, TypeError, "`allowed_border` must be a float, got bool"),
+    ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
+    ({"covariance_type": "round"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
+    ({"separation": "c"}, ValueError, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
+    ({"singleton": "maybe"}, ValueError, '`singleton` must be "background" or "positive", got \'maybe\''),
+    ({"precision": "float16"}, ValueError, '`precision` must be "float64" or "float32", got \'float16\''),
+    ({"gamma": -2}, ValueError, "`gamma` must not be negative, got -2"),
+    ({"alpha": None}, TypeError, "`alpha` must be a float, got NoneType"),
+    ({"bbox_loss_weight": -1.3}, ValueError, "`bbox_loss_weight` must not be negative, got -1.3"),
+    ({"iou_loss_weight": "0.5"}, TypeError, "`iou_loss_weight` must be a float, got str"),
+    ({"nms_pre": -1}, ValueError, "`nms_pre` must be at least 0, got -1"),
+    ({"score_thr": [0.05]}, TypeError, "`score_thr` must be a float, got list"),
+    ({"iou_threshold": -0.6}, ValueError, "`iou_threshold` must not be negative, got -0.6"),
+    ({"max_per_img": 1e2}, TypeError, "`max_per_img` must be an int, got float"),
+    ({"score_voting": "yes"}, TypeError, "`score_voting` must be a bool, got str"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), SETTINGS, ids=[message for _, message in SETTINGS])
-def test_wrong_settings(options, message):
-    with pytest.raises(ValueError) as error:
-        make_head(**options)
-    assert str(error.value) == message
-
-
-def test_channels_of_the_normalisation():
-    with pytest.raises(ValueError, match="`feat_channels` must be a multiple of `norm_groups`, 32, got 40"):
-        PAAHead(3, 8, 40)
+@pytest.mark.parametrize(("options", "error", "message"), SETTINGS, ids=[message for *_, message in SETTINGS])
+def test_wrong_settings(options, error, message):
+    settings = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1, "norm_groups": 4, "strides": STRIDES}
+    PAAHead(**settings)
+    with pytest.raises(error) as raised:
+        PAAHead(**{**settings, **options})
+    assert str(raised.value) == message
 
 
 def boxes_of(**change: Any) -> list[dict[str, Tensor]]:
@@ -150,7 +226,11 @@ INPUTS = [
     (make_features(1), [{"boxes": torch.zeros(0, 4)}], None, "`targets[0]` must have an entry `labels`, got ['boxes']"),
     (make_features(1), boxes_of(boxes=torch.zeros(2, 5)), None, "`targets[0]['boxes']` must have shape [any, 4], got [2, 5]"),
     (make_features(1), boxes_of(labels=torch.zeros(3).long()), None, "`targets[0]['labels']` must have shape [2], got [3]"),
+    (make_features(1), boxes_of(labels=torch.tensor([0, 3])), None, "`targets[0]['labels']` must be in [0, 3), got 3 at position 1"),
+    (make_features(1), boxes_of(labels=torch.tensor([-1, 3]).int()), None, "`targets[0]['labels']` must be in [0, 3), got -1 at position 0"),
     (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
+    ([*make_features(1)[:1], make_features(1)[1].to("meta")], make_targets([2]), None, "`features[1]` must be on cpu as the other tensors are, got meta"),
+    (make_features(1), boxes_of(boxes=torch.zeros(2, 4, device="meta")), None, "`targets[0]['boxes']` must be on cpu as the other tensors are, got meta"),
     (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
 ]  # fmt: skip

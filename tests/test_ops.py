@@ -95,8 +95,10 @@ def test_the_public_functions_on_fake_cuda_tensors(batch):
 
 @pytest.mark.parametrize("separation", ["mmdet", paa_gpu.separation.separate], ids=["built in", "callable"])
 def test_the_batch_call_compiles_whole(batch, separation):
+    anchors, options = batch.anchors, {**batch.options, "separation": separation}
+
     def reassign(*columns):
-        return paa_gpu.paa_reassign_batch(*columns, batch.anchors, **batch.options, separation=separation)
+        return paa_gpu.paa_reassign_batch(*columns, anchors, **options)
 
     wanted = reassign(*batch.arguments[:6])
     got = torch.compile(reassign, fullgraph=True, backend="aot_eager")(*batch.arguments[:6])

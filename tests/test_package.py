@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -25,15 +27,19 @@ for call in data.load_voting():
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def build(folder: Path, symlinks: bool) -> Path:
+    """The wheel, made from the archive of the sources, made from what git tracks: no build leftovers of the checkout."""
     source = folder / "source"
-    # What git tracks, as a clone has it: no build leftovers of the checkout.
-    subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True)
+    checkout = ["git", "-c", f"core.symlinks={str(symlinks).lower()}", "checkout-index", "--all", f"--prefix={source}/"]
+    subprocess.run(checkout, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, source], check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"), symlinks=True)
 
 
 @pytest.mark.slow
@@ -45,7 +51,45 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
         assert f"paa_gpu/{name}" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert any(name.endswith("LICENSE.deepforest.txt") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_what_the_wheel_says_of_itself(wheel):
+    """A lower bound for whatever it needs, which `make test-oldest` reads; a licence; no links, there is no public home."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    needs = [need for need in metadata.get_all("Requires-Dist") if not need.startswith("paa-gpu[")]
+    assert len(needs) > 10
+    assert [need for need in needs if not re.match(r"[\w-]+>=[\d.]+(;|$)", need)] == []
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata.get_all("Project-URL") is None
+    described = {classifier.partition(" :: ")[0] for classifier in metadata.get_all("Classifier")}
+    assert described >= {"Development Status", "Intended Audience", "Operating System", "Programming Language", "Topic", "Typing"}
+
+
+@pytest.mark.slow
+def test_a_checkout_without_symbolic_links(wheel, tmp_path):
+    """As git makes it on Windows: the link `paa_gpu/kernels` is a file that holds its name. The same wheel all the same; uninstalled,
+    the checkout runs on the CPU and has no kernels."""
+    other = build(tmp_path, symlinks=False)
+    assert (tmp_path / "source" / "paa_gpu" / "kernels").is_file()
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(other) as linkless:
+        assert sorted(linkless.namelist()) == sorted(archive.namelist())
+    code = """
+import torch, paa_gpu
+paa_gpu.fit_gmm_1d(torch.rand(2, 9))
+try:
+    import paa_gpu.kernels
+except ModuleNotFoundError:
+    print(paa_gpu.__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "source")}
+    got = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert got.stdout.startswith(str(tmp_path / "source"))
 
 
 @pytest.mark.slow
@@ -53,10 +97,10 @@ def test_the_wheel_works_from_elsewhere(wheel, tmp_path):
     """In an environment of its own, which sees our dependencies but not the checkout."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], env=environment, check=True)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([python, "-c", USE, str(site)], cwd=tmp_path, env=environment, check=True)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_head import make_features, make_head, make_targets
 
 import paa_gpu
 from paa_gpu import testing
@@ -40,11 +41,11 @@ orders = st.randoms(use_true_random=False)
 
 
 @pytest.fixture(scope="module")
-def ground_truths():
-    """How many the properties of this module were tried on; `make fuzz` shows it."""
+def ground_truths(request):
+    """How many the properties of this module were tried on; `make fuzz` shows it, and the seed that repeats the run."""
     seen = [0]
     yield seen
-    print(f"\n{seen[0]:,} ground truths")
+    print(f"\n{seen[0]:,} ground truths, seed {request.config.getoption('--hypothesis-seed')}")
 
 
 def reassign(batch, chosen, **changed):
@@ -145,7 +146,8 @@ def test_more_than_all_candidates_are_all(ground_truths, batch, chosen):
 
 
 @given(batches, options, st.sampled_from([0.25, 2.0, 1024.0]))
-def test_weights_scale(batch, chosen, scale):
+def test_weights_scale(ground_truths, batch, chosen, scale):
+    ground_truths[0] += sum(batch.num_gts)
     scaled = batch._replace(bbox_weight=[weight * scale for weight in batch.bbox_weight])
     got, wanted = reassign(scaled, chosen), reassign(batch, chosen)
     assert_same(got, wanted._replace(bbox_weight=[weight * scale for weight in wanted.bbox_weight]))
@@ -244,3 +246,90 @@ def test_the_order_of_detections_is_kept(made, order):
         wanted, wanted_label = paa_gpu.score_voting(det, label, box, score, 0.05, keep_order=True)
         assert torch.equal(got, wanted[places])
         assert torch.equal(got_label, wanted_label[places])
+
+
+heads = st.builds(
+    lambda potential, seed: testing.make_head_batch(
+        potential, np.random.default_rng(seed), ((5, 6), (3, 3), (1, 2)), num_classes=3
+    ),
+    st.lists(st.integers(0, 41), min_size=1, max_size=3),
+    st.integers(0, 2**32),
+)
+
+
+@given(heads, orders)
+def test_the_order_of_images_and_potential_positives_permutes_their_losses(made, order):
+    images = shuffled(order, len(made.label))
+    places = [torch.tensor(shuffled(order, len(inds)), dtype=torch.int64) for inds in made.pos_inds]
+    columns = ("label", "label_weight", "bbox_target", "bbox_weight")
+    permuted = made._replace(
+        cls_scores=[level[images] for level in made.cls_scores],
+        bbox_preds=[level[images] for level in made.bbox_preds],
+        **{name: [getattr(made, name)[image] for image in images] for name in columns},
+        pos_inds=[made.pos_inds[image][places[image]] for image in images],
+    )
+    wanted = paa_gpu.candidate_losses(*made)
+    for losses, image in zip(paa_gpu.candidate_losses(*permuted), images, strict=True):
+        assert torch.equal(losses, wanted[image][places[image]])
+
+
+@given(heads, st.floats(0, 10), st.floats(0, 10))
+def test_losses_are_a_weighted_sum(made, cls, bbox):
+    def losses(**weights):
+        return torch.cat(paa_gpu.candidate_losses(*made, **weights))
+
+    focal, giou = losses(loss_bbox_weight=0.0), losses(loss_cls_weight=0.0, loss_bbox_weight=1.0)
+    assert ((focal >= 0) & (giou >= 0)).all()
+    assert (giou <= 2 + 1e-5).all()
+    torch.testing.assert_close(
+        losses(loss_cls_weight=cls, loss_bbox_weight=bbox), cls * focal + bbox * giou, rtol=1e-5, atol=1e-6
+    )
+
+
+boxes_of_images = st.builds(
+    lambda numbers, seed: [
+        testing.make_boxes(number, (70, 60), np.random.default_rng([seed, i])) for i, number in enumerate(numbers)
+    ],
+    st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    st.integers(0, 2**32),
+)
+ANCHORS = testing.make_anchors([(7, 8), (4, 4), (1, 2)])
+
+
+@given(boxes_of_images, st.booleans(), st.integers(-4, 4))
+def test_the_assignment_of_a_batch_is_that_of_its_images_at_any_scale(ground_truths, boxes, match_low_quality, power):
+    """A power of two scales every intermediate exactly."""
+    ground_truths[0] += sum(map(len, boxes))
+    options, scale = {"match_low_quality": match_low_quality, "pos_iou_thr": 0.3, "neg_iou_thr": 0.2}, 2.0**power
+    got = paa_gpu.assign_max_iou([level * scale for level in ANCHORS], [image * scale for image in boxes], **options)
+    for image, gt_inds, overlaps in zip(boxes, *got, strict=True):
+        one = paa_gpu.assign_max_iou(ANCHORS, [image], **options)
+        assert torch.equal(gt_inds, one.gt_inds[0])
+        assert torch.equal(overlaps, one.max_overlaps[0])
+        assert ((gt_inds >= -1) & (gt_inds <= len(image))).all()
+
+
+@given(boxes_of_images, orders)
+def test_renumbered_boxes_renumber_the_assignment(ground_truths, boxes, order):
+    """Without forced matches, which go to the last of several."""
+    ground_truths[0] += sum(map(len, boxes))
+    places = [torch.tensor(shuffled(order, len(image)), dtype=torch.int64) for image in boxes]
+    wanted = paa_gpu.assign_max_iou(ANCHORS, boxes, match_low_quality=False)
+    renumbered = [image[old] for image, old in zip(boxes, places, strict=True)]
+    got = paa_gpu.assign_max_iou(ANCHORS, renumbered, match_low_quality=False)
+    for old, gt_inds, before in zip(places, got.gt_inds, wanted.gt_inds, strict=True):
+        names = torch.cat([torch.tensor([0]), old + 1])
+        assert torch.equal(names[gt_inds], before)
+    assert all(map(torch.equal, got.max_overlaps, wanted.max_overlaps))
+
+
+@settings(max_examples=25)  # convolutions take their time
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=3), st.integers(0, 2**32), orders)
+def test_the_order_of_images_changes_no_loss_of_the_head(ground_truths, numbers, seed, order):
+    ground_truths[0] += sum(numbers)
+    head, images = make_head(), shuffled(order, len(numbers))
+    features, targets = make_features(len(numbers), seed), make_targets(numbers, seed)
+    with torch.no_grad():
+        wanted = head.loss(features, targets)
+        got = head.loss([level[images] for level in features], [targets[image] for image in images])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)

@@ -113,10 +113,13 @@ class _Targets(torch.utils.data.Dataset):
         return torch.frombuffer(bytearray(bits(make())), dtype=torch.uint8)
 
 
-def test_inside_dataloader_workers():
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_inside_dataloader_workers(method):
     wanted = bits(make())
-    for item in torch.utils.data.DataLoader(_Targets(), batch_size=None, num_workers=2):
-        assert item.numpy().tobytes() == wanted
+    loader = torch.utils.data.DataLoader(_Targets(), batch_size=None, num_workers=2, multiprocessing_context=method)
+    items = [item.numpy().tobytes() for item in loader]
+    assert items == [wanted] * 4
+    assert bits(make()) == wanted
 
 
 SECOND_PROCESS = """

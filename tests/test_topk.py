@@ -109,6 +109,19 @@ def test_nothing_to_select(num_gt):
     assert got.loss.shape == (num_gt, 0) and got.count.tolist() == [0] * num_gt
 
 
+def test_no_levels():
+    """An anchor index is then always out of range."""
+    for potential in (0, 2):
+        inds = torch.arange(potential)
+        got = paa_gpu.select_candidates(torch.zeros(potential), inds, inds, [], num_gt=2)
+        assert got.loss.shape == got.index.shape == (2, 0)
+        assert got.count.tolist() == [0, 0]
+
+
+def test_a_ground_truth_with_every_anchor(rng):
+    check(*draw(rng, potential=5000, num_gt=1, sizes=(4000, 1000)), (4000, 1000), 1, 9)
+
+
 def test_indices_out_of_range_are_nobodys_candidates():
     inds = torch.tensor([0, -1, 4, 1, 2**40, -(2**62), 2, 3])
     gts = torch.tensor([0, 0, 0, -1, 0, 0, 2**40, 1])

@@ -172,7 +172,8 @@ def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
     dtype = images[0].dtype
     # Half precision as int16: numpy has no bfloat16.
     values = [(image.view(torch.int16) if dtype.itemsize == 2 else image).numpy() for image in images]
-    copy = values[0].copy() if len(values) == 1 else np.concatenate(values)
+    # numpy would keep the order of transposed images, whose bytes are not those of an anchor.
+    copy = values[0].copy() if len(values) == 1 else np.ascontiguousarray(np.concatenate(values))
     tensor = torch.from_numpy(copy)
     return tensor.view(dtype) if dtype.itemsize == 2 else tensor, (copy if copy.ndim == 2 else copy[:, None]).view(np.uint8)
 

@@ -10,7 +10,7 @@ import torch
 from heads import Step, TieRulePAAHead, as_class, assert_same_detections, build, make_features, make_samples, step
 from mmdet.models.utils import levels_to_images
 from mmengine.structures import InstanceData
-from test_training import Synchronisations
+from synchronisations import Synchronisations
 
 import paa_gpu
 from paa_gpu import PAAHead
@@ -282,6 +282,20 @@ def test_other_test_settings(options, test_cfg, generator):
     ours, published = detectors(generator, **options)
     published.test_cfg.update(test_cfg)
     assert_detects_the_same(ours, published, make_features(2, SIZE, 32, generator), make_samples([0] * 2, SIZE, 80, generator))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_prediction_waits_for_two_numbers_of_boxes_an_image(images, generator):
+    """Those above the threshold, and those that NMS keeps; voting and rescaling wait for nothing."""
+    ours, published = detectors(generator)
+    features, samples = make_features(images, SIZE, 32, generator), make_samples([0] * images, SIZE, 80, generator)
+    with Synchronisations() as mode:
+        found = ours.predict(features, [SIZE] * images, [1.5] * images)
+    with Synchronisations() as others, torch.no_grad():
+        published.predict(features, samples, rescale=True)
+    print(f"{mode.count} synchronisations, published {others.count}")
+    assert all(len(image["boxes"]) > 0 for image in found)
+    assert mode.count == 2 * images < others.count
 
 
 def test_no_detections(generator):

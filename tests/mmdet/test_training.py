@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from heads import assert_same_outside, assert_same_step, build, compare, make_features, make_samples, step, variants
-from torch.utils._python_dispatch import TorchDispatchMode
+from synchronisations import Synchronisations
 
 from paa_gpu import reference
 from paa_gpu.integrations import mmdet as integration
@@ -96,22 +96,6 @@ def test_autocast(generator):
 
 
 # --- one call for the whole batch, no synchronisation in it ---
-
-
-class Synchronisations(TorchDispatchMode):
-    """Counts what would wait for the device: reads of a value, and results whose shape depends on values."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        self.count += name in self.WAITING or by_mask
-        return func(*args, **(kwargs or {}))
 
 
 def synchronisations(head, features, samples):

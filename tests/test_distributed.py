@@ -1,0 +1,89 @@
+"""Means over processes, and the library in the processes of `torch.distributed`: the bits of a serial run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_head import make_features, make_head, make_targets
+from test_threads import bits, make
+from torch import distributed
+
+import paa_gpu
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        (torch.int64, torch.float32),
+        (torch.uint8, torch.float32),
+        (torch.bool, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0)], ids=str)
+def test_without_a_process_group_the_mean_is_the_value(shape, dtype, wanted):
+    value = torch.ones(shape, dtype=dtype)
+    mean = paa_gpu.reduce_mean(value)
+    assert torch.equal(mean, torch.ones(shape, dtype=wanted))
+    assert mean.dtype == wanted
+    mean.zero_()
+    assert torch.equal(value, torch.ones(shape, dtype=dtype))
+
+
+def test_no_graph_is_recorded():
+    value = torch.ones(3, requires_grad=True)
+    assert not paa_gpu.reduce_mean(value * 2).requires_grad
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"^`tensor` must be a Tensor, got int$"):
+        paa_gpu.reduce_mean(3)
+    with pytest.raises(TypeError, match=r"^`tensor` must be real, got complex64$"):
+        paa_gpu.reduce_mean(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_the_head_averages_with_it(monkeypatch):
+    """A mean twice as large halves what is divided by it."""
+    features, targets = make_features(2), make_targets([3, 1])
+    usual = make_head().loss(features, targets)
+    monkeypatch.setattr(paa_gpu.head, "reduce_mean", lambda tensor: 2 * paa_gpu.reduce_mean(tensor))
+    for name, loss in make_head().loss(features, targets).items():
+        torch.testing.assert_close(loss, usual[name] / 2, rtol=1e-5, atol=0)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(2)
+    batch = make()
+    out = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+    num_pos = out.num_pos[rank::2]  # as if the images were shared
+    result = {
+        "bits": bits(batch),
+        "num_pos": num_pos,
+        "mean": paa_gpu.reduce_mean(num_pos.sum()),
+        "of no positives": paa_gpu.reduce_mean(torch.tensor(0)).clamp(min=1),
+        "matrix": paa_gpu.reduce_mean(torch.full((2, 3), rank, dtype=torch.float64)),
+        "nan": paa_gpu.reduce_mean(torch.tensor([0.0, torch.nan if rank else 1.0])),
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    wanted = bits(make())
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    total = int(first["num_pos"].sum() + second["num_pos"].sum())
+    assert total > 2000
+    for result in (first, second):
+        assert result["bits"] == wanted
+        assert result["mean"].item() == total / 2  # the authors' repository: reduce_sum(num_pos) / number of processes
+        assert result["of no positives"].item() == 1
+        assert torch.equal(result["matrix"], torch.full((2, 3), 0.5, dtype=torch.float64))
+        assert result["nan"][0] == 0 and result["nan"][1].isnan()
+    assert int(first["num_pos"].sum()) != int(second["num_pos"].sum())
