@@ -89,8 +89,7 @@ def _load4(ptr, stride, mask):
 
 @triton.jit
 def _of_map(row_ptr, image, y, x, mask, dtype: tl.constexpr):
-    """Where the channels of each lane's location begin, and their stride. `row_ptr`: its map's address, then strides over B, C, H,
-    W."""
+    """Where the channels of each lane's location begin, and their stride. `row_ptr`: its map's address, then its strides."""
     ptr = tl.load(row_ptr, mask=mask, other=0).to(dtype)
     image_stride, stride = tl.load(row_ptr + 1, mask=mask, other=0), tl.load(row_ptr + 2, mask=mask, other=0)
     y_stride, x_stride = tl.load(row_ptr + 3, mask=mask, other=0), tl.load(row_ptr + 4, mask=mask, other=0)
