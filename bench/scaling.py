@@ -49,7 +49,7 @@ def images(number: int) -> cases.Call:
 
 
 def topk(number: int) -> cases.Call:
-    return _call([7] * 4, (600, 1200), cases.COCO_LEVELS)._replace(topk=number)
+    return _call([7] * 2, (600, 1200), cases.COCO_LEVELS)._replace(topk=number)
 
 
 def _call(num_gts: list[int], sizes: tuple[int, int], levels: tuple[int, ...]) -> cases.Call:

@@ -34,7 +34,7 @@ EXECUTIONS = (
     ["interpreter"]
     if INTERPRETER
     else [
-        pytest.param(capability, marks=(compiled_only, *([] if capability in (75, 90) else [pytest.mark.long])))
+        pytest.param(capability, marks=(compiled_only, *([] if capability == 90 else [pytest.mark.long])))
         for capability in (75, 80, 86, 89, 90, 100, 120)
     ]
     + ["cuda"] * torch.cuda.is_available()

@@ -15,7 +15,7 @@ print(paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]), max_iter=1).lower
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_disk_cache_sees_a_change_in_what_a_loop_calls(tmp_path):
     """The fit lies in `em.py` and calls the exponential of `_numeric.py`."""
     package = tmp_path / "paa_gpu"

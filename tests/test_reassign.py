@@ -350,6 +350,7 @@ def test_indices_out_of_range_are_left_out_and_touch_nothing():
     assert got[0].tolist() == [3, 80, 80, 3, 80, 80] and got[3] == 2
 
 
+@pytest.mark.slow
 def test_thousands_of_ground_truths(rng):
     batch = testing.make_batch([10_000], rng, sizes=(2, 4), level_sizes=(40_000, 10_000))
     got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
