@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def published(call: Call) -> Targets:
 
 @functools.cache
 def _mmdet_head(num_classes: int, topk: int = 9) -> Any:
-    if importlib.util.find_spec("mmcv._ext") is None:
+    if "mmcv._ext" not in sys.modules and importlib.util.find_spec("mmcv._ext") is None:
         import stand_in  # noqa: F401  # for mmcv's compiled module: tests/mmdet, which `make bench-mmdet` puts on the path
     from mmdet.models.dense_heads import PAAHead
 

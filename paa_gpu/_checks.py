@@ -39,8 +39,10 @@ def check_tensor(
     sizes = value.shape
     if len(sizes) != len(shape):
         raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(sizes)}")
-    if sizes != shape and any(wanted not in (None, size) for size, wanted in zip(sizes, shape, strict=True)):
-        raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
+    if sizes != shape:
+        for size, wanted in zip(sizes, shape, strict=True):
+            if wanted is not None and size != wanted:
+                raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
     if value.dtype not in dtypes:
         raise TypeError(f"`{name}` must be {_names(dtypes)}, got {_names([value.dtype])}")
     if device is None:

@@ -6,6 +6,7 @@ the order of their anchors; everything after that keeps the order of equal losse
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -200,6 +201,14 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     return candidates
 
 
+@functools.lru_cache
+def _level_bounds(level_sizes: tuple[int, ...], images: int) -> Array:
+    """Where each level of each image begins, and where its last one ends [B, L + 1]."""
+    levels = len(level_sizes) // images
+    starts = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
+    return np.array(starts, np.int64)
+
+
 def flatten(
     pos_losses: Sequence[Tensor],
     pos_inds: Sequence[Tensor],
@@ -209,16 +218,13 @@ def flatten(
     topk: int,
 ) -> tuple[Any, ...]:
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
-    images = len(pos_inds)
-    levels = len(level_sizes) // images
-    bounds = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
         flat(pos_inds, np.int64),
         flat(pos_gt_inds, np.int64),
         offsets(lengths(pos_inds)),
         offsets(num_gts),
-        np.array(bounds, np.int64),
+        _level_bounds(tuple(level_sizes), len(pos_inds)),
         topk,
         max_candidates(pos_inds, level_sizes, topk),
     )
