@@ -95,6 +95,8 @@ VOTING: dict[str, Callable[[], Voting]] = {
     "1000_detections": lambda: predictions(1000),
 }
 
+HEAD_SHAPES = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # levels of an 800 x 1333 image
+
 #: Rows x length of the fit alone.
 FITS = {"7x45": (7, 45), "112x45": (112, 45), "2000x45": (2000, 45), "10000x45": (10_000, 45), "1000x1000": (1000, 1000)}
 
@@ -106,6 +108,16 @@ def split(call: Call) -> list[Call]:
     return [
         call._replace(batch=testing.Batch(*([part] for part in parts), batch.num_classes, [num_gt])) for *parts, num_gt in images
     ]
+
+
+def potential_positives() -> testing.HeadBatch:
+    """What `candidate_losses` takes: two images, 80 classes, 2,000 potential positives each."""
+    return testing.make_head_batch([2000, 2000], np.random.default_rng(0), HEAD_SHAPES, num_classes=80)
+
+
+def assignment(boxes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Anchors and boxes of one image, for `assign_max_iou`."""
+    return testing.make_anchors(HEAD_SHAPES), [testing.make_boxes(boxes, (1333, 800), np.random.default_rng(0))]
 
 
 def losses(rows: int, length: int) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 Warp instructions (PTX, moves left out) by class, and the 32-byte sectors that loads touch over those their bytes fill, for one
 `paa_reassign_batch` of the recorded images, of a crowded image and of ten times fewer boxes over the same potential positives; then the EM loop
-alone, a row and iteration; then `score_voting` of recorded predictions with one class and with 80.
+alone, a row and iteration; then `score_voting` of recorded predictions with one class and with 80, `candidate_losses`, and
+`assign_max_iou` of few boxes and of many.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,36 +25,34 @@ CAPABILITY = 90
 
 
 def main() -> None:
-    batches = {
-        "recorded": cases.recorded(),
-        "600 boxes": crowd(600),
-        "60 boxes": crowd(60),
-    }
+    batches = {"recorded": cases.recorded(), "600 boxes": crowd(600), "60 boxes": crowd(60)}
     for name, batch in batches.items():
-        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
-            got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
         positives = sum(inds.shape[0] for inds in batch.pos_inds)
-        print(f"\n{name}: {len(batch.num_gts)} images, {sum(batch.num_gts)} boxes, {positives} potential positives, "
-              f"{int(got.num_pos.sum())} positives, sm_{CAPABILITY}")  # fmt: skip
-        report_kernels(session)
+        print(f"\n{name}: {len(batch.num_gts)} images, {sum(batch.num_gts)} boxes, {positives} potential positives")
+        count(paa_gpu.paa_reassign_batch, *batch.arguments, **batch.options)
     print(f"\nEM loop, a row of 45 and iteration, sm_{CAPABILITY}")
     for precision in ("float64", "float32"):
         print(f"  {precision:<24}{report(em_iteration(precision))}")
     for path in (data.BUNDLED, data.voting_paths()[-1]):
         call = data.load_voting(path)[0]
-        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
-            paa_gpu.score_voting(*call.arguments)
         boxes, classes = call.mlvl_nms_scores.shape
-        print(
-            f"\nscore voting, {call.name}: {len(call.det_labels)} detections, {boxes} boxes, {classes - 1} classes, sm_{CAPABILITY}"
-        )
-        report_kernels(session)
+        print(f"\nscore voting, {call.name}: {len(call.det_labels)} detections, {boxes} boxes, {classes - 1} classes")
+        count(paa_gpu.score_voting, *call.arguments)
+    print("\ncandidate losses: 2 images of 2,000 potential positives, 80 classes")
+    count(paa_gpu.candidate_losses, *cases.potential_positives())
+    for boxes in (7, 200):
+        anchors, gt_bboxes = cases.assignment(boxes)
+        print(f"\nassignment: {sum(level.shape[0] for level in anchors)} anchors, {boxes} boxes")
+        count(paa_gpu.assign_max_iou, anchors, gt_bboxes)
 
 
-def report_kernels(session: Any) -> None:
+def count(function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Run a public function on the compiled kernels, and print what each did."""
+    with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+        function(*args, **options)
     for kernel, counters in session.by_kernel().items():
         sectors = counters.load_sectors / max(counters.load_bytes / 32, 1)
-        print(f"  {kernel:<24}{report(counters.warp_classes)}; load sectors {sectors:.2f} of those needed")
+        print(f"  {kernel:<24}{report(counters.warp_classes)}; load sectors {sectors:.2f} of those needed, sm_{CAPABILITY}")
 
 
 def crowd(boxes: int) -> testing.Batch:
