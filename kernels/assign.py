@@ -25,7 +25,6 @@ from torch import Tensor
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels.topk import concatenate
 
-BLOCK_A = 128  # four anchors a thread: one warp finds the best of them without shared memory
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
 
 
@@ -169,9 +168,12 @@ def _assign_kernel(
         tl.store(gt_inds_ptr + offset, assigned, mask=inside & (assigned > 0))
 
 
-def launch_rule() -> dict[str, int | bool]:
-    """No fused multiply-adds: the two passes, and torch, must get the same bits."""
-    return {"BLOCK_A": BLOCK_A, "num_warps": 1, "enable_fp_fusion": False, **register_limit()}
+def launch_rule(half: bool) -> dict[str, int]:
+    """Four anchors a thread, two where rounding to half precision takes registers: one warp finds the best without shared memory.
+
+    No fused multiply-adds: the two passes, and torch, must get the same bits.
+    """
+    return {"BLOCK_A": 64 if half else 128, "num_warps": 1, "enable_fp_fusion": False, **register_limit()}
 
 
 def assign_max_iou(
@@ -198,7 +200,8 @@ def assign_max_iou(
     starts[1] += [0] * (images + 1 - len(starts[1]))
     table = stage([*itertools.chain(*starts), *[0] * (1 + images + rows)], boxes)
     keep(gt_inds, table)
-    blocks = images * triton.cdiv(n_anchors, BLOCK_A)
+    rule = launch_rule(boxes.itemsize == 2)
+    blocks = images * triton.cdiv(n_anchors, rule["BLOCK_A"])
     with device_guard(boxes):
         _assign_kernel[(2 * blocks if match_low_quality else blocks,)](
             priors,
@@ -221,6 +224,6 @@ def assign_max_iou(
             overlaps,
             MATCH=match_low_quality,
             ALL=gt_max_assign_all,
-            **launch_rule(),
+            **rule,
         )
     return gt_inds, overlaps
