@@ -113,7 +113,8 @@ def _decode_side(low, high, shift, scale, limit):
 # One compiled form whatever the number of images, which decides where in the table its parts begin.
 @triton.jit(do_not_specialize=["n_images", "n_classes"], do_not_specialize_on_alignment=["level_ptr", "option_ptr"])
 def _losses_kernel(
-    anchor_ptrs,  # of each level, read at its address in the table: Tensor[H * W, 4]
+    # Of each level. Read at their addresses in the table: here for their dtypes, and for whoever checks what a launch may touch.
+    anchor_ptrs,  # Tensor[H * W, 4]
     score_ptrs,  # Tensor[B, C, H, W]
     delta_ptrs,  # Tensor[B, 4, H, W]
     level_ptr,  # Tensor[L, LEVEL_FIELDS]
@@ -125,7 +126,9 @@ def _losses_kernel(
     label_weight,
     bbox_target,
     bbox_weight,
-    option_ptr,  # Tensor[9], the bits of float64: deviations of dx, dy, dw, dh; limit of dw, dh; see `candidate_losses`
+    # Tensor[9], the bits of float64: deviations of dx, dy, dw, dh; limit of dw, dh; weight of the box loss; gamma; weights of the
+    # label's class and of the others
+    option_ptr,
     loss_ptr,  # Tensor[P]
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_tensor
+from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_positive, check_tensor
 
 __all__ = ["score_voting", "score_voting_batch"]
 
@@ -118,9 +118,7 @@ def _vote(
     _check_tensors(columns, suffix)
     check_float("score_thr", score_thr)
     check_non_negative("iou_thr", iou_thr)
-    check_non_negative("sigma", sigma)
-    if sigma == 0:
-        raise ValueError(f"`sigma` must be positive, got {sigma}")
+    check_positive("sigma", sigma)
     check_float("offset", offset)
     if offset not in (0, 1):
         raise ValueError(f"`offset` must be 0 or 1, got {offset}")

@@ -299,3 +299,12 @@ def test_no_graph_is_recorded(rng):
     det, label, boxes, scores, score_thr = predictions(rng)
     got, _ = paa_gpu.score_voting(det.requires_grad_(), label, boxes.requires_grad_(), scores.requires_grad_(), score_thr)
     assert not got.requires_grad
+
+
+def test_the_curve_of_the_voters_goes_from_neighbour_to_neighbour():
+    """On the CPU candidates are sorted along it: blocks of neighbours are what a detection can skip."""
+    from paa_gpu.cpu.voting import CURVE
+
+    cells = np.stack(np.unravel_index(np.argsort(CURVE, axis=None), CURVE.shape), 1)
+    assert sorted(CURVE.flat) == list(range(CURVE.size))
+    assert (np.abs(np.diff(cells, axis=0)).sum(1) == 1).all()

@@ -139,11 +139,11 @@ def _reassign(
     losses: tuple[Any, ...], options: tuple[Any, ...], rule: tuple[Any, ...], targets: tuple[Any, ...]
 ) -> tuple[Array, tuple[Array, ...], Array, Array]:
     """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
-    candidates, fit = _fit(losses, options)
+    candidates, fitted = _fit(losses, options)
     pos_inds, pos_offset = losses[1], losses[3]
     masks = np.zeros(len(pos_inds), bool), np.zeros(len(pos_inds), bool)
-    over_slices(_separate_rows, len(candidates[0]), SERIAL_ROWS, *candidates, *fit[-3:], *rule, *masks)
-    return _write(pos_inds, *masks, pos_offset, targets), fit[:-2], *masks
+    over_slices(_separate_rows, len(candidates[0]), SERIAL_ROWS, *candidates, *fitted[-3:], *rule, *masks)
+    return _write(pos_inds, *masks, pos_offset, targets), fitted[:-2], *masks
 
 
 @compiled
@@ -157,10 +157,10 @@ def _reassign_few(losses: Any, options: Any, rule: Any, targets: Any) -> Any:
     group_images(0, 1, bits, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, *groups)
     candidates = empty_candidates(rows, width, loss.dtype)
     select_rows(0, rows, levels, topk, loss, *groups, *candidates)
-    fit = empty_fit(rows, width, options[0].dtype)
-    fit_rows(0, rows, candidates[0].reshape(-1), np.arange(rows) * width, candidates[2], *options, *fit)
+    fitted = empty_fit(rows, width, options[0].dtype)
+    fit_rows(0, rows, candidates[0].reshape(-1), np.arange(rows) * width, candidates[2], *options, *fitted)
     positive, ignored = np.zeros(len(loss), np.bool_), np.zeros(len(loss), np.bool_)
-    _separate_rows(0, rows, *candidates, *fit[-3:], *rule, positive, ignored)
+    _separate_rows(0, rows, *candidates, *fitted[-3:], *rule, positive, ignored)
     num_pos = np.empty(1, np.int64)
     _write_images(0, 1, pos_inds, positive, ignored, pos_offset, *targets, num_pos)
     return num_pos
@@ -234,8 +234,8 @@ def paa_reassign_batch(
 ) -> tuple[Tensor, ...]:
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
-    num_pos, fit, *masks = _reassign(losses, *_rules(*options), targets)
-    return *tensors, *map(torch.from_numpy, (num_pos, *fit, *_number_rows(offsets(num_gts)), *masks))
+    num_pos, fitted, *masks = _reassign(losses, *_rules(*options), targets)
+    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(offsets(num_gts)), *masks))
 
 
 def fit_candidates(
@@ -249,8 +249,8 @@ def fit_candidates(
     precision: str,
 ) -> tuple[Tensor, ...]:
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    (loss, *candidates), (*fit, assignment, score) = _fit(losses, fit_options(precision, covariance_type))
-    arrays = (*candidates, assignment, score, *fit, *_number_rows(offsets(num_gts)))
+    (loss, *candidates), (*fitted, assignment, score) = _fit(losses, fit_options(precision, covariance_type))
+    arrays = (*candidates, assignment, score, *fitted, *_number_rows(offsets(num_gts)))
     return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, arrays)
 
 
