@@ -414,6 +414,7 @@ def test_first_of_equal_losses_wins(session, rng):
     assert ignored[candidates.index[1]].tolist() == [False, True, True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_loss_dtypes(session, dtype, rng):
     """float16 losses have many ties."""

@@ -107,6 +107,7 @@ def test_recordings_equal_what_the_published_head_did(recording: data.Recording)
     assert torch.equal(got.positive[0][elsewhere], recording.published[elsewhere])
 
 
+@pytest.mark.slow
 def test_all_recordings_as_one_batch_under_the_authors_conventions():
     recordings = [data.load(path) for path in data.paths()]
     options = {"num_classes": 1, "covariance_type": "full", "separation": "paper", "singleton": "positive"}

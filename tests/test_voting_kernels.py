@@ -114,6 +114,7 @@ def test_nothing_to_vote_for(session, rng):
         check((det, labels, boxes, [other]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_boxes_that_are_not_finite(session, value, rng):
     """They cost themselves only: a voter's weight of zero times infinity would be NaN."""
