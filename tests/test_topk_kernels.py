@@ -99,7 +99,7 @@ def check(images, sizes, num_gts, topk=9):
 # --- what is selected --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topk", [1, 9, 128])
+@pytest.mark.parametrize("topk", [9, *(pytest.param(k, marks=[pytest.mark.slow] * INTERPRETER) for k in (1, 128))])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_batch_with_ties_and_special_values(session, dtype, topk, rng):
     images = [draw_image(rng, potential, num_gt, dtype) for potential, num_gt in IMAGES]
