@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _ops
 from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_positive, check_tensor
 
 __all__ = ["score_voting", "score_voting_batch"]
-
-# The tensors of an image: name, shape (k detections, N boxes, C classes), dtypes.
-_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], tuple[torch.dtype, ...]], ...] = (
-    ("det_bboxes", ("k", 5), FLOATS),
-    ("det_labels", ("k",), INTEGERS),
-    ("mlvl_bboxes", ("N", 4), FLOATS),
-    ("mlvl_nms_scores", ("N", "C"), FLOATS),
-)
 
 
 def score_voting(
@@ -96,7 +86,7 @@ def score_voting_batch(
     """
     columns = [det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores]
     check_list("det_bboxes", det_bboxes)
-    for (name, _, _), column in zip(_ARGUMENTS, columns, strict=True):
+    for name, column in zip(("det_bboxes", "det_labels", "mlvl_bboxes", "mlvl_nms_scores"), columns, strict=True):
         check_list(name, column, length=len(det_bboxes), like="`det_bboxes`")
     suffix = [f"[{image}]" for image in range(len(det_bboxes))]
     voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
@@ -129,12 +119,13 @@ def _vote(
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[str]) -> None:
-    device, classes = None, None
-    for image, end in enumerate(suffix):
-        sizes: dict[str, int | None] = {"C": classes}
-        for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
-            wanted = tuple([size if isinstance(size, int) else sizes.get(size) for size in shape])
-            check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
-            sizes[shape[0]] = column[image].shape[0]
-            device = column[image].device
-        classes = columns[-1][image].shape[1]
+    """Shapes within an image; one device and number of classes, and in a column one dtype, over all of them."""
+    device, classes, dtypes = None, None, [FLOATS, INTEGERS, FLOATS, FLOATS]
+    for end, (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores) in zip(suffix, zip(*columns, strict=True), strict=True):
+        check_tensor(f"det_bboxes{end}", det_bboxes, (None, 5), dtypes[0], device)
+        device = det_bboxes.device
+        check_tensor(f"det_labels{end}", det_labels, (det_bboxes.shape[0],), dtypes[1], device)
+        check_tensor(f"mlvl_bboxes{end}", mlvl_bboxes, (None, 4), dtypes[2], device)
+        check_tensor(f"mlvl_nms_scores{end}", mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
+        if classes is None:
+            classes, dtypes = mlvl_nms_scores.shape[1], [(column[0].dtype,) for column in columns]

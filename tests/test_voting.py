@@ -117,15 +117,22 @@ def test_one_float64_tensor_makes_the_sums_float64(which, rng):
 # --- thresholds, order, classes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("det_dtype", [None, torch.float64], ids=["one dtype", "float64 detections"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_threshold_is_rounded_to_the_dtype_of_the_scores(dtype):
+def test_the_threshold_is_rounded_to_the_dtype_of_the_scores(dtype, det_dtype):
     """0.05 in float32 and in bfloat16 is more than 0.05; a score of that value does not exceed it."""
     boxes = BOX[:2].to(dtype)
-    det = torch.cat([boxes[:1], torch.ones(1, 1, dtype=dtype)], 1)
+    det = torch.cat([boxes[:1], torch.ones(1, 1)], 1).to(det_dtype or dtype)
     for scores, moved in (([0.0, 0.05], False), ([0.0, 0.0625], True)):
         scores = torch.tensor(scores, dtype=dtype)[:, None]
         got, _ = paa_gpu.score_voting(det, torch.tensor([0]), boxes, scores, 0.05)
         assert bool((got != det).any()) == moved
+
+
+def test_scores_equal_to_the_threshold(rng):
+    """In one class, while the box exceeds it in another."""
+    *arguments, scores, _ = predictions(rng)
+    check((*arguments, (scores * 8).round() / 8, 0.25), {}, TOLERANCE)
 
 
 def test_voters_weigh_as_the_specification_says():
@@ -239,7 +246,7 @@ def test_scores_that_are_not_numbers_are_no_candidates(rng):
     assert torch.equal(paa_gpu.score_voting(det, label, boxes, with_nan, score_thr)[0], wanted)
 
 
-@pytest.mark.parametrize("sigma", [1e-300, 1e-30, 1e30])
+@pytest.mark.parametrize("sigma", [1e-300, 1e-30, 1e30, float("inf")])
 def test_weights_that_vanish_or_do_not_fall(sigma):
     """Without any weight the box stays, of a sigma beyond float32 as well; with a wide one all voters weigh their scores."""
     det, got, _ = vote([[11, 20, 51, 60, 0.5]], [0], sigma=sigma)
@@ -274,6 +281,14 @@ def test_a_batch_equals_its_images(keep_order, rng):
         assert torch.equal(bboxes, one[0]) and torch.equal(labels, one[1])
 
 
+def test_a_batch_of_many_detections(rng):
+    """As many as one image would share between threads."""
+    batch = testing.make_predictions([(600, 900)] * 5, rng)
+    got, _ = paa_gpu.score_voting_batch(*batch, 0.05)
+    for image, voted in zip(zip(*batch, strict=True), got, strict=True):
+        torch.testing.assert_close(voted, paa_gpu.score_voting(*image, 0.05)[0], rtol=0, atol=1e-4)
+
+
 def test_a_batch_without_detections(rng):
     bboxes, labels = paa_gpu.score_voting_batch(*testing.make_predictions([(0, 5), (0, 0)], rng), 0.05)
     assert [tuple(t.shape) for t in (*bboxes, *labels)] == [(0, 5), (0, 5), (0,), (0,)]
@@ -299,6 +314,19 @@ def test_no_graph_is_recorded(rng):
     det, label, boxes, scores, score_thr = predictions(rng)
     got, _ = paa_gpu.score_voting(det.requires_grad_(), label, boxes.requires_grad_(), scores.requires_grad_(), score_thr)
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize(("real", "last_places", "largest"), [("float32", 3, 126), ("float64", 1, 1022)])
+def test_power_of_the_cpu_loops(real, last_places, largest):
+    from numba import vectorize
+
+    from paa_gpu.cpu._numeric import negative_exp2
+
+    power = vectorize([f"{real}({real})"])(lambda x: negative_exp2(x))
+    x = np.concatenate([np.geomspace(1e-30, largest, 100_001), np.linspace(0, largest, 100_001)]).astype(real)
+    exact = np.exp2(-x.astype(np.longdouble))
+    assert (np.abs(power(x) - exact) <= last_places * np.spacing(exact.astype(real))).all()
+    assert power(x.dtype.type(0)) == 1
 
 
 def test_the_curve_of_the_voters_goes_from_neighbour_to_neighbour():

@@ -25,10 +25,15 @@ def view(tensor: Tensor) -> Array:
     return (tensor.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
 
 
+def array(tensor: Tensor, dtype: Any) -> Array:
+    """The values, contiguous; without a copy where they are and have this dtype."""
+    return np.ascontiguousarray(view(tensor), dtype)
+
+
 def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
     """The images' values one after the other, contiguous; without a copy where there is one image of this dtype."""
     if len(tensors) == 1:
-        return np.ascontiguousarray(view(tensors[0]), dtype)
+        return array(tensors[0], dtype)
     return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
 
 

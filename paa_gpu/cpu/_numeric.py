@@ -60,3 +60,29 @@ def log1p(x: float) -> float:
     t = s * s
     high = A9 + t * (A10 + t * (A11 + t * (A12 + t * (A13 + t * (A14 + t * (A15 + t * A16))))))
     return 2 * s * (1 + t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * (A5 + t * (A6 + t * (A7 + t * (A8 + t * high)))))))))
+
+
+def negative_exp2(x: Any) -> Any:
+    """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1) units in the last place."""
+    return np.exp2(-x)
+
+
+# No sums in another order here, whatever the caller allows: the whole part comes from what rounding leaves of x.
+@overload(negative_exp2, jit_options={"fastmath": {"contract"}})
+def _negative_exp2(x: Any) -> Any:
+    single = x == numba.float32
+    real: Any = np.float32 if single else np.float64
+    integer: Any = np.int32 if single else np.int64
+    digits, degree = (23, 6) if single else (52, 13)  # the last term above a rounding error
+    shift, places = real(1.5 * 2**digits), integer(digits)
+    terms = tuple(real((-math.log(2)) ** k / math.factorial(k)) for k in range(degree, -1, -1))
+
+    def power(x: Any) -> Any:
+        shifted = shift - x  # its last bits are the whole number nearest to -x
+        rest = x + (shifted - shift)
+        series = terms[0]
+        for k in range(1, len(terms)):
+            series = series * rest + terms[k]
+        return integer(real(series).view(integer) + (real(shifted).view(integer) << places)).view(real)
+
+    return power

@@ -6,13 +6,13 @@ the blocks whose bounding box it does not touch, and goes through the others wit
     weight = exp(-(1 - IoU)^2 / sigma) * score  where IoU > iou_thr, else 0
     box = detection + sum(weight * (candidate - detection)) / sum(weight)
 
-Offsets from the detection lose nothing to the size of the image. The exponential is a power of two, made of its bits, times a
-Taylor series: a call of the library's would keep the loop out of vector registers. A box that is not finite has no IoU that
-exceeds a threshold, so it is no candidate.
+Offsets from the detection lose nothing to the size of the image. A box that is not finite has no IoU that exceeds a threshold,
+so it is no candidate. Where `offset` is 1, boxes of detections and voters end one later here, and are otherwise continuous.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, flat, tensor, view
+from ._arrays import Array, array, tensor, view
 from ._loops import compiled, compiled_sums, over_slices
-from ._numeric import power_of_two
+from ._numeric import negative_exp2
 
 BLOCK = 32
 CELLS = 16  # of the grid, along each side of what the detections span
@@ -32,10 +32,6 @@ SIZES = 4  # of boxes, each up to half as long as the one above
 # Detections below which a second thread costs more than it saves, measured on 2 cores: a detection takes 1 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 256
-
-LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
-LARGEST = {wide: float(np.finfo(real).max) for wide, real in ((False, np.float32), (True, np.float64))}
-TAYLOR = tuple(1 / math.factorial(k) for k in range(14))
 
 
 def _hilbert(side: int) -> Array:
@@ -50,7 +46,7 @@ def _hilbert(side: int) -> Array:
     return np.block([[part.T, part + n], [part.T[::-1, ::-1] + 3 * n, part + 2 * n]])
 
 
-CURVE = _hilbert(CELLS)
+CURVE = _hilbert(CELLS).astype(np.uint32)
 
 
 @compiled
@@ -70,16 +66,21 @@ def _classes(labels: Any, classes: int) -> Any:
 
 
 @compiled
-def _candidates(boxes: Any, scores: Any, threshold: Any, classes: Any) -> Any:
-    """The finite boxes with a score above the threshold in one of the classes."""
-    found, n = np.empty(len(boxes), np.int64), 0
-    for i in range(len(boxes)):
-        some = False
-        for k in range(len(classes)):
-            some |= scores[i, classes[k]] > threshold
+def _candidates(scores: Any, threshold: Any, classes: Any) -> tuple[Any, Any]:
+    """The boxes with a score above the threshold in one of the classes, and how many there are in each of these."""
+    some, size = np.zeros(len(scores), np.bool_), np.zeros(len(classes), np.int64)
+    for k in range(len(classes)):
+        c, n = classes[k], 0
+        for i in range(len(scores)):
+            above = scores[i, c] > threshold
+            some[i] |= above
+            n += above
+        size[k] = n
+    found, n = np.empty(len(scores), np.uint32), 0
+    for i in range(len(scores)):
         found[n] = i
-        n += some & _is_finite(boxes, i)
-    return found[:n]
+        n += some[i]
+    return found[:n], size
 
 
 @compiled
@@ -90,105 +91,105 @@ def _within(place: Any) -> int:
 
 @compiled
 def _neighbours(boxes: Any, candidates: Any, det: Any) -> Any:
-    """The candidates in an order in which neighbours of like size follow each other: by size, then along the curve.
+    """The finite candidates in an order in which neighbours of like size follow each other: by size, then along the curve.
 
     The grid is over what the centres of the detections span: candidates beyond are in a cell at its border.
     """
     real = boxes.dtype.type
-    low, high, longest = np.full(2, real(np.inf)), np.full(2, real(-np.inf)), real(0)
+    left = top = real(np.inf)
+    right = bottom = real(-np.inf)
+    longest = real(0)
     for i in range(len(det)):
         if _is_finite(det, i):
-            for axis in range(2):
-                centre = det[i, axis] + det[i, axis + 2]
-                low[axis], high[axis] = min(low[axis], centre), max(high[axis], centre)
-                longest = max(longest, det[i, axis + 2] - det[i, axis])
-    scale_x, scale_y = CELLS / (high[0] - low[0]), CELLS / (high[1] - low[1])
-    group, start = np.empty(len(candidates), np.int64), np.zeros(SIZES * CELLS * CELLS + 1, np.int64)
+            x1, y1, x2, y2 = det[i, 0], det[i, 1], det[i, 2], det[i, 3]
+            left, top, right, bottom = min(left, x1 + x2), min(top, y1 + y2), max(right, x1 + x2), max(bottom, y1 + y2)
+            longest = max(longest, x2 - x1, y2 - y1)
+    scale_x, scale_y = CELLS / (right - left), CELLS / (bottom - top)
+    last = SIZES * CELLS * CELLS  # the group of boxes that are not finite
+    group, start = np.empty(len(candidates), np.uint32), np.zeros(last + 2, np.uint32)
     for i in range(len(candidates)):
         at = candidates[i]
         x1, y1, x2, y2 = boxes[at, 0], boxes[at, 1], boxes[at, 2], boxes[at, 3]
         side, size = max(x2 - x1, y2 - y1), 0
-        while size < SIZES - 1 and side < longest / (2 << size):
-            size += 1
-        across, down = _within((x1 + x2 - low[0]) * scale_x), _within((y1 + y2 - low[1]) * scale_y)
-        group[i] = size * CELLS * CELLS + CURVE[across, down]
+        for k in range(1, SIZES):
+            size += side < longest / (1 << k)
+        across, down = _within((x1 + x2 - left) * scale_x), _within((y1 + y2 - top) * scale_y)
+        group[i] = size * CELLS * CELLS + CURVE[across, down] if _is_finite(boxes, at) else last
         start[group[i] + 1] += 1
-    for g in range(1, len(start)):
-        start[g] += start[g - 1]
-    ordered = np.empty_like(candidates)
+    for g in range(last):
+        start[g + 1] += start[g]
+    ordered, finite = np.empty_like(candidates), start[last]
     for i in range(len(candidates)):
         ordered[start[group[i]]] = candidates[i]
         start[group[i]] += 1
-    return ordered
+    return ordered[:finite]
 
 
 @compiled
-def _gather(boxes: Any, scores: Any, threshold: Any, det: Any, labels: Any, offset: Any) -> tuple[Any, Any, Any]:
+def _gather(boxes: Any, scores: Any, det: Any, labels: Any, rule: Any) -> tuple[Any, Any, Any]:
     """The candidates of every class that a detection has.
 
     Returns:
         block_start [C + 1], the blocks of each class; voter [6, n * BLOCK], corners, area and score of the candidates, zeros
         behind the last one of a class; bounds [4, n], what the corners of each block span.
     """
+    real = boxes.dtype.type
+    threshold, offset = real(rule[0]), real(rule[3])
     classes = _classes(labels, scores.shape[1])
-    candidates = _neighbours(boxes, _candidates(boxes, scores, threshold, classes), det)
-    size = np.zeros(scores.shape[1], np.int64)
-    for i in candidates:
-        for c in classes:
-            size[c] += scores[i, c] > threshold
-    block_start, place = np.zeros(len(size) + 1, np.int64), np.empty(len(size), np.int64)
-    for c in range(len(size)):
-        place[c] = block_start[c] * BLOCK
-        block_start[c + 1] = block_start[c] + (size[c] + BLOCK - 1) // BLOCK
+    candidates, size = _candidates(scores, threshold, classes)
+    block_start, place = np.zeros(scores.shape[1] + 1, np.int64), np.empty(len(classes), np.int64)
+    for k in range(len(classes)):
+        block_start[classes[k] + 1] = (size[k] + BLOCK - 1) // BLOCK
+    for c in range(scores.shape[1]):
+        block_start[c + 1] += block_start[c]
+    for k in range(len(classes)):
+        place[k] = block_start[classes[k]] * BLOCK
+
+    index = np.empty(block_start[-1] * BLOCK, np.uint32)
+    for i in _neighbours(boxes, candidates, det):
+        for k in range(len(classes)):
+            if scores[i, classes[k]] > threshold:
+                index[place[k]] = i
+                place[k] += 1
 
     voter = np.zeros((6, block_start[-1] * BLOCK), boxes.dtype)
     bounds = np.empty((4, block_start[-1]), boxes.dtype)
-    bounds[:2], bounds[2:] = np.inf, -np.inf
-    for i in candidates:
-        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-        area = (x2 - x1 + offset) * (y2 - y1 + offset)
-        for c in classes:
-            if scores[i, c] > threshold:
-                at = place[c]
-                place[c] += 1
+    for k in range(len(classes)):
+        c = classes[k]
+        for b in range(block_start[c], block_start[c + 1]):
+            left = top = real(np.inf)
+            right = bottom = real(-np.inf)
+            for at in range(b * BLOCK, min((b + 1) * BLOCK, place[k])):
+                i = index[at]
+                x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2] + offset, boxes[i, 3] + offset
                 voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
-                voter[4, at], voter[5, at] = area, scores[i, c]
-                b = at // BLOCK
-                bounds[0, b], bounds[1, b] = min(bounds[0, b], x1), min(bounds[1, b], y1)
-                bounds[2, b], bounds[3, b] = max(bounds[2, b], x2), max(bounds[3, b], y2)
+                voter[4, at], voter[5, at] = (x2 - x1) * (y2 - y1), scores[i, c]
+                left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
+            bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
     return block_start, voter, bounds
 
 
 @compiled_sums
-def _vote(first: Any, last: Any, voter: Any, box: Any, rule: Any, total: Any) -> None:
+def _vote(first: Any, last: Any, voter: Any, box: Any, least_iou: Any, scale: Any, total: Any) -> None:
     """Add the weights of voter[:, first:last], and the offsets of their boxes times them, to total [5].
 
     `first` and `last` are unsigned: an index that may be negative may count from the end, and keeps a loop out of vector
     registers.
     """
-    offset, iou_thr, scale = rule
-    real, info = voter.dtype.type, np.finfo(voter.dtype)
-    zero, half, one, tiny = real(0), real(0.5), real(1), real(1e-6)
-    degree = 13 if info.bits == 64 else 6
-    most = real(info.maxexp - 1)  # where no bit of the power is left
+    real = voter.dtype.type
+    zero, one, tiny = real(0), real(1), real(1e-6)
     x1, y1, x2, y2 = box
-    own_area = (x2 - x1 + offset) * (y2 - y1 + offset)
+    own_area = (x2 - x1) * (y2 - y1)
     w = w1 = w2 = w3 = w4 = zero
     for i in range(first, last):
-        width = max(min(voter[2, i], x2) - max(voter[0, i], x1) + offset, zero)
-        height = max(min(voter[3, i], y2) - max(voter[1, i], y1) + offset, zero)
-        intersection = width * height
+        width = max(min(voter[2, i], x2) - max(voter[0, i], x1), zero)
+        height = min(voter[3, i], y2) - max(voter[1, i], y1)
+        intersection = width * height  # not positive where the boxes do not meet, so no IoU above a threshold
         union = own_area + voter[4, i] - intersection
-        # Comparisons, since a minimum or maximum may drop NaN or keep it: no IoU, and a power that is a number.
+        # A comparison, since a maximum may drop NaN or keep it; NaN is no IoU.
         iou = intersection / (tiny if union < tiny else union)
-        exponent = (one - iou) * (one - iou) * scale
-        exponent = exponent if exponent < most else most
-        whole = np.int32(exponent + half)
-        rest = (real(whole) - exponent) * real(LN_2)
-        series = zero
-        for k in range(degree, -1, -1):
-            series = series * rest + real(TAYLOR[k])
-        weight = series * power_of_two(-whole, one) * voter[5, i] if iou > iou_thr else zero
+        root = (one - iou) * scale
+        weight = negative_exp2(root * root) * voter[5, i] if iou > least_iou else zero
         w += weight
         w1 += weight * (voter[0, i] - x1)
         w2 += weight * (voter[1, i] - y1)
@@ -215,43 +216,79 @@ def _vote_rows(
     voted: Any,
 ) -> None:
     """voted[row] = the box of detection order[row], and its score."""
-    offset = rule[0]
-    total, touched = np.empty(5, det.dtype), np.empty(bounds.shape[1], np.bool_)
+    real, blocks = det.dtype.type, bounds.shape[1]
+    least_iou, scale, offset = real(rule[1]), real(rule[2]), real(rule[3])
+    total, touched, edge = np.empty(5, det.dtype), np.zeros(blocks + 2, np.bool_), np.empty(blocks + 2, np.int64)
     for row in range(first, last):
         at = order[row]
-        x1, y1, x2, y2 = det[at, 0], det[at, 1], det[at, 2], det[at, 3]
-        voted[row, 0], voted[row, 1], voted[row, 2], voted[row, 3], voted[row, 4] = x1, y1, x2, y2, det[at, 4]
+        for side in range(5):
+            voted[row, side] = det[at, side]
         c = label[at]
         if c < 0 or c >= len(block_start) - 1:
             continue
+        x1, y1, x2, y2 = det[at, 0], det[at, 1], det[at, 2] + offset, det[at, 3] + offset
+        first_block, n = np.uint64(block_start[c]), np.uint64(block_start[c + 1]) - np.uint64(block_start[c])
+        for b in range(n):
+            block = first_block + b
+            across = (bounds[2, block] > x1) & (x2 > bounds[0, block])
+            touched[b + np.uint64(1)] = across & (bounds[3, block] > y1) & (y2 > bounds[1, block])
+        touched[n + np.uint64(1)] = False
+        # Neighbouring blocks that the box touches are one stretch, from one edge to the next. Without branches: the processor
+        # cannot foretell them.
+        edges = 0
+        for b in range(n + np.uint64(1)):
+            edge[edges] = b
+            edges += touched[b] != touched[b + np.uint64(1)]
         total[:] = 0
-        first_block, last_block = np.uint64(block_start[c]), np.uint64(block_start[c + 1])
-        for b in range(first_block, last_block):
-            across = (bounds[2, b] - x1 + offset > 0) & (x2 - bounds[0, b] + offset > 0)
-            touched[b] = across & (bounds[3, b] - y1 + offset > 0) & (y2 - bounds[1, b] + offset > 0)
-        # Neighbouring blocks that the box touches are one stretch.
-        start = first_block
-        for b in range(first_block, last_block + np.uint64(1)):
-            if b == last_block or not touched[b]:
-                if start < b:
-                    stretch = start * np.uint64(BLOCK), b * np.uint64(BLOCK)
-                    _vote(*stretch, voter, (x1, y1, x2, y2), rule, total)
-                start = b + np.uint64(1)
+        for k in range(0, edges, 2):
+            start, stop = first_block + np.uint64(edge[k]), first_block + np.uint64(edge[k + 1])
+            _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, (x1, y1, x2, y2), least_iou, scale, total)
         if total[0] != 0:
             for side in range(4):
                 voted[row, side] += total[side + 1] / total[0]
 
 
 @compiled
-def _vote_image(boxes: Any, scores: Any, threshold: Any, det: Any, label: Any, order: Any, rule: Any, voted: Any) -> None:
-    """An image on this thread, in one call: with few voters, what Python does in between would take longer than the loops."""
-    voters = _gather(boxes, scores, threshold, det, label, rule[0])
+def _vote_image(boxes: Any, scores: Any, det: Any, label: Any, order: Any, rule: Any, voted: Any) -> None:
+    """On this thread, in one call: with few voters, what Python does in between would take longer than the loops."""
+    voters = _gather(boxes, scores, det, label, rule)
     _vote_rows(0, len(order), order, det, label, *voters, rule, voted)
 
 
-def _rounded(number: float, dtype: torch.dtype) -> Any:
+def _image(
+    det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor,
+    rule: tuple[float, float, float, float], keep_order: bool, dtype: Any, alone: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The voted boxes and the labels of an image, on all threads if it is alone. `rule`: score_thr, least_iou, scale, offset."""
+    det, boxes, scores = array(det_bboxes, dtype), array(mlvl_bboxes, dtype), array(mlvl_nms_scores, dtype)
+    labels = view(det_labels)
+    label = np.ascontiguousarray(labels, np.int64)
+    order = np.arange(len(label)) if keep_order else label.argsort(kind="stable")
+    voted = np.empty_like(det)
+    if alone and len(order) >= SERIAL_ROWS:
+        voters = _gather(boxes, scores, det, label, rule)
+        over_slices(_vote_rows, len(order), SERIAL_ROWS, order, det, label, *voters, rule, voted)
+    else:
+        _vote_image(boxes, scores, det, label, order, rule, voted)
+    return voted, labels[order]
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
     """A number as torch rounds it before it compares a tensor of this dtype with it; of the usual one without a tensor."""
-    return np.float32(number) if dtype == torch.float32 else torch.tensor(number, dtype=dtype).item()
+    return float(np.float32(number)) if dtype == torch.float32 else torch.tensor(number, dtype=dtype).item()
+
+
+@functools.lru_cache
+def _weights(iou_thr: float, sigma: float, dtype: Any) -> tuple[float, float]:
+    """(least_iou, scale): weights are 2^-((1 - IoU) * scale)^2 above least_iou, and 0 up to it.
+
+    least_iou is iou_thr, or more where weights would be below the smallest normal number. The widest scale gives IoUs that
+    only rounding makes differ from 1 a weight that is a number.
+    """
+    info = np.finfo(dtype)
+    vanishing = math.sqrt(info.maxexp - 2)
+    width = max(math.sqrt(sigma * math.log(2)), float(info.eps) / vanishing)
+    return max(iou_thr, 1 - vanishing * width), 1 / width
 
 
 def score_voting(
@@ -268,28 +305,19 @@ def score_voting(
     images, dtype = len(det_bboxes), det_bboxes[0].dtype
     wide = torch.float64 in (dtype, mlvl_bboxes[0].dtype, mlvl_nms_scores[0].dtype)
     real = np.float64 if wide else np.float32
-    threshold = real(_rounded(score_thr, mlvl_nms_scores[0].dtype))
-    rule = real(offset), real(iou_thr), real(min(LOG2_E / sigma, LARGEST[wide]))
+    rule = _rounded(score_thr, mlvl_nms_scores[0].dtype), *_weights(iou_thr, sigma, real), offset
+    if images == 1:
+        voted, labels = _image(det_bboxes[0], det_labels[0], mlvl_bboxes[0], mlvl_nms_scores[0], rule, keep_order, real, True)
+    else:
+        results: list[Any] = [None] * images
 
-    def vote(image: int) -> tuple[Array, Array]:
-        det, label = flat([det_bboxes[image]], real), flat([det_labels[image]], np.int64)
-        boxes, scores = flat([mlvl_bboxes[image]], real), flat([mlvl_nms_scores[image]], real)
-        order = np.arange(len(label)) if keep_order else np.argsort(label, kind="stable")
-        voted = np.empty_like(det)
-        if images > 1 or len(order) < SERIAL_ROWS:
-            _vote_image(boxes, scores, threshold, det, label, order, rule, voted)
-        else:
-            voters = _gather(boxes, scores, threshold, det, label, rule[0])
-            over_slices(_vote_rows, len(order), SERIAL_ROWS, order, det, label, *voters, rule, voted)
-        return voted, label[order]
+        def vote_images(first: int, last: int) -> None:
+            for i in range(first, last):
+                image = det_bboxes[i], det_labels[i], mlvl_bboxes[i], mlvl_nms_scores[i]
+                results[i] = _image(*image, rule, keep_order, real, False)
 
-    results: list[Any] = [None] * images
-
-    def vote_images(first: int, last: int) -> None:
-        results[first:last] = map(vote, range(first, last))
-
-    over_slices(vote_images, images, 2)
-    voted, labels = results[0] if images == 1 else map(np.concatenate, zip(*results, strict=True))
-    voted = voted.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
-    labels = labels.astype(view(det_labels[0]).dtype, copy=False)
+        over_slices(vote_images, images, 2)
+        voted, labels = map(np.concatenate, zip(*results, strict=True))
+    if wide and dtype != torch.float64:
+        voted = voted.astype(np.float32)
     return tensor(voted, dtype), torch.from_numpy(labels)
