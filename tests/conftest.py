@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,23 @@ def suite_execution(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with execute(execution):
         yield
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of kernels run in all ways of this pytest run (see `kernel_execution`)."""
+    if "execution" in metafunc.fixturenames:
+        from kernel_execution import EXECUTIONS  # Triton, where it is needed
+
+        metafunc.parametrize("execution", EXECUTIONS)
+
+
+@pytest.fixture
+def session(execution: str | int) -> Iterator[Any]:
+    """The operators run their kernels: what `kernel_execution.execute` gives."""
+    from kernel_execution import execute
+
+    with execute(execution) as session:
+        yield session
 
 
 def recording_paths() -> list:

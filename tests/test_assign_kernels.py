@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import EXECUTIONS, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import assert_written, compiled_only, execute, poisoned_outputs
 from test_assign import SHAPES, draw
 
 import paa_gpu
@@ -15,17 +15,6 @@ from paa_gpu import _ops, reference, testing
 from paa_gpu.kernels import assign as kernels
 
 NAMES = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def run(anchors, boxes, ignored=(), valid=(), *options):

@@ -8,7 +8,7 @@ import extended_em
 import numpy as np
 import pytest
 import torch
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em
@@ -23,17 +23,6 @@ FEW, MANY = (2, 6) if INTERPRETER else (6, 24)
 
 #: Of max(1, |value|), against extended precision. Rounding is 2e-15 here; the specification asks for 1e-9.
 TOLERANCE = 1e-12
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def fit(x, count=None, lengths=None, inits=(None, None, None), covariance_type="diag", **options):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import EXECUTIONS, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import assert_written, compiled_only, execute, poisoned_outputs
 
 import paa_gpu
 from paa_gpu import _ops, reference, testing
@@ -20,17 +20,6 @@ from paa_gpu.kernels.losses import _exp, _log1p
 OPTIONS = (2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 16 / 1000)
 #: Relative. The sum over the classes is float32, the box loss float64.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def run(batch, options=OPTIONS):

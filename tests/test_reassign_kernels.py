@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
 
 import paa_gpu
 from paa_gpu import _ops, testing
@@ -20,17 +20,6 @@ NUM_GTS = [0, 2, 1, 0, 4, 0] if INTERPRETER else [0, 7, 1, 0, 40, 3, 0]
 
 #: Of max(1, |value|): both sides run the same steps in float64, in another order of summation.
 TOLERANCE = 1e-12
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def sizes_of(batch):

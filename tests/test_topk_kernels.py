@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
 
 from paa_gpu import _ops
 from paa_gpu.kernels import topk as kernels
@@ -22,17 +22,6 @@ LEVEL_SIZES = (1300, 400, 0, 90, 10)
 IMAGES = ((0, 0), (0, 3), (150, 4), (0, 0), (40, 0), (400, 2), (7, 30), (0, 2), (0, 0))
 #: The interpreter takes a tenth of a second for one round of a row.
 LONG_ROW = 300 if INTERPRETER else 3000
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def draw_losses(rng, potential, dtype, special=True):

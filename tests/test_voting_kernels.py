@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
 
 import paa_gpu
 from paa_gpu import _ops, data, reference, testing
@@ -22,17 +22,6 @@ SHAPES = [(0, 0), (3, 600), (2, 0), (0, 7), (5, 40)] if INTERPRETER else [(0, 0)
 
 #: Pixels between the kernel and the CPU loop in float32, each within half of it of float64; in float64 it is rounding alone.
 TOLERANCE = {torch.float32: 2.5e-4, torch.float64: 1e-10}
-
-
-@pytest.fixture(params=EXECUTIONS)
-def execution(request):
-    return request.param
-
-
-@pytest.fixture
-def session(execution):
-    with execute(execution) as session:
-        yield session
 
 
 def run(*args):
