@@ -68,11 +68,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What would be published: the archive of the sources, and the wheel made from it.
+# What would be published: the archive of the sources, and the wheel made from it, which has to work in an environment of its own.
 release-check: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_package.py
 
 # gmm-gpu asks for numpy below 2, which it does not need: it goes into a folder of its own, without what it asks for.
 bench: $(READY) .bench/gmm_gpu

@@ -29,6 +29,12 @@ compiled_only = pytest.mark.skipif(
     reason="ptxrun runs what Triton 3.8 compiles, not the interpreter",
 )
 
+
+def slow_interpreted(*values: Any) -> list[Any]:
+    """Parameters that `make test` takes compiled, and only `make test-long` interpreted too."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * INTERPRETER) for value in values]
+
+
 #: Parameters of a fixture: the executions of this pytest run.
 EXECUTIONS = (
     ["interpreter"]

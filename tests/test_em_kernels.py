@@ -8,7 +8,7 @@ import extended_em
 import numpy as np
 import pytest
 import torch
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em
@@ -305,7 +305,7 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
     return *outputs, fitted
 
 
-@pytest.mark.parametrize("width", [1, 2, 45, 64, 65, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [1, 45, *slow_interpreted(2, 64, 65), pytest.param(600, marks=pytest.mark.slow)])
 def test_assignment_and_score(session, width, rng):
     few = Candidates([rng.normal(size=width), rng.normal(size=1), []], width, rng)
     candidates = random_candidates(rng, MANY // 2, width) if width > 4 else few
@@ -325,7 +325,7 @@ def test_the_candidates_tell_the_schemes_apart(rng):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
-@pytest.mark.parametrize("singleton", ["background", "positive"])
+@pytest.mark.parametrize("singleton", ["background", *slow_interpreted("positive")])
 @pytest.mark.parametrize("separation", SCHEMES)
 def test_separation(session, separation, singleton, rng):
     candidates = random_candidates(rng)
@@ -373,7 +373,7 @@ def test_random_rows_against_the_cpu_path(rows, rng):
     assert torch.equal(ignored, candidates.scatter(masks[1]))
 
 
-@pytest.mark.parametrize("separation", ["mmdet", "b"])
+@pytest.mark.parametrize("separation", ["mmdet", *slow_interpreted("b")])
 def test_first_of_tied_scores_wins(session, separation, rng):
     """Pairs symmetric about the mean of their component: what reaches them from the other one, 1e-13 to 1e-9, is a tie."""
     rows = []

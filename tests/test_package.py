@@ -42,7 +42,7 @@ def wheel(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("wheel"), symlinks=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_has_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -55,7 +55,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert wheel.stat().st_size < 1_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_wheel_says_of_itself(wheel):
     """A lower bound for whatever it needs, which `make test-oldest` reads; a licence; no links, there is no public home."""
     with zipfile.ZipFile(wheel) as archive:
@@ -89,7 +89,7 @@ print(paa_gpu.__file__)
     assert got.stdout.startswith(str(tmp_path / "source"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_works_from_elsewhere(wheel, tmp_path):
     """In an environment of its own, which sees our dependencies but not the checkout."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from device_operations import SYNCHRONISING, profiled
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
 
 import paa_gpu
 from paa_gpu import _ops, testing
@@ -54,20 +54,20 @@ def assert_same(got: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]):
 
 
 @pytest.mark.parametrize("separation", SCHEMES)
-@pytest.mark.parametrize("singleton", ["background", "positive"])
+@pytest.mark.parametrize("singleton", ["background", *slow_interpreted("positive")])
 def test_a_batch_equals_the_cpu_operator(session, separation, singleton, rng):
     batch = testing.make_batch(NUM_GTS, rng, dtype=torch.float32)
     args = arguments(batch, separation=separation, singleton=singleton)
     assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *slow_interpreted(torch.bfloat16, torch.float64)], ids=str)
 def test_loss_dtypes(session, dtype, rng):
     args = arguments(testing.make_batch(NUM_GTS, rng, dtype=dtype), separation="d", covariance_type="tied")
     assert_same(run(_ops.paa_reassign_batch, *args), cpu.paa_reassign_batch(*args))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *slow_interpreted(torch.bfloat16, torch.float64)], ids=str)
 def test_weight_dtypes(session, dtype, rng):
     batch = testing.make_batch(NUM_GTS, rng, dtype=torch.float32)
     names = ("label_weight", "bbox_weight")
@@ -152,7 +152,7 @@ def test_indices_out_of_range_write_nothing(session):
     assert written[0].tolist() == [4] * 6 + [80] * 6 + [4] * 6 and written[3].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", *slow_interpreted("float32")])
 def test_fitted_candidates_equal_the_cpu_operator(session, precision, rng):
     batch = testing.make_batch(NUM_GTS, rng, shapes=["bimodal", "heavy", "one"], dtype=torch.float32)
     args = *batch[:1], *batch[4:6], sizes_of(batch), batch.num_gts, 9, "full", precision

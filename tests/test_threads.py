@@ -138,7 +138,7 @@ for module in (em, reassign, topk, voting):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_process_starts_hot(tmp_path):
     """The first one compiles into an empty cache, the second one finds everything there."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
 
 from paa_gpu import _ops
 from paa_gpu.kernels import topk as kernels
@@ -88,7 +88,7 @@ def check(images, sizes, num_gts, topk=9):
 # --- what is selected --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topk", [9, *(pytest.param(k, marks=[pytest.mark.slow] * INTERPRETER) for k in (1, 128))])
+@pytest.mark.parametrize("topk", [9, *slow_interpreted(1, 128)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_batch_with_ties_and_special_values(session, dtype, topk, rng):
     images = [draw_image(rng, potential, num_gt, dtype) for potential, num_gt in IMAGES]

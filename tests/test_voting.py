@@ -146,7 +146,7 @@ def test_voters_weigh_as_the_specification_says():
     assert label.tolist() == [0]
 
 
-@pytest.mark.parametrize("keep_order", [False, True])
+@pytest.mark.parametrize("keep_order", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_order_and_label_dtypes(dtype, keep_order, rng):
     det, label, *rest = predictions(rng, 60)
