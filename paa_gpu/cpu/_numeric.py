@@ -11,23 +11,6 @@ from numba.extending import overload
 
 from ._loops import compiled
 
-
-def power_of_two(n: Any, real: Any) -> Any:
-    """2^n of an int32, as a float like `real`, by the bits of its exponent; 0 just below the smallest normal number."""
-    return type(real)(2.0**n)
-
-
-@overload(power_of_two)
-def _power_of_two(n: Any, real: Any) -> Any:  # noqa: ARG001
-    def double(n: Any, real: Any) -> Any:  # noqa: ARG001
-        return np.int64((np.int64(n) + 1023) << 52).view(np.float64)
-
-    def single(n: Any, real: Any) -> Any:  # noqa: ARG001
-        return np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
-
-    return single if real == numba.float32 else double
-
-
 # log(2) in two parts, the first with so few bits that its product with any exponent is exact.
 LOG2_HIGH, LOG2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for i in range(2, 14))
@@ -46,7 +29,8 @@ def exp(x: float) -> Any:
     r = (x - n * LOG2_HIGH) - n * LOG2_LOW
     high = C8 + r * (C9 + r * (C10 + r * (C11 + r * (C12 + r * C13))))
     series = 1 + r * (1 + r * (C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * (C7 + r * high)))))))
-    return series * power_of_two(np.int32(n), series)
+    # Times 2^n, by the bits of its exponent. Through int32, which every processor converts in vector registers.
+    return series * np.int64((np.int64(np.int32(n)) + 1023) << 52).view(np.float64)
 
 
 # Coefficients of atanh(s) / s in s^2, up to the last term above a rounding error where s <= 1 / 3.
