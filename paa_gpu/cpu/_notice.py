@@ -15,7 +15,7 @@ logger = logging.getLogger("paa_gpu")
 PATIENCE = 2.0
 
 
-class CompilationNotice(Listener):  # type: ignore[misc]
+class CompilationNotice(Listener):
     """Warns when loops of this package have been compiled for `PATIENCE` seconds altogether, and still are.
 
     numba tells when the compilation of a function begins and ends, under a lock of its own. Functions that call others nest; only
