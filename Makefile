@@ -14,7 +14,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -41,6 +41,25 @@ test-fast: $(READY)
 # The kernels' budgets, of registers and the like, hold for the newest Triton only.
 test-oldest: $(OLDEST_READY)
 	$(OLDEST_BIN)/python -m pytest $(FAST)
+
+# Every Python of setup.py that this machine has, on the PATH or under pyenv, with the newest of everything else.
+PYTHONS ?= 3.10 3.11 3.12 3.13
+FIND_PYTHON = for found in $$(type -ap python$* || true) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$*.*/bin/python$*; do \
+	  $$found -c "" 2> /dev/null && echo $$found && break; done
+test-pythons: $(PYTHONS:%=test-python-%)
+
+test-python-%: SHELL = /bin/bash
+test-python-%: setup.py
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo "Python $*: not on this machine, not tested"; exit 0; fi; \
+	set -e; \
+	if [ ! setup.py -ot .venv-python$*/.installed ]; then \
+	  $$python -m venv .venv-python$*; \
+	  .venv-python$*/bin/python -m pip install --quiet --editable ".[test]"; \
+	  touch .venv-python$*/.installed; \
+	fi; \
+	.venv-python$*/bin/python --version; \
+	.venv-python$*/bin/python -m pytest $(FAST)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -114,4 +133,4 @@ $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png
+	rm -rf $(VENV) $(MMDET_VENV) $(OLDEST_VENV) .venv-python* .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

@@ -1,0 +1,249 @@
+"""Train a detector on your own data in COCO's format, with a torchvision or timm backbone and `paa_gpu.PAAHead`.
+
+    python examples/train_coco.py --images photos --annotations train.json --test-annotations test.json
+    torchrun --nproc-per-node 2 examples/train_coco.py --images photos --annotations train.json   # several processes or GPUs
+
+It shows a progress bar, keeps a checkpoint after each epoch (`--resume` goes on from it), prints COCO's average precision, and
+draws detections on the first test image. Needs `pip install -e .[examples]`; for `--backbone timm:convnext_tiny`, timm too.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes
+from tqdm import tqdm
+
+from paa_gpu import PAAHead
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that public backbones were trained on
+CHANNELS = 256
+SHOWN = 0.3  # detections with a higher score are drawn
+
+Sample = tuple[Tensor, dict[str, Any]]
+
+
+class Detector(nn.Module):
+    """Features of strides 8 to 128, and the head. Called with targets it gives losses, without them detections."""
+
+    def __init__(self, backbone: str, num_classes: int, pretrained: bool) -> None:
+        super().__init__()
+        self.body, widths = make_body(backbone, pretrained)
+        self.pyramid = FeaturePyramidNetwork(widths, CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
+        self.head = PAAHead(num_classes, CHANNELS)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Any]], scales: Any = None) -> Any:
+        body = self.body(images)
+        levels = {str(i): level for i, level in enumerate(body.values() if isinstance(body, dict) else body)}
+        features = list(self.pyramid(levels).values())
+        return self.head.loss(features, targets, sizes) if self.training else self.head.predict(features, sizes, scales)
+
+
+def make_body(name: str, pretrained: bool) -> tuple[nn.Module, list[int]]:
+    """A module that gives levels of strides 8, 16 and 32, and their numbers of channels."""
+    if name.startswith("timm:"):
+        import timm
+
+        body = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, features_only=True)
+        levels = [i for i, stride in enumerate(body.feature_info.reduction()) if stride in (8, 16, 32)]
+        body = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, features_only=True, out_indices=levels)
+        return body, body.feature_info.channels()
+    network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+    body = create_feature_extractor(network, {"layer2": "0", "layer3": "1", "layer4": "2"})  # of a ResNet
+    with torch.no_grad():
+        return body, [level.shape[1] for level in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
+
+
+class CocoBoxes(torch.utils.data.Dataset[Sample]):
+    """The images of a COCO file with their boxes; a class is the place of its category in the sorted list of their ids."""
+
+    def __init__(self, images: str, annotations: str, size: int, training: bool) -> None:
+        raw = torchvision.datasets.CocoDetection(images, annotations)
+        self.coco: COCO = raw.coco
+        self.categories = sorted(self.coco.getCatIds())
+        self.data = torchvision.datasets.wrap_dataset_for_transforms_v2(raw, target_keys=["boxes", "labels", "image_id"])
+        self.transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RandomHorizontalFlip(0.5 if training else 0),
+                v2.Resize(size, max_size=size * 5 // 3, antialias=True),
+                v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1].get("labels")),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, target = self.data[index]
+        boxes = target.get(
+            "boxes", torchvision.tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=image.size[::-1])
+        )
+        labels = torch.tensor([self.categories.index(int(label)) for label in target.get("labels", [])], dtype=torch.int64)
+        width = image.width
+        image, changed = self.transform(image, {"boxes": boxes, "labels": labels})
+        boxes = changed["boxes"].as_subclass(Tensor).float()
+        return image, {
+            "boxes": boxes,
+            "labels": changed["labels"],
+            "image_id": target["image_id"],
+            "scale": image.shape[2] / width,
+        }
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:
+    """One batch, padded at the right and below to the largest image and to a multiple of 128; and the size of each image."""
+    sizes = [tuple(image.shape[1:]) for image, _ in samples]
+    height, width = (-(-max(side) // 128) * 128 for side in zip(*sizes, strict=True))
+    images = torch.zeros(len(samples), 3, height, width)
+    for canvas, (image, _) in zip(images, samples, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    return images, sizes, [target for _, target in samples]
+
+
+def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[Any]:
+    for images, sizes, targets in loader:
+        yield (
+            images.to(device, non_blocking=True),
+            sizes,
+            [
+                {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+                for target in targets
+            ],
+        )
+
+
+def train_epoch(model: nn.Module, optimizer: Any, schedule: Any, loader: Any, device: torch.device, epoch: int) -> None:
+    model.train()
+    bar = tqdm(batches(loader, device), total=len(loader), desc=f"epoch {epoch + 1}", disable=rank() != 0)
+    for step, batch in enumerate(bar):
+        losses = model(*batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:  # to read a loss waits for the device
+            bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()})
+
+
+@torch.no_grad()
+def detect(model: Detector, data: CocoBoxes, loader: Any, device: torch.device) -> list[dict[str, Any]]:
+    """The detections in COCO's format, in pixels of the images as they lie on the disk."""
+    model.eval()
+    found = []
+    for images, sizes, targets in tqdm(batches(loader, device), total=len(loader), desc="detect"):
+        detections = model(images, sizes, targets, [target["scale"] for target in targets])
+        for target, image in zip(targets, detections, strict=True):
+            x1, y1, x2, y2 = image["boxes"].cpu().unbind(1)
+            boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1)
+            for box, score, label in zip(boxes.tolist(), image["scores"].tolist(), image["labels"].tolist(), strict=True):
+                found.append({"image_id": target["image_id"], "category_id": data.categories[label], "bbox": box, "score": score})
+    return found
+
+
+def evaluate(coco: COCO, found: list[dict[str, Any]]) -> float:
+    """COCO's average precision, with its whole table printed."""
+    if not found:
+        print("no detections: average precision 0")
+        return 0.0
+    evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+def draw(file: Path, images: str, coco: COCO, found: list[dict[str, Any]]) -> None:
+    """The first image with its boxes (white) and the detections (orange)."""
+    first = coco.loadImgs(coco.getImgIds()[:1])[0]
+    picture = torchvision.io.decode_image(str(Path(images) / first["file_name"]), mode="RGB")
+    drawn = [entry["bbox"] for entry in coco.loadAnns(coco.getAnnIds(first["id"]))]
+    shown = [entry["bbox"] for entry in found if entry["image_id"] == first["id"] and entry["score"] > SHOWN]
+    for boxes, color in ((drawn, "white"), (shown, "#E69F00")):
+        if boxes:
+            corners = torchvision.ops.box_convert(torch.tensor(boxes), "xywh", "xyxy")
+            picture = draw_bounding_boxes(picture, corners, colors=color, width=2)
+    torchvision.io.write_png(picture, str(file))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def main(argv: list[str] | None = None) -> float | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder of the images")
+    parser.add_argument("--annotations", required=True, help="COCO file to train with")
+    parser.add_argument("--test-annotations", help="COCO file to evaluate with; none: no evaluation")
+    parser.add_argument("--backbone", default="resnet18", help="a torchvision ResNet, or timm:NAME")
+    parser.add_argument("--pretrained", action="store_true", help="start from public weights of the backbone")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=4, help="images of each process")
+    parser.add_argument("--size", type=int, default=480, help="the shorter side of an image, in pixels")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/coco"))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    options = parser.parse_args(argv)
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        dist.init_process_group("nccl" if cuda else "gloo")
+    torch.manual_seed(0)
+    data = CocoBoxes(options.images, options.annotations, options.size, training=True)
+    sampler: Any = DistributedSampler(data) if dist.is_initialized() else None
+    loader: Any = DataLoader(
+        data, options.batch_size, shuffle=sampler is None, sampler=sampler, num_workers=options.workers, collate_fn=collate
+    )
+    detector = Detector(options.backbone, len(data.categories), options.pretrained).to(device)
+    optimizer = torch.optim.AdamW(detector.parameters(), options.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.epochs * len(loader))
+    checkpoint, start = options.out / "checkpoint.pt", 0
+    if options.resume:
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        detector.load_state_dict(state["detector"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = state["epoch"]
+    model: Any = DistributedDataParallel(detector, [device] if cuda else None) if dist.is_initialized() else detector
+    options.out.mkdir(parents=True, exist_ok=True)
+    for epoch in range(start, options.epochs):
+        if sampler is not None:
+            sampler.set_epoch(epoch)
+        train_epoch(model, optimizer, schedule, loader, device, epoch)
+        if rank() == 0:
+            state = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({**state, "epoch": epoch + 1, "categories": data.categories}, checkpoint)
+    precision = None
+    if rank() == 0 and options.test_annotations:
+        test = CocoBoxes(options.images, options.test_annotations, options.size, training=False)
+        found = detect(detector, test, DataLoader(test, options.batch_size, collate_fn=collate), device)
+        (options.out / "detections.json").write_text(json.dumps(found))
+        precision = evaluate(test.coco, found)
+        draw(options.out / "detections.png", options.images, test.coco, found)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return precision
+
+
+if __name__ == "__main__":
+    main()
