@@ -30,7 +30,7 @@ setup(
     extras_require={
         "demo": ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.7"],
         "head": ["torchvision>=0.24"],
-        "examples": ["paa-gpu[demo,head]", "tqdm>=4"],
+        "examples": ["paa-gpu[demo,head]", "pycocotools>=2.0.8", "tqdm>=4"],
         "test": [
             *("paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
             "build>=1.2.1",

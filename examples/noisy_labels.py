@@ -1,17 +1,18 @@
 """Find wrong labels by their losses: `python examples/noisy_labels.py`, then look at noisy_labels.png.
 
-The idea of DivideMix and its relatives. Two of five labels of scikit-learn's handwritten digits are made wrong. A small network
-learns right labels before it learns wrong ones by heart, so after a few epochs the losses form two groups. A mixture of two Gaussians
-divides them. The network then learns from the low group alone. Needs `pip install -e .[examples]`.
+This is the idea of DivideMix and its relatives. Two of five labels of scikit-learn's handwritten digits are drawn at random.
+A small network learns right labels before it learns wrong ones by heart. So after a few epochs the losses form two groups,
+and a mixture of two Gaussians divides them. The network then learns from the low group alone. Needs `pip install -e
+.[examples]`.
 """
 
 import argparse
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import trange
 
 import paa_gpu
@@ -33,7 +34,7 @@ def train(pixels: Tensor, labels: Tensor, epochs: int, name: str) -> nn.Module:
     for _ in trange(epochs, desc=name):
         for rows in torch.randperm(len(labels)).split(64):
             optimizer.zero_grad()
-            F.cross_entropy(network(pixels[rows]), labels[rows]).backward()
+            cross_entropy(network(pixels[rows]), labels[rows]).backward()
             optimizer.step()
     return network
 
@@ -50,18 +51,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     test = slice(0, 400)  # these keep their right labels, and are not trained with
     rest = slice(400, None)
 
+    network = train(pixels[rest], noisy[rest], options.warm_up, "warm-up")
     with torch.no_grad():
-        losses = F.cross_entropy(
-            train(pixels[rest], noisy[rest], options.warm_up, "warm-up")(pixels[rest]), noisy[rest], reduction="none"
-        )
+        losses = cross_entropy(network(pixels[rest]), noisy[rest], reduction="none")
     losses = (losses - losses.min()) / (losses.max() - losses.min())
     fit = paa_gpu.fit_gmm_1d(losses[None], init="kmeans", max_iter=10, tol=1e-2, reg_covar=5e-4)
     clean = fit.low_probability(losses[None])[0] > 0.5
 
     wrong = noisy[rest] != right[rest]
     figures = {
-        "wrong labels found": float((wrong & ~clean).sum() / wrong.sum()),
-        "right labels kept": float((~wrong & clean).sum() / (~wrong).sum()),
+        "wrong labels found": float((~clean)[wrong].float().mean()),
+        "right labels kept": float(clean[~wrong].float().mean()),
     }
     for name, rows in (("all labels", torch.ones_like(clean)), ("the low group", clean)):
         network = train(pixels[rest][rows], noisy[rest][rows], options.epochs, name)
@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"{name}: {figure:.1%}")
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.hist(
-        [losses[~wrong], losses[wrong]], bins=60, stacked=True, color=["#0072B2", "#E69F00"], label=["right label", "wrong label"]
-    )
+    axes.hist([losses[~wrong], losses[wrong]], 60, stacked=True, color=["#0072B2", "#E69F00"], label=["right", "wrong"])
     axes.axvline(float(losses[clean].max()), color="black", linestyle="--", label="where the mixture divides")
     axes.set(xlabel="loss after the warm-up, scaled to 0 to 1", ylabel="samples")
     axes.legend()

@@ -1,9 +1,9 @@
 """A score threshold for each class from its own scores: `python examples/teacher_thresholds.py`.
 
-Semi-supervised detectors such as Consistent-Teacher let a teacher label images, and keep its confident boxes as ground truths of the
-student. What is confident differs from class to class. Here a mixture of two Gaussians is fitted to the scores of every class, all
-classes in one call, and the threshold of a class is the most likely score of its upper component. The scores are those of a recorded
-detector: with 80 classes in a checkout, with one class otherwise.
+Semi-supervised detectors such as Consistent-Teacher let a teacher label images. The teacher's confident boxes become ground
+truths of the student. What is confident differs from class to class. This example fits a mixture of two Gaussians to the
+scores of every class, all classes in one call. The threshold of a class is the most likely score of its upper component. The
+scores are those of a recorded detector: with 80 classes in a checkout, with one class otherwise.
 """
 
 import argparse

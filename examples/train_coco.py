@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from torchvision import tv_tensors
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -93,19 +94,13 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image, target = self.data[index]
-        boxes = target.get(
-            "boxes", torchvision.tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=image.size[::-1])
-        )
+        none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=image.size[::-1])
         labels = torch.tensor([self.categories.index(int(label)) for label in target.get("labels", [])], dtype=torch.int64)
-        width = image.width
-        image, changed = self.transform(image, {"boxes": boxes, "labels": labels})
+        before = image.width
+        image, changed = self.transform(image, {"boxes": target.get("boxes", none), "labels": labels})
         boxes = changed["boxes"].as_subclass(Tensor).float()
-        return image, {
-            "boxes": boxes,
-            "labels": changed["labels"],
-            "image_id": target["image_id"],
-            "scale": image.shape[2] / width,
-        }
+        scale = image.shape[2] / before
+        return image, {"boxes": boxes, "labels": changed["labels"], "image_id": target["image_id"], "scale": scale}
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:
@@ -119,15 +114,11 @@ def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[
 
 
 def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[Any]:
+    """What `collate` made, on the device."""
     for images, sizes, targets in loader:
-        yield (
-            images.to(device, non_blocking=True),
-            sizes,
-            [
-                {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
-                for target in targets
-            ],
-        )
+        for target in targets:
+            target["boxes"], target["labels"] = target["boxes"].to(device), target["labels"].to(device)
+        yield images.to(device, non_blocking=True), sizes, targets
 
 
 def train_epoch(model: nn.Module, optimizer: Any, schedule: Any, loader: Any, device: torch.device, epoch: int) -> None:
