@@ -85,11 +85,18 @@ def test_the_table_compares_with_whatever_was_there_before():
     assert lines[2:] == ["| losses |  | 100 ms | 1 ms | 100x |  |", "| fit | 2 s |  | 20 ms | 100x |  |"]
 
 
+def test_the_table_of_the_readme_fits_a_phone():
+    seconds = {"published": 3.0, "library": 0.01, "limit": 0.005}
+    lines = plot.short_table(dict.fromkeys(plot.HEADLINE, seconds)).splitlines()
+    assert len(lines) - 2 <= 8
+    assert all(line.count("|") - 1 <= 6 for line in lines)
+
+
 def test_table_and_pictures_of_saved_results(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text(f"above\n{plot.START}\nold\n{plot.END}\nbelow\n")
     suite, grown = tmp_path / "suite.json", tmp_path / "scaling.json"
-    suite.write_text(json.dumps(saved(recorded=0.02)))
+    suite.write_text(json.dumps(saved(recorded=0.02, crowded=0.001)))
     points = [{"x": x, "seconds": 1e-3 * x, "instructions": 7.0} for x in (1, 10, 100)]
     grown.write_text(json.dumps({**saved(), "axes": {"boxes": points}}))
     plot.main([str(suite), str(grown)])
@@ -97,9 +104,12 @@ def test_table_and_pictures_of_saved_results(tmp_path, monkeypatch):
     assert readme.startswith("above\n")
     assert readme.endswith("\nbelow\n")
     assert "old" not in readme
-    assert "| reassign recorded | 6 s | 20 ms | 5 ms | 300x | 4.0 |" in readme
+    assert "| assign one image of 600 boxes | 300 ms | 1 ms | 300x | 4.0 |" in readme
+    assert "recorded" not in readme, "the README shows the cases of HEADLINE only"
     assert "2026-01-02, commit 0123456" in readme
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| reassign recorded | 6 s | 20 ms | 5 ms | 300x | 4.0 |" in page
+    assert "2026-01-02, commit 0123456" in page
     assert "| boxes | 1 to 100 | 1.00 | nan | 0.00 | nan |" in page
     for name in ("benchmarks.png", "scaling.png"):
         with Image.open(tmp_path / "docs" / name) as picture:
