@@ -9,12 +9,17 @@ MMDET_VENV ?= .venv-mmdet
 MMDET_BIN = $(MMDET_VENV)/bin
 MMDET_READY = $(MMDET_VENV)/.installed
 
+# The same for DeepForest, and what measures AP.
+TORCHVISION_VENV ?= .venv-torchvision
+TORCHVISION_BIN = $(TORCHVISION_VENV)/bin
+TORCHVISION_READY = $(TORCHVISION_VENV)/.installed
+
 # The lower bounds of setup.py.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-torchvision test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -62,6 +67,9 @@ fuzz: $(READY)
 # More threads than one make scikit-learn slower and erratic.
 test-mmdet: $(MMDET_READY)
 	OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m pytest -n 2 tests/mmdet
+
+test-torchvision: $(TORCHVISION_READY)
+	$(TORCHVISION_BIN)/python -m pytest -n 2 tests/torchvision
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -113,5 +121,12 @@ $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 	$(MMDET_BIN)/python -m pip install --quiet --no-deps --requirement tests/mmdet/requirements.txt
 	touch $@
 
+$(TORCHVISION_READY): tests/torchvision/requirements.txt $(READY)
+	$(PYTHON) -m venv $(TORCHVISION_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(TORCHVISION_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(TORCHVISION_BIN)/python -m pip install --quiet --requirement tests/torchvision/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png
+	rm -rf $(VENV) $(MMDET_VENV) $(TORCHVISION_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

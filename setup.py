@@ -32,7 +32,7 @@ setup(
         "head": ["torchvision>=0.24"],
         "examples": ["paa-gpu[demo,head]", "tqdm>=4"],
         "test": [
-            *("paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
+            *("paa-gpu[demo,head]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
             "build>=1.2.1",
         ],
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8.1"],

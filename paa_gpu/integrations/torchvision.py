@@ -235,7 +235,7 @@ class RetinaNetPAA(_Accelerated, RetinaNet):
         """The head's losses on the anchors that PAA assigns."""
         if LEVELS not in head_outputs:
             raise RuntimeError(
-                f"`{type(self).__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
+                f"`{self.published.__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
             )
         outputs = {name: output for name, output in head_outputs.items() if name != LEVELS}
         matches = _paa_matches(self, targets, outputs, anchors, head_outputs[LEVELS])
@@ -353,7 +353,8 @@ def _maps(outputs: Tensor, level_sizes: list[int]) -> list[Tensor]:
 def _losses(model: RetinaNet) -> dict[str, Any]:
     """The options of `candidate_losses` for torchvision's losses, which are sums over classes and offsets."""
     stds = [1 / weight for weight in model.head.regression_head.box_coder.weights]
-    return {"loss_bbox_weight": 1.0, "stds": stds, "loss_bbox": model.head.regression_head._loss_type}
+    box_loss = model.head.regression_head._loss_type
+    return {"loss_bbox_weight": 1.0, "stds": stds, "box_loss": box_loss, "convention": "torchvision"}
 
 
 def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
