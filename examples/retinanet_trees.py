@@ -213,12 +213,12 @@ def main(options: argparse.Namespace) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=192, help="side of the crops, in pixels")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--points", type=int, default=6, help="of the curve")
+    parser.add_argument("--points", type=int, default=8, help="of the curve")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("retinanet_trees.png"), help="the picture; numbers beside it, as JSON")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that it runs")

@@ -89,13 +89,13 @@ def test_it_learns(generator):
     model, batch = use_paa(models.retinanet()), models.batch(generator)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     totals = []
-    for _ in range(25):
+    for _ in range(12):
         loss = sum(train(model, batch).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         totals.append(float(loss.detach()))
-    assert totals[-1] < 0.8 * totals[0]
+    assert totals[-1] < 0.9 * totals[0]
 
 
 def test_changed_and_changed_back(generator):
@@ -156,9 +156,9 @@ def test_it_compiles(generator):
 
 
 def test_score_voting(generator):
-    model = models.retinanet(score_thresh=0.2, nms_thresh=0.3).eval()
-    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.2)
-    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
+    model = models.retinanet(score_thresh=0.5, nms_thresh=0.3).eval()
+    nn.init.normal_(model.head.classification_head.cls_logits.weight)
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)
     images, _ = models.batch(generator, (0, 0))
     plain = model(images)
     assert min(len(image["boxes"]) for image in plain) > 5
@@ -181,7 +181,7 @@ def test_score_voting(generator):
         height, width = shapes[i]
         boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         rows = torch.cat([image["boxes"], image["scores"][:, None]], 1)
-        wanted, _ = reference.score_voting(rows, image["labels"], boxes, logits.sigmoid(), 0.2, keep_order=True)
+        wanted, _ = reference.score_voting(rows, image["labels"], boxes, logits.sigmoid(), 0.5, keep_order=True)
         torch.testing.assert_close(got["boxes"], wanted[:, :4])
         assert not torch.allclose(got["boxes"], image["boxes"])
 
