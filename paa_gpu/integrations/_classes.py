@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["change_class", "restore_class"]
 
 
-def change_class(module: nn.Module, base: Any) -> None:
+def change_class(module: Any, base: Any) -> None:
     """Let a module be of class `base`, a subclass of the class `base.published` that it has or inherits from.
 
     What a subclass of the published class overrides comes first: its methods reach those of `base` by `super()`.

@@ -332,7 +332,7 @@ def _paa_matches(
         check_tensor(f"targets[{i}]['labels']", label, (len(box),), INDICES, scores.device)
         check_classes(f"targets[{i}]['labels']", label, num_classes)
     found = assign_targets(
-        anchors[0].float().split(level_sizes), _maps(scores, level_sizes), _maps(offsets, level_sizes), boxes, labels,
+        anchors[0].float().split_with_sizes(level_sizes), _maps(scores, level_sizes), _maps(offsets, level_sizes), boxes, labels,
         num_classes=num_classes,
         assignment={"pos_iou_thr": options.pos_iou_thr, "neg_iou_thr": options.pos_iou_thr},
         losses=_losses(model),
@@ -347,7 +347,7 @@ def _paa_matches(
 
 def _maps(outputs: Tensor, level_sizes: list[int]) -> list[Tensor]:
     """Tensor[N, A, channels], level after level, as a map of one column for each level: Tensor[N, channels, A_l, 1], a view."""
-    return [level.transpose(1, 2)[..., None] for level in outputs.split(level_sizes, 1)]
+    return [level.transpose(1, 2)[..., None] for level in outputs.split_with_sizes(level_sizes, 1)]
 
 
 def _losses(model: RetinaNet) -> dict[str, Any]:

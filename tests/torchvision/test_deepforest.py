@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import shutil
 from pathlib import Path
 
 import deepforest
+import pages
 import pytest
 import torch
 import torchvision
@@ -72,3 +75,17 @@ def test_a_whole_forest_can_be_changed(forest):
     (found,) = forest.model.eval()([picture])
     assert found["boxes"].shape[1] == 4
     assert type(restore(forest).model) is RetinaNetHub
+
+
+def test_the_lines_of_the_documentation(forest, monkeypatch, tmp_path):
+    """But for the published weights, which come from the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepforest.main.deepforest", lambda: forest)
+    shutil.copy(DATA / "OSBS_029.csv", "trees.csv")
+    shutil.copytree(DATA, "images", ignore=lambda _, names: [name for name in names if not name.startswith("OSBS_029")])
+    forest.config.train.csv_file = forest.config.train.root_dir = None
+    (block,) = (block for block in pages.blocks(pages.ROOT / "docs" / "torchvision.md") if "deepforest" in block.code)
+    before = copy.deepcopy(forest.model.state_dict())
+    pages.run([block], {"use_paa": use_paa})
+    assert isinstance(forest.model, RetinaNetPAA)
+    assert any(not torch.equal(value, before[name]) for name, value in forest.model.state_dict().items())
