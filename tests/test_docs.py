@@ -26,7 +26,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     pages.run([block for block in pages.blocks(page) if not block.missing], pages.given())
     if page.stem == "gallery":  # `python docs/pictures.py` keeps what it draws
         drawn, kept = ({path.stem for path in folder.iterdir() if path.suffix in PICTURES} for folder in (tmp_path, DOCS))
-        assert drawn == kept - {"benchmarks", "scaling", "matching", "trees"}  # of bench.plot, bench.matching and an example
+        assert drawn == kept - {"benchmarks", "scaling", "matching", "trees"}  # of `bench` and an example
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.missing], ids=lambda block: block.name)
