@@ -17,7 +17,8 @@ def change_class(module: Any, base: Any) -> None:
     What a subclass of the published class overrides comes first: its methods reach those of `base` by `super()`.
     """
     restore_class(module)
-    module.__class__ = _changed(type(module), base)
+    published: Any = type(module)
+    module.__class__ = _changed(published, base)
 
 
 def restore_class(module: nn.Module) -> None:
