@@ -108,17 +108,31 @@ def _write_images(
     bbox_weight: Any,
     num_pos: Any,
 ) -> None:
+    """Background at all potential positives; then the positives get back what their anchors had, in whatever order two of them
+    that share an anchor come."""
     for image in range(first, last):
-        num_pos[image] = 0
-        for p in range(pos_offset[image], pos_offset[image + 1]):
+        begin, end, first_anchor = pos_offset[image], pos_offset[image + 1], anchor_offset[image]
+        anchors = anchor_offset[image + 1] - first_anchor
+        kept = 0
+        for p in range(begin, end):
+            kept += positive[p]
+        anchor_of = np.empty(kept, np.int64)
+        labels, box_weights = np.empty(kept, label.dtype), np.empty((kept, bbox_weight.shape[1]), bbox_weight.dtype)
+        num_pos[image], kept = kept, 0
+        for p in range(begin, end):
             if positive[p]:
-                num_pos[image] += 1
-            elif 0 <= pos_inds[p] < anchor_offset[image + 1] - anchor_offset[image]:
-                anchor = anchor_offset[image] + pos_inds[p]
+                anchor = first_anchor + pos_inds[p]
+                anchor_of[kept], labels[kept], box_weights[kept] = anchor, label[anchor], bbox_weight[anchor]
+                kept += 1
+        for p in range(begin, end):
+            if 0 <= pos_inds[p] < anchors:
+                anchor = first_anchor + pos_inds[p]
                 label[anchor] = num_classes
                 bbox_weight[anchor] = 0
                 if ignored[p]:
                     label_weight[anchor] = 0
+        for i in range(kept):
+            label[anchor_of[i]], bbox_weight[anchor_of[i]] = labels[i], box_weights[i]
 
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
