@@ -117,7 +117,7 @@ def _gather_kernel(
     box = begin + tl.arange(0, BLOCK_N)
     for first_class in range(0, n_classes, BLOCK_C):
         c = first_class + tl.arange(0, BLOCK_C).to(tl.int64)
-        wanted = _wanted(label, last_detection - first_detection, c, 4 * BLOCK_N) & (c < n_classes)
+        wanted = _wanted(label, last_detection - first_detection, c, BLOCK_N) & (c < n_classes)
         offset = c if UNIT else c * source[2]
         here = (box < end - first)[:, None] & wanted[None, :]  # [BLOCK_N, BLOCK_C]
         score = tl.load(source[0] + box[:, None] * source[1] + offset[None, :], mask=here)
