@@ -369,11 +369,11 @@ def launch_rule(width: int) -> dict[str, int]:
     """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass.
 
     ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
-    kernel gets the 80 to 94 it needs, and would spill under the limit.
+    kernel takes the 72 to 94 it needs, and would spill under the usual limit.
     """
     block = min(max(triton.next_power_of_2(width), 64), 1024)
     if width > block:
-        return {"BLOCK_K": block, "LONG": True, "num_warps": 16}
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
 
 
