@@ -11,7 +11,7 @@ from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, p
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops, assign_max_iou
+from paa_gpu import _ops, assign_max_iou, candidate_losses
 from paa_gpu._ops import kernels_on_cpu
 from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import device_guard, keep, stage
@@ -137,7 +137,7 @@ def _vote(images: int, rng) -> None:
 
 def _losses(images: int, rng) -> None:
     batch = make_head_batch([7 + images] * images, rng, ((6, 5), (3, 2)), num_classes=5)
-    losses.candidate_losses(*batch, 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016)
+    candidate_losses(*batch)
 
 
 def _assign(images: int, rng) -> None:
