@@ -274,8 +274,8 @@ else:
 
 
 def _whole(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> bool:
-    """Whether nothing stands in the way: nothing of the head, labels of the ground truths, maps of one dtype. (Under autocast the
-    head's own `get_pos_loss` computes in half precision, and other anchors become positive than in float32.)"""
+    """Whether nothing stands in the way: nothing of the head, labels of the ground truths, maps of one dtype. Under autocast the
+    head's own `get_pos_loss` computes in half precision, and other anchors become positive than in float32."""
     alike = cls_scores[0].dtype == bbox_preds[0].dtype
     return alike and truth.labels is not None and not overrides(head, "paa_reassign", PAAHeadGPU) and not obstacles(head)
 
