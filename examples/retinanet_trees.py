@@ -54,14 +54,16 @@ def read(path: Path) -> Picture:
     return pixels, torch.tensor(boxes)
 
 
-def detector(size: int) -> RetinaNet:
+def detector() -> RetinaNet:
     """ResNet-18 up to stride 16 and a pyramid of 64 channels, from a random start; half of torchvision's anchor sizes, since the
     crowns are small."""
     body = resnet18(norm_layer=lambda channels: nn.GroupNorm(16, channels))
     backbone = BackboneWithFPN(body, {"layer2": "0", "layer3": "1"}, [128, 256], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
     sizes = tuple(tuple(side * 2 ** (i / 3) for i in range(3)) for side in (16, 32, 64, 128))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return RetinaNet(backbone, 1, min_size=size, max_size=2 * size, anchor_generator=anchors, score_thresh=0.02)
+    return RetinaNet(
+        backbone, 1, anchor_generator=anchors, score_thresh=0.02, _skip_resize=True
+    )  # crowns keep their size in pixels
 
 
 def crop(picture: Picture, size: int, random: torch.Generator) -> Picture:
@@ -119,7 +121,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(1)
     trained, tested = pictures(TRAINED), pictures(TESTED)
     torch.manual_seed(seed)
-    model = detector(options.size)
+    model = detector()
     if arm == "PAA":
         use_paa(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)

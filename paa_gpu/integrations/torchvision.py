@@ -312,7 +312,8 @@ OPTIONS: dict[type, Callable[[Any], dict[str, Any]]] = {
 def _in_float32(boxes: Tensor, anchors: Tensor) -> bool:
     """Whether torchvision computes overlaps in float32; in half precision it rounds before it multiplies. Its matcher refuses an
     image without anchors."""
-    return len(anchors) > 0 and torch.promote_types(boxes.dtype, anchors.dtype) == torch.float32
+    dtypes = {boxes.dtype, anchors.dtype}
+    return len(anchors) > 0 and torch.float32 in dtypes and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
 
 
 def _background(anchors: Tensor) -> Tensor:
