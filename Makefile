@@ -48,6 +48,8 @@ test-long: $(READY)
 	for way in 75 80 86 89 90 100 120; do \
 	  $(BIN)/python -m pytest -n 2 -m "not long" --execution $$way $(PUBLIC) || exit 1; \
 	done
+	# The kernels again, with stores that other programs see late and in any order.
+	$(BIN)/python -m pytest -n 2 -m "not long" --ptxrun weak=1 $(KERNELS)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
 
