@@ -9,7 +9,6 @@ from kernel_execution import assert_written, poisoned_outputs, slow_interpreted
 from test_starts import SHAPES, philox
 
 from paa_gpu import _ops, testing
-from paa_gpu.kernels import em, em_long
 
 BASE = ("diag", 1e-3, 1e-6, 30, "float64")
 
@@ -71,37 +70,6 @@ def test_a_fit_that_is_not_finite_is_not_valid(session, k):
     assert fit[-1].tolist() == [False, True] and fit[0][0].isnan().all() and int(fit[4][0]) == 0
     fit = run(x * 1e20, None, None, None, None, None, "diag", 1e-3, 0.0, 5, "float32", k)
     assert not fit[-1].any() and torch.cat(fit[:3]).isnan().all()
-
-
-# Long rows: several programs a row, here of 64 values, so that a short row has many ------------------------------------------
-
-
-@pytest.fixture
-def short_is_long(monkeypatch):
-    monkeypatch.setattr(em, "LONG_ROW", 0)
-    monkeypatch.setattr(em_long, "PART", 128)
-
-
-LONG_CASES = [
-    (2, "minmax", 1),
-    (2, "kmeans", 1),
-    *slow_interpreted((2, "random", 2), (3, "minmax", 1)),
-    pytest.param((3, "kmeans", 1), marks=pytest.mark.long),
-    pytest.param((2, "quantile", 1), marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize("case", LONG_CASES, ids=str)
-def test_long_rows(request, short_is_long, case, rng):
-    """Rows of many parts, of one, of none, and one that cannot be fitted, in one call."""
-    k, init, n_init = case
-    lengths = [1100, 70, 0, 9]
-    x = torch.from_numpy(np.concatenate([testing.make_losses("bimodal", length, rng) for length in lengths]))
-    x[-1] = torch.inf
-    options = ("diag", 1e-3, 1e-6, 4, "float64")
-    got, wanted = both(request, x, None, lengths, None, None, None, *options, k, init, n_init, 5)
-    assert wanted[-1].tolist() == [True, True, False, False]
-    assert_same(got, wanted)
 
 
 def test_philox_of_the_cpu_is_tritons(session):
