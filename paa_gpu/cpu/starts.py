@@ -32,7 +32,7 @@ def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
 
 
 @compiled
-def philox(seed: int, c0: int, c1: int, c2: int) -> int:
+def philox(seed: int, c0: int, c1: int, c2: int) -> Any:
     """32 random bits from a counter: Philox 4x32 of 10 rounds, its first word. The kernels have Triton's."""
     k0, k1 = np.uint64(seed) & np.uint64(0xFFFFFFFF), np.uint64(seed) >> np.uint64(32)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
