@@ -16,16 +16,18 @@ __all__ = ["GaussianMixture1D"]
 
 
 class GaussianMixture1D(NamedTuple):
-    """G fitted mixtures of two 1-D Gaussians. Component 0 is the one that started at the row's minimum.
+    """G fitted mixtures of k 1-D Gaussians, two unless told otherwise. Components keep the order in which they start, upwards.
 
-    A row is valid if it has at least 2 values, all finite. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and
-    `converged` False. The methods take the data as `fit_gmm_1d` does: Tensor[G, K] with an optional `count`, or a list of G 1-D
-    tensors, and answer in the same form. At padding and in rows that are not valid, floats are NaN and labels -1.
+    A row is valid if it has at least 2 values and k, all finite, and if its fit ends in finite parameters and variances above
+    zero. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and `converged` False. The methods take the data as
+    `fit_gmm_1d` does: Tensor[G, K] with an optional `count`, Tensor[N] for one row, or a list of G 1-D tensors, and answer in the
+    same form. At padding, in rows that are not valid, and for values that are not finite, floats are NaN and labels -1; the
+    log-density of an infinity is minus infinity.
     """
 
-    weights: Tensor  #: Tensor[G, 2], summing to 1
-    means: Tensor  #: Tensor[G, 2]
-    variances: Tensor  #: Tensor[G, 2]; equal ones where tied
+    weights: Tensor  #: Tensor[G, k], summing to 1
+    means: Tensor  #: Tensor[G, k]
+    variances: Tensor  #: Tensor[G, k]; equal ones where tied
     lower_bound: Tensor  #: Tensor[G], mean log-density before the last M-step
     n_iter: Tensor  #: Tensor[G] int64, EM iterations
     converged: Tensor  #: Tensor[G] bool, whether the lower bound changed by less than `tol` within `max_iter` iterations
@@ -33,13 +35,13 @@ class GaussianMixture1D(NamedTuple):
     covariance_type: str = "diag"  #: of the fit
 
     def predict(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The likelier component of each value, 0 or 1 (0 where equal): int64, shape of `x`."""
+        """The likeliest component of each value, the first one where equal: int64, shape of `x`."""
         log_prob, shape = self._weighted_log_prob(x, count)
-        label = (log_prob[..., 1] > log_prob[..., 0]).long()
-        return shape.restore(label.masked_fill(log_prob[..., 0].isnan(), -1))
+        highest, label = log_prob.max(-1)
+        return shape.restore(label.masked_fill(~highest.isfinite(), -1))
 
     def predict_proba(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The responsibility of each component for each value: shape of `x` and a last dimension of 2 that sums to 1."""
+        """The responsibility of each component for each value: shape of `x` and a last dimension of k that sums to 1."""
         log_prob, shape = self._weighted_log_prob(x, count)
         return shape.restore(log_prob.softmax(-1))
 
@@ -59,11 +61,12 @@ class GaussianMixture1D(NamedTuple):
         return -2 * log_likelihood + 2 * self._n_parameters()
 
     def _n_parameters(self) -> int:
-        """Two means, one free weight, and the variances."""
-        return 4 if self.covariance_type == "tied" else 5
+        """The means, the weights but one, and the variances."""
+        k = self.weights.shape[1]
+        return 2 * k if self.covariance_type == "tied" else 3 * k - 1
 
     def _weighted_log_prob(self, x: Tensor | Sequence[Tensor], count: Tensor | None) -> tuple[Tensor, RowShape]:
-        """log(weight) + log-density of each component, [..., 2]: NaN at padding."""
+        """log(weight) + log-density of each component, [..., k]: NaN at padding."""
         values, shape = flatten_rows(x, count, self.weights.shape[0])
         if shape.lengths is None:
             weights, means, variances = (p[:, None] for p in (self.weights, self.means, self.variances))
@@ -93,10 +96,11 @@ class GaussianMixture1D(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShape:
-    """How rows were given: padded, with or without counts, or as a list."""
+    """How rows were given: padded, with or without counts, as a list, or one row alone."""
 
     count: Tensor | None
     lengths: list[int] | None
+    alone: bool = False
 
     def size(self, values: Tensor) -> Tensor:
         """Values of each row."""
@@ -108,16 +112,20 @@ class RowShape:
 
     def restore(self, result: Tensor) -> Tensor | list[Tensor]:
         """A result per value, in the form the values were given."""
+        if self.alone:
+            return result[0]
         return result if self.lengths is None else list(torch.split(result, self.lengths))
 
 
 def flatten_rows(x: Tensor | Sequence[Tensor], count: Tensor | None, rows: int | None = None) -> tuple[Tensor, RowShape]:
     """Check the data; a list becomes one flat tensor, so that rows of any lengths take no padding."""
     if isinstance(x, Tensor):
-        check_tensor("x", x, (rows, None), FLOATS)
+        alone = x.dim() == 1 and rows in (None, 1)
+        check_tensor("x", x, (None,) if alone else (rows, None), FLOATS)
+        x = x[None] if alone else x
         if count is not None:
             check_tensor("count", count, (x.shape[0],), INDICES, x.device)
-        return x, RowShape(count, None)
+        return x, RowShape(count, None, alone)
     check_list("x", x, "row", rows, "the fit")
     for i, row in enumerate(x):
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else None)
