@@ -124,3 +124,23 @@ def losses(rows: int, length: int) -> torch.Tensor:
     """Rows of bimodal losses, Tensor[rows, length] float64, ascending."""
     rng = np.random.default_rng(2)
     return torch.from_numpy(np.sort(np.stack([testing.make_losses("bimodal", length, rng) for _ in range(rows)])))
+
+
+#: What noisy-label learning fits: losses of all samples, of 100 classes, and of 80 classes of few samples.
+MIXTURES: dict[str, Callable[[], list[torch.Tensor]]] = {
+    "1x1000000": lambda: normalised_losses([1_000_000]),
+    "1x50000": lambda: normalised_losses([50_000]),
+    "100x50000": lambda: normalised_losses([50_000] * 100),
+    "80x100_to_1000": lambda: normalised_losses(np.random.default_rng(7).integers(100, 1001, 80).tolist()),
+}
+
+
+def normalised_losses(lengths: list[int]) -> list[torch.Tensor]:
+    """Bimodal losses between 0 and 1, float64, as DivideMix has them: two fifths of the labels are wrong."""
+    rng = np.random.default_rng(6)
+    rows = []
+    for length in lengths:
+        wrong = rng.random(length) < 0.4
+        row = torch.from_numpy(np.where(wrong, rng.gamma(9, 0.3, length), rng.gamma(1.5, 0.15, length)))
+        rows.append((row - row.min()) / (row.max() - row.min()))
+    return rows

@@ -23,6 +23,9 @@ from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
+#: What `read_mixture` reads.
+READOUTS = ("predict", "predict_proba", "low_probability", "score_samples", "log_likelihood")
+
 Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -59,6 +62,15 @@ def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
         like.new_empty(rows, dtype=torch.bool),
         like.new_empty(rows, dtype=torch.bool),
     )
+
+
+def empty_answer(x: Tensor, weights: Tensor, what: str) -> Tensor:
+    """The result of `read_mixture`."""
+    if what == "log_likelihood":
+        return weights.new_empty(weights.shape[0])
+    if what == "predict":
+        return weights.new_empty(x.shape, dtype=torch.int64)
+    return weights.new_empty((*x.shape, weights.shape[1]) if what == "predict_proba" else x.shape)
 
 
 _registered: dict[str, tuple[Any, str]] = {}
@@ -147,6 +159,25 @@ def fit_gmm_1d(
     weights_init and means_init are [1 or G, 2], precisions_init [1 or G, 2], or [1 or G, 1] where tied.
     """
     return empty_fit(x, x.shape[0] if lengths is None else len(lengths), precision)
+
+
+@_operator("mixture")
+def read_mixture(
+    x: Tensor,
+    count: Tensor | None,
+    lengths: Sequence[int] | None,
+    weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    what: str,
+) -> Tensor:
+    """One of `READOUTS` for the rows of `x`, which are those of `fit_gmm_1d`; the parameters are [G, components].
+
+    predict: int64, -1 where no component has a density; predict_proba: shape of `x` and a last dimension for the components;
+    low_probability, that of the smallest mean, and score_samples: shape of `x`; NaN, or -1, at padding. log_likelihood: [G],
+    the sum of score_samples over a row. All but labels are of the dtype of the parameters.
+    """
+    return empty_answer(x, weights, what)
 
 
 @_operator("reassign")

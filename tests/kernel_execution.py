@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, mixture, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -50,6 +50,7 @@ EXECUTIONS = (
 MODULES = {
     "select_candidates": topk,
     "fit_gmm_1d": em,
+    "read_mixture": mixture,
     "score_voting": voting,
     "candidate_losses": losses,
     "assign_max_iou": assign,
