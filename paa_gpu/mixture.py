@@ -18,12 +18,13 @@ Rows = Tensor | Sequence[Tensor]
 
 
 class GaussianMixture1D(NamedTuple):
-    """G fitted mixtures of k 1-D Gaussians. Component 0 is the one that started at the row's minimum.
+    """G fitted mixtures of k 1-D Gaussians, two unless told otherwise, in the order in which they started.
 
-    A row is valid if it has at least 2 values, all finite. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and
-    `converged` False. The methods take the data as `fit_gmm_1d` does: Tensor[G, K] of any strides with an optional `count`, or
-    a list of G 1-D tensors, on the device of the fit, and answer in the same form. Their floats have the dtype of the fit. At
-    padding, at values that are not finite and in rows that are not valid, probabilities are NaN and labels -1.
+    A row is valid if it has at least 2 values and k, all finite, and if its fit ends in finite parameters and variances above
+    zero. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and `converged` False. The methods take the data as
+    `fit_gmm_1d` does: Tensor[G, K] of any strides with an optional `count`, Tensor[N] for one row, or a list of G 1-D tensors, on
+    the device of the fit, and answer in the same form. Their floats have the dtype of the fit. At padding, in rows that are not
+    valid, and for values that are not finite, probabilities are NaN and labels -1.
 
     Each method is one launch, or one compiled loop, which takes no memory of the size of `x` but its answer; a list is laid out
     flat first. No graph is recorded, and nothing synchronises. Names and meaning are those of scikit-learn's `GaussianMixture`.
@@ -96,10 +97,11 @@ class GaussianMixture1D(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShape:
-    """How rows were given: padded, with or without counts, or as a list."""
+    """How rows were given: padded, with or without counts, as a list, or one row alone."""
 
     count: Tensor | None
     lengths: list[int] | None
+    alone: bool = False
 
     def size(self, values: Tensor) -> Tensor:
         """Values of each row."""
@@ -111,6 +113,8 @@ class RowShape:
 
     def restore(self, result: Tensor) -> Tensor | list[Tensor]:
         """A result per value, in the form the values were given."""
+        if self.alone:
+            return result[0]
         return result if self.lengths is None else list(torch.split(result, self.lengths))
 
 
@@ -119,10 +123,12 @@ def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tu
     lengths take no padding."""
     rows, device = (None, None) if fit is None else (fit.shape[0], fit.device)
     if isinstance(x, Tensor):
-        check_tensor("x", x, (rows, None), FLOATS, device)
+        alone = x.dim() == 1 and rows == 1
+        check_tensor("x", x, (None,) if alone else (rows, None), FLOATS, device)
+        x = x[None] if alone else x
         if count is not None:
             check_tensor("count", count, (x.shape[0],), INDICES, x.device)
-        return x, RowShape(count, None)
+        return x, RowShape(count, None, alone)
     check_list("x", x, "row", rows, "the fit")
     for i, row in enumerate(x):
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else device)

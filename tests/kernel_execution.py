@@ -35,6 +35,11 @@ def slow_interpreted(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=[pytest.mark.slow] * INTERPRETER) for value in values]
 
 
+def compiled_long(first: Any, *values: Any) -> list[Any]:
+    """Parameters of which `make test` takes the first compiled, and all of them interpreted: each of them is compiled anew."""
+    return [first, *(pytest.param(value, marks=[] if INTERPRETER else [pytest.mark.long]) for value in values)]
+
+
 #: Parameters of a fixture: the executions of this pytest run.
 EXECUTIONS = (
     ["interpreter"]

@@ -49,8 +49,9 @@ def wanted(gmm, row, x):
 
 def assert_row(gmm, row, x, answers, tolerance=1e-14):
     """The answers for one row: within the tolerance of max(1, |value|)."""
-    for name, want in wanted(gmm, row, x).items():
-        got = answers[name]
+    want_of = wanted(gmm, row, x)
+    for name, got in answers.items():
+        want = want_of[name]
         if name == "predict":
             assert got.tolist() == want.tolist(), name
             continue
@@ -151,6 +152,13 @@ def test_values_that_are_not_finite_belong_to_nobody(rng):
         score = gmm.score_samples(x)[0].tolist()
         assert score[:2] == [-torch.inf] * 2 and np.isnan(score[2]) and score[3] == -torch.inf and np.isfinite(score[4])
         assert gmm.bic(x).isnan().all()
+
+
+def test_one_row_alone(rng):
+    gmm, x = mixtures(rng, 1, 2), torch.from_numpy(rng.normal(size=30))
+    for name, answer in read(gmm, x).items():
+        assert torch.equal(answer, getattr(gmm, name)(x[None])[0])
+    assert gmm.bic(x).shape == (1,)
 
 
 def test_a_row_that_is_not_valid(rng):
