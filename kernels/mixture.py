@@ -82,7 +82,8 @@ def _share_of_two(x, component, first, parameters):
     return 1 / (1 + tl.exp(other - own))
 
 
-@triton.jit(do_not_specialize=["n_rows", "width"])
+# The compiler is told whether 16 divides the width: then two values are one access.
+@triton.jit(do_not_specialize=["n_rows"])
 def _read_kernel(
     x_ptr,  # Tensor[G, K], or Tensor[N] with offsets
     stride_xg,

@@ -132,6 +132,6 @@ def test_the_work_of_a_value(what, rng):
     assert work.ctas == n // mixture.launch_rule(1, n)["BLOCK"] == 16
     # Two components are two stores side by side, each of which touches all sectors of both.
     assert work.store_sectors == answers**2 * n // 4
-    # The parameters are read by every warp.
-    assert n // 4 <= work.load_sectors <= 1.1 * n // 4
-    assert instructions <= {"predict": 150, "predict_proba": 400, "low_probability": 250, "score_samples": 400}[what]
+    # The parameters are read by every warp, for 128 values.
+    assert n // 4 <= work.load_sectors <= 1.5 * n // 4
+    assert instructions <= {"predict": 130, "predict_proba": 300, "low_probability": 170, "score_samples": 290}[what]

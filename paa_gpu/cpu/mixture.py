@@ -154,7 +154,8 @@ def _scores(log_p: Any, best: Any, total: Any) -> None:
 
 @compiled_sums
 def _sum(values: Any) -> Any:
-    total = values.dtype.type(0)
+    """In float64, whatever the values are."""
+    total = 0.0
     for value in values:
         total += value
     return total
@@ -221,7 +222,7 @@ def _sums(start: Array, pieces: Array) -> Array:
     first, last = start[:-1] // SPAN, np.maximum(start[1:] - 1, start[:-1]) // SPAN
     rows = np.arange(len(first))
     # `reduceat` sums from each even place to the next odd one.
-    return np.add.reduceat(np.append(pieces, pieces.dtype.type(0)), np.stack([first + rows, last + rows + 1], 1).reshape(-1))[::2]
+    return np.add.reduceat(np.append(pieces, 0), np.stack([first + rows, last + rows + 1], 1).reshape(-1))[::2]
 
 
 def read_mixture(
@@ -246,8 +247,8 @@ def read_mixture(
     real, proba, summed = parameters[0].dtype, wanted == PREDICT_PROBA, wanted == LOG_LIKELIHOOD
     spans = -(-int(start[-1]) // SPAN)
     answer = np.empty((0 if summed else start[-1], components if proba else 1), np.int64 if wanted == PREDICT else real)
-    pieces = np.zeros(spans + rows if summed else 0, real)
+    pieces = np.zeros(spans + rows if summed else 0)
     over_slices(_read_spans, spans, SERIAL_SPANS, wanted, x, start, size, parameters, answer, pieces)
     if summed:
-        return torch.from_numpy(_sums(start, pieces))
+        return torch.from_numpy(_sums(start, pieces).astype(real, copy=False))
     return torch.from_numpy(answer.reshape(*x.shape, components) if proba else answer.reshape(x.shape))

@@ -8,12 +8,13 @@ is all that changes where losses, scores or counts go into a mixture.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn import config_context, get_config, mixture
+from sklearn import get_config, mixture
 from sklearn.base import _fit_context
 from sklearn.cluster import kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
@@ -176,8 +177,9 @@ class GaussianMixture(mixture.GaussianMixture):
             raise ValueError(
                 f"Expected n_samples >= n_components but got n_components = {self.n_components}, n_samples = {n_samples}"
             )
-        with config_context(array_api_dispatch=False):
-            self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)))
+        # Newer versions are told the namespace of the arrays.
+        namespace = {"xp": np} if "xp" in inspect.signature(self._check_parameters).parameters else {}
+        self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)), **namespace)
 
     def _starts(self, x: Tensor) -> dict[str, Any]:
         """What tells `fit_gmm_1d` where to start: a name and what replaces it, or initial values [n_init, n_components]."""
