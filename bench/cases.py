@@ -136,11 +136,6 @@ MIXTURES: dict[str, Callable[[], list[torch.Tensor]]] = {
 
 
 def normalised_losses(lengths: list[int]) -> list[torch.Tensor]:
-    """Bimodal losses between 0 and 1, float64, as DivideMix has them: two fifths of the labels are wrong."""
+    """Losses after the warm-up of a training, float64, of which two fifths have wrong labels."""
     rng = np.random.default_rng(6)
-    rows = []
-    for length in lengths:
-        wrong = rng.random(length) < 0.4
-        row = torch.from_numpy(np.where(wrong, rng.gamma(9, 0.3, length), rng.gamma(1.5, 0.15, length)))
-        rows.append((row - row.min()) / (row.max() - row.min()))
-    return rows
+    return [torch.from_numpy(testing.make_noisy_label_losses(length, 0.4, rng)) for length in lengths]

@@ -27,8 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import Fit, empty_fit
+from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._rows import _choose_kernel as choose
+from paa_gpu.kernels._rows import given_are_finite, locate, take_given
+from paa_gpu.kernels.em_k import launch_components
+from paa_gpu.kernels.em_k import launch_rule as components_rule
+from paa_gpu.kernels.em_long import LONG_ROW, launch_long
+from paa_gpu.kernels.starts import begin
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
@@ -174,6 +180,15 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
 
 
 @triton.jit
+def _is_fit(shift, fit):
+    """Whether all that a fit ends in is finite, and no component has shrunk to a point."""
+    w0, w1, m0, m1, v0, v1, lower_bound, _, _ = fit
+    # A sum of magnitudes is finite where every one is, but for what is beyond half of the range: not a fit either.
+    total = tl.abs(w0) + tl.abs(w1) + tl.abs(m0 + shift) + tl.abs(m1 + shift) + tl.abs(lower_bound)
+    return (total + v0 + v1 < float("inf")) & (v0 > 0) & (v1 > 0)
+
+
+@triton.jit
 def _store_fit(fit_ptrs, g, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n_iter, converged):
     weights_ptr, means_ptr, variances_ptr, lower_bound_ptr, n_iter_ptr, converged_ptr, valid_ptr = fit_ptrs
     nan = float("nan")
@@ -184,65 +199,65 @@ def _store_fit(fit_ptrs, g, shift, valid, w0, w1, m0, m1, v0, v1, lower_bound, n
     tl.store(variances_ptr + 2 * g, tl.where(valid, v0, nan))
     tl.store(variances_ptr + 2 * g + 1, tl.where(valid, v1, nan))
     tl.store(lower_bound_ptr + g, tl.where(valid, lower_bound, nan))
-    tl.store(n_iter_ptr + g, n_iter.to(tl.int64))
-    tl.store(converged_ptr + g, converged)
+    tl.store(n_iter_ptr + g, tl.where(valid, n_iter, 0).to(tl.int64))
+    tl.store(converged_ptr + g, converged & valid)
     tl.store(valid_ptr + g, valid)
 
 
 @triton.jit
-def _load_initial(init, g, first, second):
-    """The two initial values of a row, from a pointer and its strides over rows and components; the defaults without one."""
-    ptr, stride_g, stride_c = init
-    if ptr is not None:
-        first = tl.load(ptr + g * stride_g).to(first.dtype)
-        second = tl.load(ptr + g * stride_g + stride_c).to(first.dtype)
-    return first, second
+def _start(row, extent, origin, inits, reg_covar, sum_tolerance, INIT: tl.constexpr, TIED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """w0, w1, m0, m1, v0, v1 of the first E-step, and whether given values make a mixture. origin: seed, row and start."""
+    take = given_are_finite(inits, origin[1], 2, 2)
+    weight, mean, variance = begin(row, extent, origin, reg_covar, INIT, TIED, 2, 2, BLOCK_K)
+    weight, mean, variance, good = take_given(inits, origin[1], row[3], take, sum_tolerance, weight, mean, variance, 2, 2)
+    w0, w1 = tl.split(weight)
+    m0, m1 = tl.split(mean)
+    v0, v1 = tl.split(variance)
+    # A component of weight 0 is infinitely far from every value: the E-step asks which one is nearer before it asks for weights.
+    return w0, w1, tl.where(w0 > 0, m0, float("inf")), tl.where(w1 > 0, m1, float("inf")), v0, v1, good
 
 
-@triton.jit(do_not_specialize=["width", "max_iter"])
+@triton.jit(do_not_specialize=["width", "max_iter", "seed"])
 def _fit_rows_kernel(
-    x_ptr,  # Tensor[G, K], or Tensor[N] with offsets
-    stride_xg,
-    stride_xk,
-    count_ptr,  # Tensor[G] or None: all K values count
-    stride_cg,
-    offset_ptr,  # Tensor[G + 1] or None: rows are strided
+    source,  # see `_rows.locate`
     width,
-    weights_init,  # each of the three: (Tensor[G, 2] or None, its strides)
-    means_init,
-    precisions_init,
-    fit_ptrs,  # the seven tensors of `empty_fit`
+    inits,  # weights, means and precisions: each (Tensor[G, 2] or None, its strides)
+    fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row
     tol: tl.float64,
     reg_covar: tl.float64,
+    sum_tolerance: tl.float64,
     max_iter,
+    n_init,
+    seed: tl.int64,
+    INIT: tl.constexpr,
+    PLAIN: tl.constexpr,
     TIED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    g = tl.program_id(0).to(tl.int64)
-    if offset_ptr is not None:
-        first = tl.load(offset_ptr + g)
-        n = (tl.load(offset_ptr + g + 1) - first).to(tl.int32)
-        x_ptr += first * stride_xk
-    else:
-        n = width
-        if count_ptr is not None:
-            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg), 0), width).to(tl.int32)
-        x_ptr += g * stride_xg
+    number = tl.program_id(0).to(tl.int64)
+    g = number // n_init
+    x_ptr, stride_xk, n = locate(source, width, g)
     end = n if LONG else BLOCK_K
     smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
     row = (x_ptr, stride_xk, n, smallest)
     x, _ = _load_tile(row, 0, BLOCK_K)
 
-    w0, w1 = _load_initial(weights_init, g, tl.full((), 0.5, DTYPE), tl.full((), 0.5, DTYPE))
-    m0, m1 = _load_initial(means_init, g, smallest, largest)
-    p0, p1 = _load_initial(precisions_init, g, tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE))
-    # A component of weight 0 is infinitely far from every value: the E-step asks which one is nearer before it asks for weights.
-    m0, m1 = tl.where(w0 > 0, m0 - smallest, float("inf")), tl.where(w1 > 0, m1 - smallest, float("inf"))
-    options = (tol, reg_covar, max_iter)
-    fit = _fit(x, row, valid, w0, w1, m0, m1, 1 / p0, 1 / p1, options, TIED, BLOCK_K, LONG)
-    _store_fit(fit_ptrs, g, smallest, valid, *fit)
+    if PLAIN:
+        half, one = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE)
+        start = (half, half, 0 * half, largest - smallest, one, one)
+    else:
+        whole = (x_ptr, stride_xk, tl.where(valid, n, 0), tl.where(valid, smallest, 0.0))
+        extent = tl.where(valid, largest - smallest, 0.0)
+        origin = (seed, g, number % n_init)
+        w0, w1, m0, m1, v0, v1, good = _start(
+            whole, extent, origin, inits, reg_covar.to(DTYPE), sum_tolerance, INIT, TIED, BLOCK_K
+        )
+        start = (w0, w1, m0, m1, v0, v1)
+        valid &= good
+    fit = _fit(x, row, valid, *start, (tol, reg_covar, max_iter), TIED, BLOCK_K, LONG)
+    _store_fit(fit_ptrs, number, smallest, valid & _is_fit(smallest, fit), *fit)
 
 
 @triton.jit
@@ -324,6 +339,7 @@ def _fit_candidates_kernel(
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
     options = (tol, reg_covar, max_iter)
     fit = _fit(x, row, valid, half, half, zero, largest - smallest, one, one, options, TIED, BLOCK_K, LONG)
+    valid &= _is_fit(smallest, fit)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
     if SCHEME is not None:
@@ -372,42 +388,45 @@ def fit_gmm_1d(
     reg_covar: float,
     max_iter: int,
     precision: str,
+    n_components: int = 2,
+    init: str = "minmax",
+    n_init: int = 1,
+    seed: int = 0,
 ) -> Fit:
-    """The operator `paa_gpu::fit_gmm_1d`: one launch; flat rows need one copy of their offsets as well."""
+    """The operator `paa_gpu::fit_gmm_1d`: one launch, and another one to choose where there are several starts of a row; one for
+    each iteration of long rows. Flat rows need one copy of their offsets as well."""
     rows, width = (len(lengths), max(lengths, default=0)) if lengths is not None else x.shape
-    fit = empty_fit(x, rows, precision)
+    fit = empty_fit(x, rows, precision, n_components)
     if rows == 0:
         return fit
+    programs = rows * n_init
+    tried = fit if n_init == 1 else empty_fit(x, programs, precision, n_components)
     with device_guard(x):
         offset = None
         if lengths is not None:
             offset = stage([0, *itertools.accumulate(lengths)], x)
             keep(fit[0], offset)
-        _fit_rows_kernel[(rows,)](
-            x,
-            x.stride(0),
-            x.stride(-1),
-            count,
-            0 if count is None else count.stride(0),
-            offset,
-            width,
-            _pair(weights_init, rows),
-            _pair(means_init, rows),
-            _pair(precisions_init, rows),
-            fit,
-            tol,
-            reg_covar,
-            max_iter,
-            TIED=covariance_type == "tied",
-            **launch_rule(width),
-        )
+        source = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0), offset
+        inits = tuple(_strided(given, rows, n_components) for given in (weights_init, means_init, precisions_init))
+        options = tol, reg_covar, sum_tolerance(weights_init), max_iter, n_init, seed
+        constants = {"INIT": init, "TIED": covariance_type == "tied"}
+        if width > LONG_ROW:
+            launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=covariance_type == "tied")
+        elif n_components == 2:
+            plain = init == "minmax" and weights_init is means_init is precisions_init is None
+            _fit_rows_kernel[(programs,)](source, width, inits, tried, *options, PLAIN=plain, **constants, **launch_rule(width))
+        else:
+            launch_components(programs, source, width, inits, tried, options, **constants, **components_rule(n_components))
+        if n_init > 1:
+            components = triton.next_power_of_2(n_components)
+            choose[(rows,)](tried, fit, n_init, K=n_components, KP=components, num_warps=1)
     return fit
 
 
-def _pair(init: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:
+def _strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:
     if init is None:
         return None, 0, 0
-    init = init.expand(rows, 2)
+    init = init.expand(rows, n_components)
     return init, init.stride(0), init.stride(1)
 
 

@@ -67,11 +67,13 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
         raise ValueError(f"`{name}` must be {_names(options)}, got {value!r}")
 
 
-def check_int(name: str, value: Any, minimum: int) -> None:
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, INT):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"`{name}` must be at most {maximum}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -26,6 +26,13 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 #: What `read_mixture` reads.
 READOUTS = ("predict", "predict_proba", "low_probability", "score_samples", "log_likelihood")
 
+#: Where a fit starts.
+INITS = ("minmax", "quantile", "kmeans", "random")
+
+#: The k-means start of two components is exact up to so many values; of longer rows so many of Lloyd's steps at most. Losses take
+#: 5 to 20; each step is a launch for a long row.
+EXACT, LLOYD_PASSES = 64, 50
+
 Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -50,13 +57,18 @@ def count_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
     return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 
 
-def empty_fit(like: Tensor, rows: int, precision: str) -> Fit:
-    """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]."""
+def sum_tolerance(weights_init: Tensor | None) -> float:
+    """How far the sum of given weights may be from 1: 8 units in the last place of the type that they were rounded to."""
+    return 0.0 if weights_init is None else max(1e-6, 8 * torch.finfo(weights_init.dtype).eps)
+
+
+def empty_fit(like: Tensor, rows: int, precision: str, n_components: int = 2) -> Fit:
+    """weights, means, variances [G, n_components]; lower_bound, n_iter, converged, valid [G]."""
     dtype = PRECISIONS[precision]
     return (
-        like.new_empty((rows, 2), dtype=dtype),
-        like.new_empty((rows, 2), dtype=dtype),
-        like.new_empty((rows, 2), dtype=dtype),
+        like.new_empty((rows, n_components), dtype=dtype),
+        like.new_empty((rows, n_components), dtype=dtype),
+        like.new_empty((rows, n_components), dtype=dtype),
         like.new_empty(rows, dtype=dtype),
         like.new_empty(rows, dtype=torch.int64),
         like.new_empty(rows, dtype=torch.bool),
@@ -153,12 +165,17 @@ def fit_gmm_1d(
     reg_covar: float,
     max_iter: int,
     precision: str,
+    n_components: int = 2,
+    init: str = "minmax",
+    n_init: int = 1,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fit the rows of `x` [G, K], the first `count` [G] of each, or of flat `x` [sum(lengths)]: see `empty_fit`.
 
-    weights_init and means_init are [1 or G, 2], precisions_init [1 or G, 2], or [1 or G, 1] where tied.
+    weights_init and means_init are [1 or G, n_components], as is precisions_init, or [1 or G, 1] where tied. `init` is one of
+    `INITS`; `n_init` and `seed`, in [0, 2^63), matter for "random" only.
     """
-    return empty_fit(x, x.shape[0] if lengths is None else len(lengths), precision)
+    return empty_fit(x, x.shape[0] if lengths is None else len(lengths), precision, n_components)
 
 
 @_operator("mixture")

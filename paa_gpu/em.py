@@ -1,7 +1,8 @@
-"""Batched two-component 1-D Gaussian mixtures, fitted by EM as scikit-learn's `GaussianMixture` does it."""
+"""Batched 1-D Gaussian mixtures, fitted by EM as scikit-learn's `GaussianMixture` does it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +18,8 @@ __all__ = ["COVARIANCE_TYPES", "GaussianMixture1D", "fit_gmm_1d"]
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
-def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) -> Tensor | None:
-    """Initial values [size] or [G, size] as [1, size] or [G, size]."""
-    if value is None:
-        return None
-    one_for_all = isinstance(value, Tensor) and value.dim() == 1
-    check_tensor(name, value, (size,) if one_for_all else (rows, size), FLOATS, device)
-    detached: Tensor = value.detach()
-    return detached[None] if one_for_all else detached
+#: Components at most: what a thread of the kernels has registers for.
+MAX_COMPONENTS = 8
 
 
 def fit_gmm_1d(
@@ -38,33 +33,62 @@ def fit_gmm_1d(
     means_init: Tensor | None = None,
     precisions_init: Tensor | None = None,
     precision: str = "float64",
+    *,
+    n_components: int = 2,
+    init: str = "minmax",
+    n_init: int = 1,
+    generator: torch.Generator | int | None = None,
 ) -> GaussianMixture1D:
-    """Fit a two-component 1-D Gaussian mixture to each row.
+    """Fit a 1-D Gaussian mixture to each row.
 
-    Equivalent to scikit-learn's `GaussianMixture(2, covariance_type=..., weights_init=..., ...)` fitted to each row minus its
-    minimum, with the variances from centred second moments, so that values close together lose no digits.
+    Equivalent to scikit-learn's `GaussianMixture(n_components, covariance_type=..., weights_init=..., ...)` fitted to each row
+    minus its minimum, with the variances from centred second moments, so that values close together lose no digits.
 
     Args:
-        x: Tensor[G, K] float16, bfloat16, float32 or float64, any strides; or a list of G 1-D tensors of one dtype and any
-            lengths, which are kept flat, never padded.
+        x: Tensor[G, K] float16, bfloat16, float32 or float64, any strides; Tensor[N], one row; or a list of G 1-D tensors of one
+            dtype and any lengths, which are kept flat, never padded. A table of one column takes `count`: without it, N
+            samples of one mixture are meant, most likely, and refused.
         count: Tensor[G] int64 or int32, values of each row of a padded `x`; what follows is not read. None: K.
         covariance_type: "full", "diag" and "spherical" are the same model in one dimension; "tied" shares one variance.
         tol: a row stops when its lower bound changes by less.
         reg_covar: added to the variances.
         max_iter: iterations at most; a row that has not converged by then is no error, `converged` says so.
-        weights_init, means_init, precisions_init: Tensor[2], or Tensor[G, 2] for each row (tied precisions: Tensor[1] or
-            Tensor[G, 1]). None: weights (0.5, 0.5), means (minimum, maximum), precisions (1, 1).
+        weights_init, means_init, precisions_init: Tensor[k], or Tensor[G, k] for each row, k = n_components (tied precisions:
+            Tensor[1] or Tensor[G, 1]). Each takes the place of what the start would give. A row whose are not all finite starts
+            as if there were none, so that a warm start recovers from a row that was not valid.
         precision: "float64" or "float32", of the fit and its results.
+        n_components: 1 to 8.
+        init: what is not given starts from
+            "minmax": equal weights, means spaced evenly from the minimum to the maximum, precisions 1, as PAA has it;
+            or from one M-step on a division of the row, as scikit-learn does it. A value belongs to the nearest of k centres:
+            "quantile": the values of rank (2 j + 1) n // 2 k, j = 0 ... k - 1;
+            "kmeans": the two centres with the least sum of squares in rows of up to 64 values; else Lloyd's iteration, from the
+            row's mean as the boundary of two, from the quantiles for more, until no value changes sides, or 50 times;
+            "random": values of the row at k positions drawn without replacement.
+        n_init: with "random", starts of each row, of which the one with the highest lower bound is kept, the first where equal.
+            Another start is the same every time, and taken once.
+        generator: with "random", a seed in [0, 2^63), or a `torch.Generator`, which it takes one from (None: torch's own for the
+            CPU). The same seed draws the same positions on every device: Philox, counted by row, start and component.
 
     Returns:
-        `GaussianMixture1D` on the device of `x`. A row with fewer than 2 values or a non-finite one is not `valid`.
+        `GaussianMixture1D` on the device of `x`. A row is not `valid` that has fewer than 2 values or than components, a
+        non-finite value, or a fit that ends in something not finite or in a variance of 0 (equal values with `reg_covar=0`;
+        squares beyond the range of a float32 fit).
 
     Raises:
-        TypeError, ValueError: wrong type, rank, shape, dtype or device; unknown `covariance_type` or `precision`; negative `tol`
-            or `reg_covar`; `max_iter` < 1.
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; unknown `covariance_type`, `precision` or `init`;
+            negative `tol` or `reg_covar`; `max_iter`, `n_components` or `n_init` out of range. For CPU tensors also initial
+            weights that are negative or do not sum to 1, and precisions that are not positive; on a device such a row is not
+            `valid`.
 
-    No graph is recorded, and nothing synchronises. Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`.
+    No graph is recorded, and nothing synchronises. Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`; S.
+    Lloyd, Least squares quantization in PCM, 1982; J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Philox).
     """
+    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == 1 and x.shape[0] > 0 and count is None:
+        raise ValueError(
+            f"`x` must have one row per mixture, got shape [{x.shape[0]}, 1]: for N samples of one mixture pass Tensor[N] or "
+            "use the estimator"
+        )
     values, shape = flatten_rows(x, count)
     rows = values.shape[0] if shape.lengths is None else len(shape.lengths)
     check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
@@ -72,18 +96,77 @@ def fit_gmm_1d(
     check_non_negative("reg_covar", reg_covar)
     check_int("max_iter", max_iter, 1)
     check_option("precision", precision, _ops.PRECISIONS)
-    precisions = 1 if covariance_type == "tied" else 2
+    check_int("n_components", n_components, 1, MAX_COMPONENTS)
+    check_option("init", init, _ops.INITS)
+    check_int("n_init", n_init, 1)
+    weights = _initial("weights_init", weights_init, rows, n_components, values.device)
+    means = _initial("means_init", means_init, rows, n_components, values.device)
+    precisions = 1 if covariance_type == "tied" else n_components
+    precisions = _initial("precisions_init", precisions_init, rows, precisions, values.device)
+    _check_initial(weights, means, precisions)
     fit = _ops.fit_gmm_1d(
         values.detach(),
         shape.count,
         shape.lengths,
-        _initial("weights_init", weights_init, rows, 2, values.device),
-        _initial("means_init", means_init, rows, 2, values.device),
-        _initial("precisions_init", precisions_init, rows, precisions, values.device),
+        weights,
+        means,
+        precisions,
         covariance_type,
         float(tol),
         float(reg_covar),
         max_iter,
         precision,
+        n_components,
+        init,
+        n_init if init == "random" else 1,
+        _seed(generator, init == "random"),
     )
     return GaussianMixture1D._make([*fit, covariance_type])
+
+
+def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) -> Tensor | None:
+    """Initial values [size] or [G, size] as [1, size] or [G, size]."""
+    if value is None:
+        return None
+    one_for_all = isinstance(value, Tensor) and value.dim() == 1
+    check_tensor(name, value, (size,) if one_for_all else (rows, size), FLOATS, device)
+    detached: Tensor = value.detach()
+    return detached[None] if one_for_all else detached
+
+
+def _check_initial(weights: Tensor | None, means: Tensor | None, precisions: Tensor | None) -> None:
+    """Refuse what makes no mixture, in rows whose values are all finite: the others start as if there were none. CPU only."""
+    given = [value for value in (weights, means, precisions) if value is not None]
+    if not given or not given[0].is_cpu or torch.compiler.is_compiling():
+        return
+    finite = functools.reduce(torch.logical_and, [value.isfinite().all(1) for value in given])
+    if weights is not None:
+        _refuse("weights_init", "not be negative", weights, (weights < 0).any(1) & finite)
+        wrong = (weights.double().sum(1) - 1).abs() > _ops.sum_tolerance(weights)
+        _refuse("weights_init", "sum to 1", weights, wrong & finite)
+    if precisions is not None:
+        _refuse("precisions_init", "be positive", precisions, (precisions <= 0).any(1) & finite)
+
+
+def _refuse(name: str, must: str, value: Tensor, wrong: Tensor) -> None:
+    if bool(wrong.any()):
+        # Where one tensor is for all rows and another one is not, `wrong` has more rows.
+        row = int(wrong.int().argmax()) % value.shape[0]
+        raise ValueError(f"`{name}` must {must}, got {value[row].tolist()} in row {row}")
+
+
+def _seed(generator: torch.Generator | int | None, needed: bool) -> int:
+    """A number in [0, 2^63); a generator gives another one each time. That of a device says unread where it stands."""
+    if generator is None or isinstance(generator, torch.Generator):
+        if not needed:
+            return 0
+        if generator is not None and generator.device.type == "cuda":
+            offset = generator.get_offset()
+            generator.set_offset(offset + 4)  # CUDA's own counts in steps of four
+            return (generator.initial_seed() + 0x9E3779B97F4A7C15 * offset) % 2**63
+        return int(torch.randint(2**63 - 1, (), generator=generator))
+    if isinstance(generator, bool) or not isinstance(generator, int):
+        raise TypeError(f"`generator` must be a torch.Generator, an int or None, got {type(generator).__name__}")
+    if not 0 <= generator < 2**63:
+        raise ValueError(f"`generator` must be in [0, 2^63), got {generator}")
+    return generator

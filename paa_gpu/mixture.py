@@ -123,7 +123,7 @@ def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tu
     lengths take no padding."""
     rows, device = (None, None) if fit is None else (fit.shape[0], fit.device)
     if isinstance(x, Tensor):
-        alone = x.dim() == 1 and rows == 1
+        alone = x.dim() == 1 and rows in (None, 1)
         check_tensor("x", x, (None,) if alone else (rows, None), FLOATS, device)
         x = x[None] if alone else x
         if count is not None:

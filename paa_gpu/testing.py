@@ -119,6 +119,27 @@ def _make_image(
     return torch.from_numpy(losses).to(dtype), label, torch.ones(anchors), bbox_weight, pos_inds, pos_gt_inds
 
 
+def make_noisy_label_losses(
+    size: int, noise: float, rng: np.random.Generator, *, symmetric: bool = True, late: bool = False
+) -> Array:
+    """Cross entropies of `size` samples, a share `noise` of them wrongly labelled, divided to [0, 1] as methods for noisy labels do.
+
+    Wrong labels are of any class (`symmetric`), or of the one most alike, which costs less. After the warm-up of a training
+    both kinds of losses overlap; `late` they are far apart, those of right labels next to zero, and some wrong ones are learnt.
+    """
+    wrong = rng.random(size) < noise
+    if late:
+        right = rng.gamma(0.6, 0.15, size)
+        other = rng.normal(6.0 if symmetric else 4.0, 1.5, size)
+        learnt = rng.random(size) < (0.05 if symmetric else 0.15)
+        losses = np.where(wrong & ~learnt, other, right)
+    else:
+        losses = np.where(wrong, rng.normal(3.0 if symmetric else 2.2, 0.7, size), rng.gamma(2.0, 0.45, size))
+    losses = np.abs(losses)
+    shifted: Array = (losses - losses.min()) / (losses.max() - losses.min())
+    return shifted
+
+
 class Predictions(NamedTuple):
     """The tensors of `score_voting_batch`: lists with one entry per image."""
 

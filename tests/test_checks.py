@@ -153,7 +153,12 @@ def test_the_drop_in_names_its_arguments_without_an_image():
 FIT = [
     ({"x": 3}, TypeError, "`x` must be a list with one entry per row, got int"),
     ({"x": []}, ValueError, "`x` must have at least one entry, got an empty list"),
-    ({"x": torch.zeros(3)}, ValueError, "`x` must have 2 dimensions, got shape [3]"),
+    ({"x": torch.zeros(2, 3, 1)}, ValueError, "`x` must have 2 dimensions, got shape [2, 3, 1]"),
+    (
+        {"x": torch.zeros(100, 1)},
+        ValueError,
+        "`x` must have one row per mixture, got shape [100, 1]: for N samples of one mixture pass Tensor[N] or use the estimator",
+    ),
     ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
     ({"x": [torch.zeros(3), torch.zeros(1, 3)]}, ValueError, "`x[1]` must have 1 dimension, got shape [1, 3]"),
     ({"x": [torch.zeros(3), torch.zeros(3).half()]}, TypeError, "`x[1]` must be float32, got float16"),
@@ -174,6 +179,20 @@ FIT = [
     ({"x": [torch.zeros(3), torch.zeros(3, device="meta")]}, ValueError, "`x[1]` must be on cpu as the other tensors are, got meta"),
     ({"weights_init": torch.ones(2, device="meta")}, ValueError, "`weights_init` must be on cpu as the other tensors are, got meta"),
     ({"precisions_init": torch.ones(2), "covariance_type": "tied"}, ValueError, "`precisions_init` must have shape [1], got [2]"),
+    ({"n_components": 0}, ValueError, "`n_components` must be at least 1, got 0"),
+    ({"n_components": 9}, ValueError, "`n_components` must be at most 8, got 9"),
+    ({"n_components": 3, "means_init": torch.ones(2)}, ValueError, "`means_init` must have shape [3], got [2]"),
+    ({"init": "k-means"}, ValueError, '`init` must be "minmax", "quantile", "kmeans" or "random", got \'k-means\''),
+    ({"n_init": 0}, ValueError, "`n_init` must be at least 1, got 0"),
+    ({"generator": 1.0}, TypeError, "`generator` must be a torch.Generator, an int or None, got float"),
+    ({"generator": -1}, ValueError, "`generator` must be in [0, 2^63), got -1"),
+    ({"weights_init": torch.tensor([1.5, -0.5])}, ValueError, "`weights_init` must not be negative, got [1.5, -0.5] in row 0"),
+    (
+        {"weights_init": torch.tensor([[0.5, 0.5], [5.0, 5.0]])},
+        ValueError,
+        "`weights_init` must sum to 1, got [5.0, 5.0] in row 1",
+    ),
+    ({"precisions_init": torch.tensor([1.0, 0.0])}, ValueError, "`precisions_init` must be positive, got [1.0, 0.0] in row 0"),
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
-from paa_gpu._ops import READOUTS, empty_fit
+from paa_gpu._ops import INITS, READOUTS, empty_fit
 from paa_gpu.kernels import assign, em, losses, mixture, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
@@ -113,16 +113,23 @@ def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
 
 
 def fit_rows(
-    width: int = 45, dtype: torch.dtype = torch.float32, source: str = "rows", inits: bool = False, **options: str
+    width: int = 45,
+    dtype: torch.dtype = torch.float32,
+    source: str = "rows",
+    inits: bool = False,
+    k: int = 2,
+    init: str = "minmax",
+    n_init: int = 1,
+    **options: str,
 ) -> None:
     options = {"covariance_type": "diag", "precision": "float64", **options}
     x = torch.zeros(3, width, dtype=dtype)
     count = torch.ones(3, dtype=torch.int64) if source == "count" else None
     lengths = [width] * 3 if source == "flat" else None
-    given = [torch.ones(1 if i else 3, 2) if inits else None for i in range(3)]
+    given = [torch.ones(1 if i else 3, k) if inits else None for i in range(3)]
     em.fit_gmm_1d(
-        x.view(-1) if source == "flat" else x, count, lengths, *given, options["covariance_type"], 1e-3, 1e-6, 100,
-        options["precision"],
+        x.view(-1) if source == "flat" else x, count, lengths, *given, options["covariance_type"], 1e-3, 1e-6, 1,
+        options["precision"], k, init, n_init,
     )  # fmt: skip
 
 
@@ -232,6 +239,11 @@ USUAL = {
         {"width": 1000, "covariance_type": "tied", "dtype": torch.float64},
         {"width": 1500, "source": "flat"},
         {"precision": "float32", "source": "count", "inits": True},
+        {"init": "kmeans"},
+        {"k": 3, "init": "random", "n_init": 2, "inits": True},
+        {"k": 8, "init": "kmeans", "precision": "float32", "covariance_type": "tied"},
+        {"width": 50_000, "init": "kmeans"},
+        {"width": 50_000, "k": 8, "init": "quantile", "inits": True, "precision": "float32"},
     ],
     "fit_candidates": [
         {},
@@ -255,6 +267,7 @@ ALL = {
     "fit_rows": [
         *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied"), dtype=FLOATS[2:]),
         *product(dtype=FLOATS, source=("rows", "count", "flat"), inits=(False, True)),
+        *product(width=(45, 1500, 50_000), k=(1, 2, 3, 8), init=INITS, precision=("float64", "float32")),
     ],
     "fit_candidates": [
         *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied")),

@@ -47,7 +47,7 @@ def test_parameters_against_extended_precision(covariance_type, scale, rng):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_rows_of_any_length(length, rng):
     rows = [testing.make_losses("bimodal", length, rng) for _ in range(3)]
-    got = paa_gpu.fit_gmm_1d(torch.tensor(np.stack(rows)))
+    got = paa_gpu.fit_gmm_1d(torch.tensor(np.stack(rows)), torch.full((3,), length))
     assert got.valid.tolist() == [length >= 2] * 3
     for i, row in enumerate(rows):
         if length >= 2:

@@ -13,7 +13,6 @@ until the lower bound changes by less than `tol`, as in scikit-learn's `Gaussian
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,64 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ops import PRECISIONS
+from .._ops import INITS, PRECISIONS, sum_tolerance
 from ..separation import tie_tolerance
+from . import em_long
 from ._arrays import Array, flat, view
 from ._loops import compiled, compiled_sums, over_slices, shared
+from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
 from ._numeric import exp, log1p
+from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 128
 
-# Factors of at most 2 in a product that float32 can hold.
-PRODUCT = 100
-
-# Values that the passes over responsibilities take at a time, with room for the widest registers, four deep.
-VECTOR = 16
-
-# scikit-learn's guard against an empty component.
-EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
-
-
-@compiled
-def _density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
-    """(c, h) of the weighted log-density c - h (y - mean)^2."""
-    real = weight.dtype.type
-    w, v = weight[component], variance[component]
-    return real(math.log(w / math.sqrt(2 * math.pi * v))), real(0.5 / v)
-
-
-@compiled_sums
-def _expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
-    """Fill the responsibilities; return the mean log-density.
-
-    With ratio = smaller / larger of the two densities, log(p_0 + p_1) is the logarithm of the larger one plus log(1 + ratio);
-    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. y, r0
-    and r1 are whole vectors, so that no pass leaves a rest to single values: behind its `size` y is 0, and r0 and r1 become 0.
-    """
-    c0, h0 = _density_terms(weight, variance, 0)
-    c1, h1 = _density_terms(weight, variance, 1)
-    one, total = y.dtype.type(1), y.dtype.type(0)
-    for i in range(size):
-        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
-        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
-        total += max(log_p0, log_p1)
-        r0[i] = log_p0 - log_p1
-    for i in range(len(y)):
-        r1[i] = exp(-abs(r0[i]))
-    for start in range(0, size, PRODUCT):
-        product = one
-        for ratio in r1[start : min(start + PRODUCT, size)]:
-            product *= one + ratio
-        total += math.log(product)
-    for i in range(len(y)):
-        ratio, foreground = r1[i], r0[i] >= 0
-        larger = one / (one + ratio)
-        r0[i] = larger if foreground else ratio * larger
-        r1[i] = ratio * larger if foreground else larger
-    r0[size:], r1[size:] = 0, 0
-    return total / y.dtype.type(size)
+# Rows of more values are fitted in blocks, by `em_long`, so that threads can share them.
+LONG_ROW = 16_384
 
 
 @compiled_sums
@@ -110,8 +66,8 @@ def _assign(
     y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
 ) -> None:
     """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
-    c0, h0 = _density_terms(weight, variance, 0)
-    c1, h1 = _density_terms(weight, variance, 1)
+    c0, h0 = density_terms(weight, variance, 0)
+    c1, h1 = density_terms(weight, variance, 1)
     for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
@@ -135,6 +91,30 @@ def _extent(values: Any) -> tuple[Any, Any, bool]:
 
 
 @compiled
+def _start(
+    y: Any, x: Any, smallest: Any, extent: Any, init: int, seed: int, row: int, attempt: int, weights_init: Any, means_init: Any,
+    precisions_init: Any, sum_tolerance: float, tied: bool, reg_covar: float, empty: float, resp: Any, weight: Any, mean: Any,
+    variance: Any,
+) -> bool:  # fmt: skip
+    """The parameters that the first E-step takes. Returns whether they make a mixture."""
+    take = usable(row, weights_init, means_init, precisions_init)
+    minmax(extent, weight, mean, variance)
+    complete = len(weights_init) > 0 and len(means_init) > 0 and len(precisions_init) > 0
+    if init != MINMAX and not (take and complete):
+        size = len(x)
+        centre = np.empty(2, y.dtype)
+        centres(x, smallest, y[:size].mean(), init, seed, row, attempt, centre)
+        if init == KMEANS:
+            kmeans(y[:size], centre)
+        divide(y[:size], centre, resp)
+        resp[:, size:] = 0
+        _maximisation(y, resp[0], resp[1], tied, reg_covar, empty, weight, mean, variance)
+    if not take:
+        return True
+    return take_given(row, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance)
+
+
+@compiled
 def fit_rows(
     first: int,
     last: int,
@@ -148,6 +128,10 @@ def fit_rows(
     tol: float,
     reg_covar: float,
     max_iter: int,
+    init: int,
+    seed: int,
+    n_init: int,
+    sum_tolerance: float,
     tolerance: float,
     weights: Any,
     means: Any,
@@ -165,50 +149,52 @@ def fit_rows(
     for row in range(first, last):
         width = max(width, count[row])
     width += VECTOR
-    y_row, r0_row, r1_row = np.empty(width, weights.dtype), np.empty(width, weights.dtype), np.empty(width, weights.dtype)
+    y_row, resp_row = np.empty(width, weights.dtype), np.empty((2, width), weights.dtype)
     for row in range(first, last):
         size = count[row]
+        values = x[start[row] : start[row] + size]
         y = y_row[: (size + VECTOR - 1) // VECTOR * VECTOR]
-        y[:size], y[size:] = x[start[row] : start[row] + size], 0
+        y[:size], y[size:] = values, 0
         if score.shape[1] > 0:
             assignment[row] = False
             score[row] = -np.inf
         smallest, largest, finite = _extent(y[:size])
         valid[row] = size >= 2 and finite
-        converged[row], n_iter[row] = False, 0
+        resp = resp_row[:, : len(y)]
+        r0, r1, weight, mean, variance = resp[0], resp[1], weights[row], means[row], variances[row]
+        if valid[row]:
+            y[:size] -= smallest
+            valid[row] = _start(
+                y, values, smallest, largest - smallest, init, seed, row // n_init, row % n_init, weights_init, means_init,
+                precisions_init, sum_tolerance, tied, floor, empty, resp, weight, mean, variance,
+            )  # fmt: skip
         if not valid[row]:
-            weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
+            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
             continue
-        y[:size] -= smallest
-        r0, r1 = r0_row[: len(y)], r1_row[: len(y)]
-
-        weight, mean, variance = weights[row], means[row], variances[row]
-        weight[:] = weights_init[row % len(weights_init)]
-        variance[:] = 1 / precisions_init[row % len(precisions_init)]
-        if len(means_init) > 0:
-            mean[:] = means_init[row % len(means_init)] - smallest
-        else:
-            mean[0], mean[1] = 0, largest - smallest
 
         previous = real(-np.inf)
+        converged[row], n_iter[row] = False, 0
         while n_iter[row] < max_iter and not converged[row]:
             n_iter[row] += 1
-            lower_bound[row] = _expectation(y, size, weight, mean, variance, r0, r1)
+            lower_bound[row] = expectation(y, size, weight, mean, variance, r0, r1) / real(size)
             _maximisation(y, r0, r1, tied, floor, empty, weight, mean, variance)
             converged[row] = abs(lower_bound[row] - previous) < change
             previous = lower_bound[row]
+        if not is_fit(weight, mean, variance, lower_bound[row]):
+            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
+            continue
         if score.shape[1] > 0:
             _assign(y, size, weight, mean, variance, real(tolerance), r0, r1, assignment[row], score[row])
         mean += smallest
 
 
 @shared
-def empty_fit(rows: int, width: int, real: Any) -> tuple[Array, ...]:
-    """weights, means, variances [G, 2]; lower_bound, n_iter, converged, valid [G]; assignment, score [G, width]."""
+def empty_fit(rows: int, width: int, real: Any, k: int = 2) -> tuple[Array, ...]:
+    """weights, means, variances [G, k]; lower_bound, n_iter, converged, valid [G]; assignment, score [G, width]."""
     return (
-        np.empty((rows, 2), real),
-        np.empty((rows, 2), real),
-        np.empty((rows, 2), real),
+        np.empty((rows, k), real),
+        np.empty((rows, k), real),
+        np.empty((rows, k), real),
         np.empty(rows, real),
         np.empty(rows, np.int64),
         np.empty(rows, np.bool_),
@@ -219,16 +205,16 @@ def empty_fit(rows: int, width: int, real: Any) -> tuple[Array, ...]:
 
 
 def fit(x: Array, start: Array, count: Array, width: int, options: tuple[Any, ...]) -> tuple[Array, ...]:
-    """Fit x[start[g] : start[g] + count[g]] of a flat x for every row g: what `empty_fit` holds."""
+    """Fit two components to x[start[g] : start[g] + count[g]] of a flat x for every row g: what `empty_fit` holds."""
     results = empty_fit(len(start), width, options[0].dtype)
     over_slices(fit_rows, len(start), SERIAL_ROWS, x, start, count, *options, *results)
     return results
 
 
 @functools.cache
-def _defaults(precision: str) -> tuple[Array, Array, Array]:
-    """Weights, means and precisions for all rows; no means: each row's own minimum and maximum."""
-    return np.full((1, 2), 0.5, precision), np.empty((0, 2), precision), np.ones((1, 2), precision)
+def _none(precision: str) -> Array:
+    """No initial values."""
+    return np.empty((0, 2), precision)
 
 
 def fit_options(
@@ -238,14 +224,26 @@ def fit_options(
     reg_covar: float = 1e-6,
     max_iter: int = 100,
     initial: Sequence[Tensor | None] = (None, None, None),
+    init: str = "minmax",
+    n_init: int = 1,
+    seed: int = 0,
 ) -> tuple[Any, ...]:
     """What `fit_rows` takes between the rows and its results. The initial weights, means and precisions are of the dtype of the
-    fit, given or not."""
-    given = [
-        default if values is None else flat([values], default.dtype)
-        for values, default in zip(initial, _defaults(precision), strict=True)
-    ]
-    return *given, covariance_type == "tied", tol, reg_covar, max_iter, tie_tolerance(PRECISIONS[precision])
+    fit, and empty where not given."""
+    given = [_none(precision) if values is None else flat([values], precision) for values in initial]
+    return (
+        *given, covariance_type == "tied", tol, reg_covar, max_iter, INITS.index(init), seed, n_init, sum_tolerance(initial[0]),
+        tie_tolerance(PRECISIONS[precision]),
+    )  # fmt: skip
+
+
+def _best(results: tuple[Array, ...], rows: int, n_init: int) -> tuple[Array, ...]:
+    """The fit with the highest lower bound of each row, the first one where equal."""
+    if n_init == 1:
+        return results
+    lower_bound = results[3].reshape(rows, n_init)
+    best = np.where(np.isnan(lower_bound), -np.inf, lower_bound).argmax(1) + np.arange(rows) * n_init
+    return tuple(result[best] for result in results)
 
 
 def fit_gmm_1d(
@@ -260,6 +258,10 @@ def fit_gmm_1d(
     reg_covar: float,
     max_iter: int,
     precision: str,
+    n_components: int = 2,
+    init: str = "minmax",
+    n_init: int = 1,
+    seed: int = 0,
 ) -> tuple[Tensor, ...]:
     if lengths is not None:
         size = np.asarray(lengths, np.int64)
@@ -268,5 +270,16 @@ def fit_gmm_1d(
         rows, width = x.shape
         start = np.arange(rows) * width
         size = np.full(rows, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
-    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, (weights_init, means_init, precisions_init))
-    return tuple(map(torch.from_numpy, fit(flat([x], precision).reshape(-1), start, size, 0, options)[:7]))
+    initial = (weights_init, means_init, precisions_init)
+    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, initial, init, n_init, seed)
+    values = flat([x], precision).reshape(-1)
+    all_starts, sizes = np.repeat(start, n_init), np.repeat(size, n_init)
+    results = empty_fit(len(sizes), 0, np.dtype(precision), n_components)
+    in_blocks = np.flatnonzero((sizes > LONG_ROW) | (n_components != 2))
+    if len(in_blocks) < len(sizes):
+        # What `em_long` fits is an empty row here.
+        short = np.where(sizes > LONG_ROW, 0, sizes)
+        over_slices(fit_rows, len(short), SERIAL_ROWS, values, all_starts, short, *options, *results)
+    if len(in_blocks):
+        em_long.fit(in_blocks, values, all_starts, sizes, options[:-1], results[:7])
+    return tuple(map(torch.from_numpy, _best(results[:7], len(size), n_init)))

@@ -1,0 +1,120 @@
+"""What the kernels that fit rows share: where a row is, given initial values, what is stored of a fit, the best of several fits.
+
+A row is (pointer, stride, number of values, smallest value): strided memory of which the first `count` values are fitted, or
+a stretch of flat memory between two offsets. The fit of start s of row g is the fit number g n_init + s.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(source, width, g):
+    """Pointer, stride and number of values of row g."""
+    x_ptr, stride_xg, stride_xk, count_ptr, stride_cg, offset_ptr = source
+    if offset_ptr is not None:
+        first = tl.load(offset_ptr + g)
+        n = (tl.load(offset_ptr + g + 1) - first).to(tl.int32)
+        x_ptr += first * stride_xk
+    else:
+        n = width.to(tl.int32)
+        if count_ptr is not None:
+            n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg), 0), width).to(tl.int32)
+        x_ptr += g * stride_xg
+    return x_ptr, stride_xk, n
+
+
+@triton.jit
+def _load_given(init, g, default, K: tl.constexpr, KP: tl.constexpr):
+    """The initial values [KP] of a row, from a pointer and its strides over rows and components; `default` behind them."""
+    ptr, stride_g, stride_c = init
+    j = tl.arange(0, KP)
+    return tl.load(ptr + g * stride_g + j * stride_c, mask=j < K, other=default).to(tl.float64)
+
+
+@triton.jit
+def _all_finite(x):
+    return tl.min((tl.abs(x) < float("inf")).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def given_are_finite(inits, g, K: tl.constexpr, KP: tl.constexpr):
+    """Whether the initial values of a row are: it starts as if there were none where they are not."""
+    weights_init, means_init, precisions_init = inits
+    finite = tl.full((), True, tl.int1)
+    if weights_init[0] is not None:
+        finite &= _all_finite(_load_given(weights_init, g, 0.0, K, KP))
+    if means_init[0] is not None:
+        finite &= _all_finite(_load_given(means_init, g, 0.0, K, KP))
+    if precisions_init[0] is not None:
+        finite &= _all_finite(_load_given(precisions_init, g, 1.0, K, KP))
+    return finite
+
+
+@triton.jit
+def take_given(inits, g, smallest, take, tolerance, weight, mean, variance, K: tl.constexpr, KP: tl.constexpr):
+    """Put given initial values in the place of those of the start, if `take`; and whether they make a mixture."""
+    weights_init, means_init, precisions_init = inits
+    good = tl.full((), True, tl.int1)
+    if weights_init[0] is not None:
+        w = _load_given(weights_init, g, 0.0, K, KP)
+        good &= (tl.min(w, 0) >= 0) & (tl.abs(tl.sum(w, 0) - 1) <= tolerance)
+        weight = tl.where(take, w.to(weight.dtype), weight)
+    if means_init[0] is not None:
+        m = _load_given(means_init, g, 0.0, K, KP).to(mean.dtype) - smallest
+        mean = tl.where(take, tl.where(tl.arange(0, KP) < K, m, 0.0), mean)
+    if precisions_init[0] is not None:
+        p = _load_given(precisions_init, g, 1.0, K, KP)
+        good &= tl.min(p, 0) > 0
+        variance = tl.where(take, 1 / p.to(variance.dtype), variance)
+    return weight, mean, variance, good | (take == 0)
+
+
+@triton.jit
+def is_fit(weight, mean, variance, lower_bound):
+    """Whether all that a fit ends in is finite, and no component [KP] has shrunk to a point."""
+    finite = _all_finite(weight) & _all_finite(mean) & _all_finite(variance) & (tl.abs(lower_bound) < float("inf"))
+    return finite & (tl.min(variance, 0) > 0)
+
+
+@triton.jit
+def store_fit(
+    fit_ptrs, number, smallest, valid, weight, mean, variance, lower_bound, n_iter, converged, K: tl.constexpr,
+    KP: tl.constexpr,
+):  # fmt: skip
+    """Store a fit of K components, [KP] each, or what a row that cannot be fitted has."""
+    weights_ptr, means_ptr, variances_ptr, lower_bound_ptr, n_iter_ptr, converged_ptr, valid_ptr = fit_ptrs
+    nan, j = float("nan"), tl.arange(0, KP)
+    valid &= is_fit(weight, mean + smallest, variance, lower_bound)
+    tl.store(weights_ptr + number * K + j, tl.where(valid, weight, nan), mask=j < K)
+    tl.store(means_ptr + number * K + j, tl.where(valid, mean + smallest, nan), mask=j < K)
+    tl.store(variances_ptr + number * K + j, tl.where(valid, variance, nan), mask=j < K)
+    tl.store(lower_bound_ptr + number, tl.where(valid, lower_bound, nan))
+    tl.store(n_iter_ptr + number, tl.where(valid, n_iter, 0).to(tl.int64))
+    tl.store(converged_ptr + number, valid & converged)
+    tl.store(valid_ptr + number, valid)
+
+
+@triton.jit(do_not_specialize=["n_init"])
+def _choose_kernel(
+    tried_ptrs,  # the seven tensors of `empty_fit`, for G n_init rows
+    fit_ptrs,  # the same, for G rows
+    n_init,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+):
+    """The fit with the highest lower bound of each row, the first one where equal; none is valid: the first."""
+    g = tl.program_id(0).to(tl.int64)
+    best, highest = g * n_init, tl.full((), float("-inf"), tl.float64)
+    for number in range(g * n_init, (g + 1) * n_init):
+        lower_bound = tl.load(tried_ptrs[3] + number).to(tl.float64)
+        better = lower_bound > highest  # not where it is NaN
+        best, highest = tl.where(better, number, best), tl.where(better, lower_bound, highest)
+    j = tl.arange(0, KP)
+    for part in tl.static_range(3):
+        values = tl.load(tried_ptrs[part] + best * K + j, mask=j < K, other=0.0)
+        tl.store(fit_ptrs[part] + g * K + j, values, mask=j < K)
+    for part in tl.static_range(3, 7):
+        tl.store(fit_ptrs[part] + g, tl.load(tried_ptrs[part] + best))

@@ -1,0 +1,134 @@
+"""What fits of short and of long rows share: densities, given initial values, and what becomes of a row that cannot be fitted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ._loops import compiled, compiled_sums
+from ._numeric import exp
+
+# Factors of at most 2 in a product that float32 can hold; of at most 8, in a mixture of eight components.
+PRODUCT, PRODUCT_OF_EIGHT = 100, 40
+
+# Values that the passes over responsibilities take at a time, with room for the widest registers, four deep.
+VECTOR = 16
+
+# scikit-learn's guard against an empty component.
+EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
+
+
+@compiled
+def density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
+    """(c, h) of the weighted log-density c - h (y - mean)^2."""
+    real = weight.dtype.type
+    w, v = weight[component], variance[component]
+    return real(math.log(w / math.sqrt(2 * math.pi * v))), real(0.5 / v)
+
+
+@compiled_sums
+def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
+    """Fill the responsibilities of two components; return the sum of the log-densities.
+
+    With ratio = smaller / larger of the two densities, log(p_0 + p_1) is the logarithm of the larger one plus log(1 + ratio);
+    these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. y, r0
+    and r1 are whole vectors, so that no pass leaves a rest to single values: behind its `size` y is 0, and r0 and r1 become 0.
+    """
+    c0, h0 = density_terms(weight, variance, 0)
+    c1, h1 = density_terms(weight, variance, 1)
+    one, total = y.dtype.type(1), y.dtype.type(0)
+    for i in range(size):
+        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
+        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        total += max(log_p0, log_p1)
+        r0[i] = log_p0 - log_p1
+    for i in range(len(y)):
+        r1[i] = exp(-abs(r0[i]))
+    for start in range(0, size, PRODUCT):
+        product = one
+        for ratio in r1[start : min(start + PRODUCT, size)]:
+            product *= one + ratio
+        total += math.log(product)
+    for i in range(len(y)):
+        ratio, foreground = r1[i], r0[i] >= 0
+        larger = one / (one + ratio)
+        r0[i] = larger if foreground else ratio * larger
+        r1[i] = ratio * larger if foreground else larger
+    r0[size:], r1[size:] = 0, 0
+    return total
+
+
+@compiled_sums
+def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any, resp: Any) -> Any:
+    """`expectation` for any number k of components: resp has k + 2 rows, the last two for the largest density and the sum."""
+    k = len(mean)
+    top, density = resp[k], resp[k + 1]
+    one, total = y.dtype.type(1), y.dtype.type(0)
+    top[:], density[:] = -np.inf, 0
+    for j in range(k):
+        c, h = density_terms(weight, variance, j)
+        for i in range(len(y)):
+            log_p = c - h * (y[i] - mean[j]) ** 2
+            resp[j, i] = log_p
+            top[i] = log_p if log_p > top[i] else top[i]
+    for j in range(k):
+        for i in range(len(y)):
+            resp[j, i] = exp(resp[j, i] - top[i])
+            density[i] += resp[j, i]
+    for value in top[:size]:
+        total += value
+    for start in range(0, size, PRODUCT_OF_EIGHT):
+        product = one
+        for value in density[start : min(start + PRODUCT_OF_EIGHT, size)]:
+            product *= value
+        total += math.log(product)
+    for j in range(k):
+        for i in range(len(y)):
+            resp[j, i] /= density[i]
+    resp[:k, size:] = 0
+    return total
+
+
+@compiled
+def usable(row: int, weights_init: Any, means_init: Any, precisions_init: Any) -> bool:
+    """Whether the initial values that are given are finite: a row whose are not starts as if there were none."""
+    finite = True
+    for init in (weights_init, means_init, precisions_init):
+        if len(init) > 0:
+            finite &= np.isfinite(init[row % len(init)]).all()
+    return finite
+
+
+@compiled
+def take_given(
+    row: int, smallest: float, weights_init: Any, means_init: Any, precisions_init: Any, tolerance: float,
+    weight: Any, mean: Any, variance: Any,
+) -> bool:  # fmt: skip
+    """Put given initial values in the place of those of the start. Returns whether they make a mixture."""
+    good = True
+    if len(weights_init) > 0:
+        weight[:] = weights_init[row % len(weights_init)]
+        good &= weight.min() >= 0 and abs(weight.sum() - 1) <= tolerance
+    if len(means_init) > 0:
+        mean[:] = means_init[row % len(means_init)] - smallest
+    if len(precisions_init) > 0:
+        precision = precisions_init[row % len(precisions_init)]
+        good &= precision.min() > 0
+        variance[:] = 1 / precision
+    return good
+
+
+@compiled
+def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> bool:
+    """Whether all is finite, and no component has shrunk to a point."""
+    finite = np.isfinite(weight).all() and np.isfinite(mean).all() and np.isfinite(variance).all()
+    return finite and np.isfinite(lower_bound) and variance.min() > 0
+
+
+@compiled
+def void(row: int, weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any) -> None:
+    """The results of a row that cannot be fitted."""
+    weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
+    n_iter[row], converged[row], valid[row] = 0, False, False

@@ -1,0 +1,212 @@
+"""EM for CPU tensors in blocks: rows of any length and any number of components, all threads in one row.
+
+A pass goes over the values of a row once, block after block. It leaves for every block and component the number n, the mean m and
+the sum of squares q about m of what the component is responsible for. Those of the row are
+
+    N = sum_b n_b,   M = sum_b n_b m_b / N,   Q = sum_b q_b + n_b (m_b - M)^2
+
+in which nothing cancels, so that a pass needs no other one before it for the means. Blocks and the order of the sums do not
+depend on the number of threads, hence nor does a bit of the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._ops import LLOYD_PASSES
+from ._arrays import Array
+from ._loops import compiled, compiled_sums, over_slices, shared
+from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
+from .starts import KMEANS, MINMAX, boundaries, centres, divide, members, minmax, move
+
+# Values of a block: with the responsibilities of two components they fill half of a small first-level cache.
+BLOCK = 1024
+
+# Blocks below which a second thread costs more than it saves: a block takes some 3 us, handing over to a thread 100.
+SERIAL_BLOCKS = 100
+
+# What a pass finds out, in this order; Lloyd's iteration and EM take as many passes as they need.
+RANGE, LLOYD, DIVISION, EM, DONE = range(5)
+
+
+@compiled
+def _range(x: Any, origin: float, out: Any) -> None:
+    """The smallest and the largest value, the sum less `origin` each, and whether all are finite."""
+    smallest, largest, total, finite = x[0], x[0], x.dtype.type(0), True
+    for value in x:
+        smallest = value if value < smallest else smallest
+        largest = value if value > largest else largest
+        total += value - origin
+        finite &= np.isfinite(value)
+    out[0], out[1], out[2], out[3] = smallest, largest, total, finite
+
+
+@compiled_sums
+def _moments(y: Any, r: Any, out: Any) -> None:
+    """n, m and q of one component and block."""
+    zero = y.dtype.type(0)
+    number, total, square = zero, zero, zero
+    for i in range(len(y)):
+        number += r[i]
+        total += r[i] * y[i]
+    mean = total / number if number > 0 else zero
+    for i in range(len(y)):
+        square += r[i] * (y[i] - mean) ** 2
+    out[0], out[1], out[2] = number, mean, square
+
+
+@compiled
+def scan(
+    first: int, last: int, x: Any, phase: int, smallest: float, centre: Any, weight: Any, mean: Any, variance: Any, partial: Any
+) -> None:
+    """One pass over some blocks of a row: `partial` [blocks, 1 + 3 k]."""
+    k, real = len(mean), partial.dtype
+    room, resp = np.zeros(BLOCK, real), np.zeros((k + 2, BLOCK), real)
+    edge = boundaries(centre)
+    for block in range(first, last):
+        values, out = x[block * BLOCK : (block + 1) * BLOCK], partial[block]
+        size = len(values)
+        if phase == RANGE:
+            _range(values, x[0], out)
+            continue
+        whole = (size + VECTOR - 1) // VECTOR * VECTOR
+        y, r = room[:whole], resp[:, :whole]
+        y[:size] = values
+        y[:size] -= smallest
+        y[size:] = 0
+        if phase == LLOYD:
+            for j in range(k):
+                out[1 + 3 * j], out[2 + 3 * j] = members(y[:size], edge[j], edge[j + 1])
+            continue
+        if phase == DIVISION:
+            divide(y[:size], centre, r)
+            r[:k, size:] = 0
+        elif k == 2:
+            out[0] = expectation(y, size, weight, mean, variance, r[0], r[1])
+        else:
+            out[0] = expectation_of_any(y, size, weight, mean, variance, r)
+        for j in range(k):
+            _moments(y, r[j], out[1 + 3 * j : 4 + 3 * j])
+
+
+@compiled
+def maximisation(partial: Any, tied: bool, reg_covar: float, weight: Any, mean: Any, variance: Any) -> None:
+    """The M-step, from the moments of the blocks."""
+    k, empty = len(mean), weight.dtype.type(EMPTY_COMPONENT)
+    for j in range(k):
+        number, centre, square = partial[:, 1 + 3 * j], partial[:, 2 + 3 * j], partial[:, 3 + 3 * j]
+        n = number.sum()
+        m = (number * centre).sum() / n if n > 0 else n
+        weight[j] = n + empty
+        mean[j] = n * m / weight[j]
+        variance[j] = (square + number * (centre - m) ** 2).sum() + n * (m - mean[j]) ** 2
+    total = weight.sum()
+    if tied:
+        variance[:] = variance.sum() / total + reg_covar
+    else:
+        variance[:] = variance / weight + reg_covar
+    weight /= total
+
+
+@compiled
+def advance(
+    x: Any, row: int, partial: Any, phase: int, passes: int, span: Any, centre: Any, before: Any,
+    weights_init: Any, means_init: Any, precisions_init: Any, tied: bool, tol: float, reg_covar: float, max_iter: int,
+    init: int, seed: int, n_init: int, tolerance: float,
+    weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any,
+) -> int:  # fmt: skip
+    """Draw the conclusion of a pass, the `passes`-th of its phase; return the phase of the next one.
+
+    `span` becomes the smallest value and the extent of the row, `centre` and `before` are Lloyd's.
+    """
+    weight, mean, variance = weights[row], means[row], variances[row]
+    k, real, given = len(mean), weights.dtype.type, row // n_init
+    usual = not usable(given, weights_init, means_init, precisions_init)
+    if phase == RANGE:
+        span[0] = partial[:, 0].min()
+        span[1] = partial[:, 1].max() - span[0]
+        average = partial[:, 2].sum() / real(len(x)) + (x[0] - span[0])
+        if len(x) < max(2, k) or not (partial[:, 3] > 0).all():
+            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
+            return DONE
+        n_iter[row], converged[row], lower_bound[row] = 0, False, -np.inf
+        minmax(span[1], weight, mean, variance)
+        complete = len(weights_init) > 0 and len(means_init) > 0 and len(precisions_init) > 0
+        if init != MINMAX and (usual or not complete):
+            centres(x, span[0], average, init, seed, given, row % n_init, centre)
+            before[:] = -1
+            return LLOYD if init == KMEANS else DIVISION
+    elif phase == LLOYD:
+        number, total = np.empty(k, real), np.empty(k, real)
+        for j in range(k):
+            number[j], total[j] = partial[:, 1 + 3 * j].sum(), partial[:, 2 + 3 * j].sum()
+        return LLOYD if move(number, total, before, centre) and passes < LLOYD_PASSES else DIVISION
+    elif phase == DIVISION:
+        maximisation(partial, tied, real(reg_covar), weight, mean, variance)
+    else:
+        previous = lower_bound[row]
+        lower_bound[row] = partial[:, 0].sum() / real(len(x))
+        maximisation(partial, tied, real(reg_covar), weight, mean, variance)
+        n_iter[row] = passes
+        converged[row] = abs(lower_bound[row] - previous) < real(tol)
+        if passes < max_iter and not converged[row]:
+            return EM
+        valid[row] = is_fit(weight, mean, variance, lower_bound[row])
+        mean += span[0]
+        if not valid[row] or not np.isfinite(mean).all():
+            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
+        return DONE
+    if not usual and not take_given(given, span[0], weights_init, means_init, precisions_init, tolerance, weight, mean, variance):
+        void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
+        return DONE
+    return EM
+
+
+@shared
+def _scratch(size: int, k: int, like: Any) -> tuple[Array, Array, Array, Array]:
+    """partial, span, centre and before of a row, see `advance`."""
+    real = like.dtype
+    blocks = max((size + BLOCK - 1) // BLOCK, 1)
+    return np.zeros((blocks, 1 + 3 * k), real), np.zeros(2, real), np.zeros(k, real), np.zeros(k, real)
+
+
+@compiled
+def fit_rows_in_blocks(first: int, last: int, rows: Any, x: Any, start: Any, count: Any, weights: Any, *rest: Any) -> None:
+    """Fit some of the rows, one after the other in one thread. `rest` is what `advance` takes from `weights_init` on."""
+    for row in rows[first:last]:
+        values, means, variances = x[start[row] : start[row] + count[row]], rest[12], rest[13]
+        partial, span, centre, before = _scratch(len(values), weights.shape[1], weights)
+        phase, passes = (RANGE, 0) if len(values) > 0 else (DONE, 0)
+        if phase == DONE:
+            void(row, *rest[11:])
+        while phase != DONE:
+            scan(0, len(partial), values, phase, span[0], centre, weights[row], means[row], variances[row], partial)
+            passes += 1
+            following = advance(values, row, partial, phase, passes, span, centre, before, *rest)
+            phase, passes = following, passes if following == phase else 0
+
+
+def fit_row_in_blocks(row: int, x: Array, start: Array, count: Array, weights: Array, *rest: Any) -> None:
+    """Fit one row, its blocks on all threads."""
+    values, means, variances = x[start[row] : start[row] + count[row]], rest[12], rest[13]
+    partial, span, centre, before = _scratch(len(values), weights.shape[1], weights)
+    phase, passes = RANGE, 0
+    while phase != DONE:
+        pointers = values, phase, span[0], centre, weights[row], means[row], variances[row], partial
+        over_slices(scan, len(partial), SERIAL_BLOCKS, *pointers)
+        passes += 1
+        following = advance(values, row, partial, phase, passes, span, centre, before, *rest)
+        phase, passes = following, passes if following == phase else 0
+
+
+def fit(rows: Array, x: Array, start: Array, count: Array, options: tuple[Any, ...], results: tuple[Array, ...]) -> None:
+    """Fit the rows of these numbers: side by side where there are as many as threads, else one after the other on all threads."""
+    rest = results[0], *options, *results
+    if len(rows) >= torch.get_num_threads():
+        over_slices(fit_rows_in_blocks, len(rows), 2, rows, x, start, count, *rest)
+    else:
+        for row in rows:
+            fit_row_in_blocks(row, x, start, count, *rest)

@@ -1,0 +1,144 @@
+"""Where a fit starts, for CPU tensors: centres, and the division of a row between them.
+
+A value belongs to the nearest centre. One M-step on that division gives the first weights, means and variances, as scikit-learn
+takes them from its k-means. Centres ascend, so the components of a fit do where they do not cross.
+
+    quantile   the values of rank (2 j + 1) n // 2 k
+    random     k values of the row, at distinct positions
+    kmeans     two centres of up to `EXACT` values: the division with the least sum of squares; else Lloyd's iteration: the
+               centres become the means of what belongs to them, until nothing changes sides, `LLOYD_PASSES` times at most. It
+               starts from the row's mean, the boundary of two centres, or from the quantiles for more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._ops import EXACT, INITS, LLOYD_PASSES
+from ._loops import compiled, compiled_sums
+
+MINMAX, QUANTILE, KMEANS, RANDOM = (INITS.index(name) for name in ("minmax", "quantile", "kmeans", "random"))
+
+
+@compiled
+def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
+    """Equal weights, means from the smallest to the largest value, variances of 1."""
+    k = len(mean)
+    for j in range(k):
+        weight[j], variance[j] = 1 / k, 1
+        mean[j] = extent * j / (k - 1) if k > 1 else extent / 2
+
+
+@compiled
+def philox(seed: int, c0: int, c1: int, c2: int) -> int:
+    """32 random bits from a counter: Philox 4x32 of 10 rounds, its first word. The kernels have Triton's."""
+    k0, k1 = np.uint64(seed) & np.uint64(0xFFFFFFFF), np.uint64(seed) >> np.uint64(32)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a, b, c, d = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(0)
+    for _ in range(10):
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (second >> half) ^ b ^ k0, second & low, (first >> half) ^ d ^ k1, first & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.int64(a)
+
+
+@compiled
+def draw(seed: int, row: int, attempt: int, size: int, position: Any) -> None:
+    """Distinct positions in a row, all sets of them equally likely (Floyd's algorithm)."""
+    for j in range(len(position)):
+        bound = size - len(position) + j
+        drawn = philox(seed, j, attempt, row) * (bound + 1) >> 32
+        position[j] = bound if (position[:j] == drawn).any() else drawn
+
+
+@compiled
+def centres(x: Any, smallest: float, mean: float, init: int, seed: int, row: int, attempt: int, centre: Any) -> None:
+    """The centres of a row less its smallest value, from which Lloyd's iteration goes on where `init` is KMEANS."""
+    k, size = len(centre), len(x)
+    if init == KMEANS and k == 2:
+        centre[0], centre[1] = 0, 2 * mean
+    elif init == RANDOM:
+        position = np.empty(k, np.int64)
+        draw(seed, row, attempt, size, position)
+        for j in range(k):
+            centre[j] = x[position[j]] - smallest
+        centre.sort()
+    else:
+        rank = (2 * np.arange(k) + 1) * size // (2 * k)
+        centre[:] = np.partition(x, rank)[rank] - smallest
+
+
+@compiled
+def boundaries(centre: Any) -> Any:
+    """What belongs to centre j is above `boundaries[j]` and not above `boundaries[j + 1]`."""
+    edge = np.empty(len(centre) + 1, centre.dtype)
+    edge[0], edge[-1] = -np.inf, np.inf
+    for j in range(1, len(centre)):
+        edge[j] = centre[j - 1] + (centre[j] - centre[j - 1]) / 2
+    return edge
+
+
+@compiled_sums
+def members(y: Any, low: float, high: float) -> tuple[float, float]:
+    """How many values lie above `low` and not above `high`, and their sum."""
+    zero = y.dtype.type(0)
+    number, total = zero, zero
+    for i in range(len(y)):
+        inside = zero + (
+            (y[i] > low) & (y[i] <= high)
+        )  # a factor: branches, and a choice between numbers, take four times as long
+        number += inside
+        total += inside * y[i]
+    return number, total
+
+
+@compiled
+def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
+    """One step of Lloyd's iteration. Returns whether a value has changed sides since the last one; `before` is its `number`."""
+    moved = False
+    for j in range(len(centre)):
+        moved |= number[j] != before[j]
+        before[j] = number[j]
+        if number[j] > 0:
+            centre[j] = total[j] / number[j]
+    return moved
+
+
+@compiled
+def two_means(y: Any, centre: Any) -> None:
+    """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value."""
+    all_of, best, boundary = y.sum(), -np.inf, np.inf
+    for value in y:
+        number, total = members(y, -np.inf, value)
+        if number < len(y):
+            score = total * total / number + (all_of - total) * (all_of - total) / (len(y) - number)
+            if score > best or (score == best and value < boundary):
+                best, boundary = score, value
+                centre[0], centre[1] = total / number, (all_of - total) / (len(y) - number)
+
+
+@compiled
+def kmeans(y: Any, centre: Any) -> None:
+    """The centres of a row less its smallest value: exact, or by Lloyd's iteration from `centre`."""
+    k = len(centre)
+    if k == 2 and len(y) <= EXACT:
+        two_means(y, centre)
+        return
+    number, total, before = np.zeros(k, y.dtype), np.zeros(k, y.dtype), np.full(k, -1, y.dtype)
+    for _ in range(LLOYD_PASSES):
+        edge = boundaries(centre)
+        for j in range(k):
+            number[j], total[j] = members(y, edge[j], edge[j + 1])
+        if not move(number, total, before, centre):
+            break
+
+
+@compiled
+def divide(y: Any, centre: Any, resp: Any) -> None:
+    """resp[j]: 1 where a value belongs to centre j, else 0."""
+    edge = boundaries(centre)
+    for j in range(len(centre)):
+        for i in range(len(y)):
+            resp[j, i] = (y[i] > edge[j]) & (y[i] <= edge[j + 1])

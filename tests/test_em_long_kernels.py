@@ -1,0 +1,79 @@
+"""Long rows as the kernels have them: the CPU path's fits, whatever the order of the programs; and the work of an iteration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_execution import compiled_only, execute, slow_interpreted
+from test_starts_kernels import assert_same, both, run
+
+from paa_gpu import _ops, testing
+from paa_gpu.kernels import em, em_long
+
+OPTIONS = ("diag", 1e-3, 1e-6, 4, "float64")
+
+
+@pytest.fixture
+def short_is_long(monkeypatch):
+    """Programs of 128 values at least, so that a short row has many."""
+    monkeypatch.setattr(em, "LONG_ROW", 0)
+    monkeypatch.setattr(em_long, "PART", 128)
+
+
+CASES = [
+    (2, "minmax", 1),
+    (2, "kmeans", 1),
+    *slow_interpreted((2, "random", 2), (3, "minmax", 1)),
+    pytest.param((3, "kmeans", 1), marks=pytest.mark.long),
+    pytest.param((2, "quantile", 1), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_long_rows(request, short_is_long, case, rng):
+    """Rows of several parts, of one, of none, and one that cannot be fitted, in one call."""
+    k, init, n_init = case
+    lengths = [700, 70, 0, 9]
+    x = torch.from_numpy(np.concatenate([testing.make_losses("bimodal", length, rng) for length in lengths]))
+    x[-1] = torch.inf
+    got, wanted = both(request, x, None, lengths, None, None, None, *OPTIONS, k, init, n_init, 5)
+    assert wanted[-1].tolist() == [True, True, False, False]
+    assert_same(got, wanted)
+
+
+@compiled_only
+@pytest.mark.slow
+def test_stores_of_other_programs_may_come_late(short_is_long, rng):
+    """Ticket and barrier: the last program of a row sees what all others have left, whenever their stores become visible."""
+    x = torch.from_numpy(testing.make_losses("bimodal", 700, rng))[None]
+    arguments = (x, None, None, None, None, None, *OPTIONS, 2, "kmeans")
+    wanted = _ops.fit_gmm_1d(*arguments)
+    for seed in (1, 2):
+        with execute(90, weak=True, seed=seed):
+            assert_same(run(*arguments), wanted)
+
+
+@compiled_only
+@pytest.mark.parametrize("length", [17_000, *(pytest.param(n, marks=pytest.mark.long) for n in (50_000, 1_000_000))])
+def test_an_iteration_reads_each_value_once(length, rng):
+    """And takes one launch, the values spread over programs; a launch after the last iteration reads next to nothing."""
+    x, counted = torch.from_numpy(rng.gamma(2, size=length))[None], []
+    for max_iter in (1, 2):
+        with execute(90, seed=None, count=True, racecheck=0) as session:
+            fit = run(x, None, None, None, None, None, "diag", 0.0, 1e-6, max_iter, "float64")
+        assert fit[4].tolist() == [max_iter]
+        counted.append(session.counters)
+    launches, sectors = (getattr(counted[1], name) - getattr(counted[0], name) for name in ("launches", "load_sectors"))
+    work = sum(counted[1].warp_classes.values()) - sum(counted[0].warp_classes.values())
+    programs = em_long.launch_rule(length, 2)["PROGRAMS"]
+    print(f"1 x {length}: {launches} launch, {programs} programs, {sectors} sectors of {length // 4}, {work:,} warp instructions")
+    assert launches == 1
+    # Besides the values: parameters and partial sums, some 40 sectors a program.
+    assert sectors <= length / 4 + 60 * programs
+
+
+def test_launch_rule():
+    assert em_long.launch_rule(1_000_000, 2)["PROGRAMS"] >= 100
+    assert em_long.passes_at_most("minmax", 2, 10, torch.float64) == 11
+    assert em_long.passes_at_most("kmeans", 2, 10, torch.float64) == 62
