@@ -25,6 +25,12 @@ from paa_gpu.integrations.sklearn import GaussianMixture
 ATTRIBUTES = ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_")
 SHAPES = {"full": (-1, 1, 1), "tied": (1, 1), "diag": (-1, 1), "spherical": (-1,)}
 
+#: What scikit-learn's estimator does not refuse: arguments, data, message.
+OWN_ERRORS = [
+    ({}, np.zeros((9, 2)), "`X` must have one feature, [N, 1] or [N], got shape [9, 2]: use sklearn.mixture.GaussianMixture"),
+    ({"n_components": 9}, np.zeros(9), "`n_components` must be at most 8, got 9: use sklearn.mixture.GaussianMixture"),
+]
+
 
 def two_clusters(rng, size=300):
     return np.where(rng.random(size) < 0.6, rng.normal(0.3, 0.1, size), rng.normal(1.2, 0.3, size))[:, None]
@@ -155,8 +161,7 @@ def test_tensors_in_return_where_scikit_learn_gives_them(rng):
 def test_errors(rng):
     x = two_clusters(rng)
     for options, data, message in [
-        ({}, np.zeros((9, 2)), "`X` must have one feature, [N, 1] or [N], got shape [9, 2]: use sklearn.mixture.GaussianMixture"),
-        ({"n_components": 9}, x, "`n_components` must be at most 8, got 9: use sklearn.mixture.GaussianMixture"),
+        *OWN_ERRORS,
         ({"n_components": 5}, x[:3], "Expected n_samples >= n_components but got n_components = 5, n_samples = 3"),
         ({}, np.array([1.0, np.nan, 2.0]), "Input X contains NaN."),
         ({}, np.array([1.0, np.inf, 2.0]), "Input X contains infinity or a value too large for dtype('float64')."),
