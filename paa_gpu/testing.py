@@ -122,7 +122,7 @@ def _make_image(
 def make_noisy_label_losses(
     size: int, noise: float, rng: np.random.Generator, *, symmetric: bool = True, late: bool = False
 ) -> Array:
-    """Cross entropies of `size` samples, a share `noise` of them wrongly labelled, divided to [0, 1] as methods for noisy labels do.
+    """Cross entropies of `size` samples, a share `noise` labelled wrongly, scaled to [0, 1] as methods for noisy labels do.
 
     Wrong labels are of any class (`symmetric`), or of the one most alike, which costs less. After the warm-up of a training
     both kinds of losses overlap; `late` they are far apart, those of right labels next to zero, and some wrong ones are learnt.

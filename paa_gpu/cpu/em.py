@@ -103,7 +103,7 @@ def _start(
     if init != MINMAX and not (take and complete):
         size = len(x)
         centre = np.empty(2, y.dtype)
-        centres(x, smallest, y[:size].mean(), init, seed, row, attempt, centre)
+        centres(x, smallest, extent, y[:size].mean(), init, seed, row, attempt, centre)
         if init == KMEANS:
             kmeans(y[:size], centre)
         divide(y[:size], centre, resp)

@@ -136,7 +136,7 @@ def advance(
         minmax(span[1], weight, mean, variance)
         complete = len(weights_init) > 0 and len(means_init) > 0 and len(precisions_init) > 0
         if init != MINMAX and (usual or not complete):
-            centres(x, span[0], average, init, seed, given, row % n_init, centre)
+            centres(x, span[0], span[1], average, init, seed, given, row % n_init, centre)
             before[:] = -1
             return LLOYD if init == KMEANS else DIVISION
     elif phase == LLOYD:

@@ -50,11 +50,32 @@ def draw(seed: int, row: int, attempt: int, size: int, position: Any) -> None:
     for j in range(len(position)):
         bound = size - len(position) + j
         drawn = philox(seed, j, attempt, row) * (bound + 1) >> 32
-        position[j] = bound if (position[:j] == drawn).any() else drawn
+        position[j] = drawn
+        for earlier in position[:j]:
+            if earlier == drawn:
+                position[j] = bound
 
 
 @compiled
-def centres(x: Any, smallest: float, mean: float, init: int, seed: int, row: int, attempt: int, centre: Any) -> None:
+def of_rank(x: Any, smallest: float, extent: float, rank: int) -> float:
+    """The value with `rank` values before it, less the smallest: values that are not negative are in the order of their bits."""
+    low, high = np.int64(0), np.float64(extent).view(np.int64)
+    while low < high:
+        middle = low + (high - low) // 2
+        value, number = np.int64(middle).view(np.float64), 0
+        for i in range(len(x)):
+            number += x[i] - smallest <= value
+        if number > rank:
+            high = middle
+        else:
+            low = middle + 1
+    return np.int64(high).view(np.float64)
+
+
+@compiled
+    """The value with `rank` values before it, less the smallest: what is not negative is in the order of its bits."""
+    x: Any, smallest: float, extent: float, mean: float, init: int, seed: int, row: int, attempt: int, centre: Any
+) -> None:
     """The centres of a row less its smallest value, from which Lloyd's iteration goes on where `init` is KMEANS."""
     k, size = len(centre), len(x)
     if init == KMEANS and k == 2:
@@ -63,11 +84,14 @@ def centres(x: Any, smallest: float, mean: float, init: int, seed: int, row: int
         position = np.empty(k, np.int64)
         draw(seed, row, attempt, size, position)
         for j in range(k):
-            centre[j] = x[position[j]] - smallest
-        centre.sort()
+            value, place = x[position[j]] - smallest, j
+            while place > 0 and centre[place - 1] > value:
+                centre[place] = centre[place - 1]
+                place -= 1
+            centre[place] = value
     else:
-        rank = (2 * np.arange(k) + 1) * size // (2 * k)
-        centre[:] = np.partition(x, rank)[rank] - smallest
+        for j in range(k):
+            centre[j] = of_rank(x, smallest, extent, (2 * j + 1) * size // (2 * k))
 
 
 @compiled
