@@ -19,6 +19,11 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def address(tensor: Tensor) -> int:
+    """Where the tensor's memory begins, for a kernel that finds it in a table. Tests of what a launch touches listen here."""
+    return tensor.data_ptr()
+
+
 def stage(values: Sequence[int], like: Tensor) -> Tensor:
     """Bring host integers to the device of `like` as Tensor[len(values)] int64, in one copy that nobody waits for.
 
@@ -38,6 +43,6 @@ def keep(result: Tensor, staged: Tensor) -> None:
     storage.staged = (*getattr(storage, "staged", ()), staged)  # type: ignore[attr-defined]
 
 
-def register_limit() -> dict[str, int]:
-    """Launch option: at most 96 registers a thread, where Triton has such an option (NVIDIA)."""
-    return {} if torch.version.hip else {"maxnreg": 96}
+def register_limit(most: int = 96) -> dict[str, int]:
+    """Launch option: at most so many registers a thread, where Triton has such an option (NVIDIA)."""
+    return {} if torch.version.hip else {"maxnreg": most}

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from paa_gpu._ops import Fit
 
 
 @triton.jit
@@ -118,3 +121,17 @@ def _choose_kernel(
         tl.store(fit_ptrs[part] + g * K + j, values, mask=j < K)
     for part in tl.static_range(3, 7):
         tl.store(fit_ptrs[part] + g, tl.load(tried_ptrs[part] + best))
+
+
+def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
+    """Fill `fit` with the best of the `n_init` fits of each row: one launch."""
+    rows, n_components = fit[0].shape
+    _choose_kernel[(rows,)](tried, fit, n_init, K=n_components, KP=triton.next_power_of_2(n_components), num_warps=1)
+
+
+def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:
+    """Initial values of all rows as a kernel takes them."""
+    if init is None:
+        return None, 0, 0
+    init = init.expand(rows, n_components)
+    return init, init.stride(0), init.stride(1)

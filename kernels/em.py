@@ -22,15 +22,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
+from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
-from paa_gpu.kernels._rows import _choose_kernel as choose
-from paa_gpu.kernels._rows import given_are_finite, locate, take_given
+from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
+from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels.em_k import launch_components
 from paa_gpu.kernels.em_k import launch_rule as components_rule
 from paa_gpu.kernels.em_long import LONG_ROW, launch_long
@@ -306,7 +309,7 @@ def _separate(foreground, inside, position, threshold, best_background, SCHEME: 
     return positive, ignored
 
 
-@triton.jit(do_not_specialize=["width", "max_iter"])
+@triton.jit(do_not_specialize=["width", "n_images", "max_iter"])
 def _fit_candidates_kernel(
     loss_ptr,  # Tensor[G, K], contiguous like all [G, K] here
     count_ptr,  # Tensor[G]
@@ -317,6 +320,11 @@ def _fit_candidates_kernel(
     index_ptr,  # Tensor[G, K] or None
     positive_ptr,  # Tensor[P] or None
     ignored_ptr,  # Tensor[P] or None
+    image_ptr,  # Tensor[G]: the row's image, or None: no targets are written
+    table_ptr,  # the images, see `_batch`
+    n_images,
+    targets,  # see `_targets`
+    num_pos_ptr,  # Tensor[B]
     tol: tl.float64,
     reg_covar: tl.float64,
     max_iter,
@@ -324,6 +332,7 @@ def _fit_candidates_kernel(
     SCHEME: tl.constexpr,
     SINGLETON_POSITIVE: tl.constexpr,
     TIE: tl.constexpr,
+    INDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG: tl.constexpr,
 ):
@@ -362,17 +371,24 @@ def _fit_candidates_kernel(
             index = _load_pairs(index_ptr + g * width, position, inside, -1)
             _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
+            if image_ptr is not None:
+                images, image = (table_ptr, n_images), tl.load(image_ptr + g)
+                first_index, second_index = tl.split(index - field(images, image, FIRST_POSITION))
+                first_positive, second_positive = tl.split(positive)
+                first_ignored, second_ignored = tl.split(ignored)
+                give_back(images, targets, num_pos_ptr, image, first_index, first_positive, first_ignored, INDS)
+                give_back(images, targets, num_pos_ptr, image, second_index, second_positive, second_ignored, INDS)
 
 
 def launch_rule(width: int) -> dict[str, int]:
     """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass.
 
     ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
-    kernel gets the 80 to 94 it needs, and would spill under the limit.
+    kernel takes the 72 to 94 it needs, and would spill under the usual limit.
     """
     block = min(max(triton.next_power_of_2(width), 64), 1024)
     if width > block:
-        return {"BLOCK_K": block, "LONG": True, "num_warps": 16}
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
 
 
@@ -407,7 +423,7 @@ def fit_gmm_1d(
             offset = stage([0, *itertools.accumulate(lengths)], x)
             keep(fit[0], offset)
         source = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0), offset
-        inits = tuple(_strided(given, rows, n_components) for given in (weights_init, means_init, precisions_init))
+        inits = tuple(strided(given, rows, n_components) for given in (weights_init, means_init, precisions_init))
         options = tol, reg_covar, sum_tolerance(weights_init), max_iter, n_init, seed
         constants = {"INIT": init, "TIED": covariance_type == "tied"}
         if width > LONG_ROW:
@@ -418,16 +434,8 @@ def fit_gmm_1d(
         else:
             launch_components(programs, source, width, inits, tried, options, **constants, **components_rule(n_components))
         if n_init > 1:
-            components = triton.next_power_of_2(n_components)
-            choose[(rows,)](tried, fit, n_init, K=n_components, KP=components, num_warps=1)
+            choose_best(tried, fit, n_init)
     return fit
-
-
-def _strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:
-    if init is None:
-        return None, 0, 0
-    init = init.expand(rows, n_components)
-    return init, init.stride(0), init.stride(1)
 
 
 def launch_fit(
@@ -443,6 +451,8 @@ def launch_fit(
     ignored: Tensor | None = None,
     separation: str | None = None,
     singleton: str = "background",
+    targets: tuple[Any, ...] = (None, None, 0, None, None),
+    inds: torch.dtype = torch.int64,
 ) -> None:
     """Fit the candidates of every ground truth in one launch, and separate them.
 
@@ -457,6 +467,9 @@ def launch_fit(
             stand in `positive` and `ignored` (what is negative is left out), and these two, Tensor[P] bool, zeroed by the
             caller: they become True where a candidate is positive or ignored, and are not touched elsewhere.
         singleton: "background" or "positive", what the only candidate of a row becomes (with `separation`).
+        targets: with `separation`, the image of each row, the table of the images and their number, the targets that are given
+            back to the positives, and the counted positives of each image.
+        inds: dtype of the potential positives' anchors in the table.
     """
     rows, width = loss.shape
     if rows == 0:
@@ -472,6 +485,7 @@ def launch_fit(
             index,
             positive,
             ignored,
+            *targets,
             1e-3,
             1e-6,
             100,
@@ -479,5 +493,6 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
+            INDS=DTYPES[inds],
             **launch_rule(width),
         )

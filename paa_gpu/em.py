@@ -101,8 +101,8 @@ def fit_gmm_1d(
     check_int("n_init", n_init, 1)
     weights = _initial("weights_init", weights_init, rows, n_components, values.device)
     means = _initial("means_init", means_init, rows, n_components, values.device)
-    precisions = 1 if covariance_type == "tied" else n_components
-    precisions = _initial("precisions_init", precisions_init, rows, precisions, values.device)
+    shared = 1 if covariance_type == "tied" else n_components
+    precisions = _initial("precisions_init", precisions_init, rows, shared, values.device)
     _check_initial(weights, means, precisions)
     fit = _ops.fit_gmm_1d(
         values.detach(),

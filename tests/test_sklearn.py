@@ -173,7 +173,7 @@ def test_errors(rng):
             x,
             "The parameter 'weights' should be normalized, but got sum(weights) =",
         ),
-        ({"means_init": [0.5, 0.6], "n_components": 2}, x, "Expected 2D array, got 1D array instead"),
+        ({"means_init": [0.5, 0.6], "n_components": 2}, x, "The parameter 'means' should have the shape of (2, 1), but got (2,)"),
     ]:
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             GaussianMixture(**options).fit(data)

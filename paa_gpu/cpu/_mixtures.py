@@ -121,7 +121,7 @@ def take_given(
 
 
 @compiled
-def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> bool:
+def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> Any:
     """Whether all is finite, and no component has shrunk to a point."""
     finite = np.isfinite(weight).all() and np.isfinite(mean).all() and np.isfinite(variance).all()
     return finite and np.isfinite(lower_bound) and variance.min() > 0

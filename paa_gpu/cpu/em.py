@@ -95,7 +95,7 @@ def _start(
     y: Any, x: Any, smallest: Any, extent: Any, init: int, seed: int, row: int, attempt: int, weights_init: Any, means_init: Any,
     precisions_init: Any, sum_tolerance: float, tied: bool, reg_covar: float, empty: float, resp: Any, weight: Any, mean: Any,
     variance: Any,
-) -> bool:  # fmt: skip
+) -> Any:  # fmt: skip
     """The parameters that the first E-step takes. Returns whether they make a mixture."""
     take = usable(row, weights_init, means_init, precisions_init)
     minmax(extent, weight, mean, variance)

@@ -32,7 +32,7 @@ def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
 
 
 @compiled
-def philox(seed: int, c0: int, c1: int, c2: int) -> int:
+def philox(seed: int, c0: int, c1: int, c2: int) -> Any:
     """32 random bits from a counter: Philox 4x32 of 10 rounds, its first word. The kernels have Triton's."""
     k0, k1 = np.uint64(seed) & np.uint64(0xFFFFFFFF), np.uint64(seed) >> np.uint64(32)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -58,7 +58,7 @@ def draw(seed: int, row: int, attempt: int, size: int, position: Any) -> None:
 
 @compiled
 def of_rank(x: Any, smallest: float, extent: float, rank: int) -> float:
-    """The value with `rank` values before it, less the smallest: values that are not negative are in the order of their bits."""
+    """The value with `rank` values before it, less the smallest: what is not negative is in the order of its bits."""
     low, high = np.int64(0), np.float64(extent).view(np.int64)
     while low < high:
         middle = low + (high - low) // 2
@@ -73,7 +73,7 @@ def of_rank(x: Any, smallest: float, extent: float, rank: int) -> float:
 
 
 @compiled
-    """The value with `rank` values before it, less the smallest: what is not negative is in the order of its bits."""
+def centres(
     x: Any, smallest: float, extent: float, mean: float, init: int, seed: int, row: int, attempt: int, centre: Any
 ) -> None:
     """The centres of a row less its smallest value, from which Lloyd's iteration goes on where `init` is KMEANS."""
