@@ -124,3 +124,18 @@ def losses(rows: int, length: int) -> torch.Tensor:
     """Rows of bimodal losses, Tensor[rows, length] float64, ascending."""
     rng = np.random.default_rng(2)
     return torch.from_numpy(np.sort(np.stack([testing.make_losses("bimodal", length, rng) for _ in range(rows)])))
+
+
+#: What noisy-label learning fits: losses of all samples, of 100 classes, and of 80 classes of few samples.
+MIXTURES: dict[str, Callable[[], list[torch.Tensor]]] = {
+    "1x1000000": lambda: normalised_losses([1_000_000]),
+    "1x50000": lambda: normalised_losses([50_000]),
+    "100x50000": lambda: normalised_losses([50_000] * 100),
+    "80x100_to_1000": lambda: normalised_losses(np.random.default_rng(7).integers(100, 1001, 80).tolist()),
+}
+
+
+def normalised_losses(lengths: list[int]) -> list[torch.Tensor]:
+    """Losses after the warm-up of a training, float64, of which two fifths have wrong labels."""
+    rng = np.random.default_rng(6)
+    return [torch.from_numpy(testing.make_noisy_label_losses(length, 0.4, rng)) for length in lengths]

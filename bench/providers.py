@@ -7,6 +7,7 @@ import importlib.util
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,6 +137,59 @@ def fit_limit(count: torch.Tensor, n_iter: torch.Tensor) -> Callable[[], None]:
             np.log(exp[part], out=log[part])
 
     return run
+
+
+# --- mixtures with the k-means start --------------------------------------------------------------------------------------------
+
+#: DivideMix's arguments, in noisy-label learning the usual ones.
+DIVIDEMIX = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
+
+
+def mixture_library(rows: list[torch.Tensor]) -> tuple[paa_gpu.GaussianMixture1D, Any]:
+    """The fit and the probabilities of the low component; rows of one length are a table."""
+    x = torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
+    fit = paa_gpu.fit_gmm_1d(x, init="kmeans", **DIVIDEMIX)
+    return fit, fit.low_probability(x)
+
+
+def mixture_estimator(row: torch.Tensor) -> tuple[int, Any]:
+    """The same through the estimator, in DivideMix's words."""
+    from paa_gpu.integrations.sklearn import GaussianMixture
+
+    mixture = GaussianMixture(n_components=2, **DIVIDEMIX).fit(row[:, None])
+    return mixture.n_iter_, mixture.predict_proba(row[:, None])[:, mixture.means_.argmin()]
+
+
+def mixture_scikit_learn(rows: list[torch.Tensor]) -> list[Any]:
+    """scikit-learn's estimator, row after row; "diag" is the fastest of its covariance types."""
+    from sklearn.mixture import GaussianMixture
+
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for row in rows:
+            column = row[:, None].numpy()
+            mixture = GaussianMixture(n_components=2, covariance_type="diag", random_state=0, **DIVIDEMIX).fit(column)
+            found.append(mixture.predict_proba(column)[:, mixture.means_.argmin()])
+    return found
+
+
+def two_means_start(x: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The start from the best division of x in two groups: scikit-learn's M-step, in the ascending order of the groups."""
+    ordered, count = np.sort(x), np.arange(1, len(x))
+    total, sums = ordered.sum(), np.cumsum(ordered)[:-1]
+    split = int((sums**2 / count + (total - sums) ** 2 / (len(x) - count)).argmax()) + 1
+    groups = ordered[:split], ordered[split:]
+    return {
+        "weights_init": np.array([len(group) for group in groups]) / len(x),
+        "means_init": np.array([[group.mean()] for group in groups]),
+        "precisions_init": 1 / np.array([[[group.var() + DIVIDEMIX["reg_covar"]]] for group in groups]),
+    }
+
+
+def mixture_limit(rows: list[torch.Tensor], n_iter: torch.Tensor) -> Callable[[], None]:
+    """One exp and one log per value and iteration, as for the fit, and as many for reading it out."""
+    return fit_limit(torch.tensor([len(row) for row in rows]), n_iter + 1)
 
 
 # --- score voting ---------------------------------------------------------------------------------------------------------------

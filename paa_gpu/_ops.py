@@ -24,6 +24,9 @@ from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
+#: What `read_mixture` reads.
+READOUTS = ("predict", "predict_proba", "low_probability", "score_samples", "log_likelihood")
+
 #: Where a fit starts.
 INITS = ("minmax", "quantile", "kmeans", "random")
 
@@ -72,6 +75,15 @@ def empty_fit(like: Tensor, rows: int, precision: str, n_components: int = 2) ->
         like.new_empty(rows, dtype=torch.bool),
         like.new_empty(rows, dtype=torch.bool),
     )
+
+
+def empty_answer(x: Tensor, weights: Tensor, what: str) -> Tensor:
+    """The result of `read_mixture`."""
+    if what == "log_likelihood":
+        return weights.new_empty(weights.shape[0])
+    if what == "predict":
+        return weights.new_empty(x.shape, dtype=torch.int64)
+    return weights.new_empty((*x.shape, weights.shape[1]) if what == "predict_proba" else x.shape)
 
 
 _registered: dict[str, tuple[Any, str]] = {}
@@ -165,6 +177,25 @@ def fit_gmm_1d(
     `INITS`; `n_init` and `seed`, in [0, 2^63), matter for "random" only.
     """
     return empty_fit(x, x.shape[0] if lengths is None else len(lengths), precision, n_components)
+
+
+@_operator("mixture")
+def read_mixture(
+    x: Tensor,
+    count: Tensor | None,
+    lengths: Sequence[int] | None,
+    weights: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    what: str,
+) -> Tensor:
+    """One of `READOUTS` for the rows of `x`, which are those of `fit_gmm_1d`; the parameters are [G, components].
+
+    predict: int64, -1 where no component has a density; predict_proba: shape of `x` and a last dimension for the components;
+    low_probability, that of the smallest mean, and score_samples: shape of `x`; NaN, or -1, at padding. log_likelihood: [G],
+    the sum of score_samples over a row. All but labels are of the dtype of the parameters.
+    """
+    return empty_answer(x, weights, what)
 
 
 @_operator("reassign")

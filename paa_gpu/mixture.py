@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,19 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _ops
 from ._checks import FLOATS, INDICES, check_list, check_tensor
 
 __all__ = ["GaussianMixture1D"]
 
+Rows = Tensor | Sequence[Tensor]
+
 
 class GaussianMixture1D(NamedTuple):
-    """G fitted mixtures of k 1-D Gaussians, two unless told otherwise. Components keep the order in which they start, upwards.
+    """G fitted mixtures of k 1-D Gaussians, two unless told otherwise, in the order in which they started.
 
     A row is valid if it has at least 2 values and k, all finite, and if its fit ends in finite parameters and variances above
     zero. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and `converged` False. The methods take the data as
-    `fit_gmm_1d` does: Tensor[G, K] with an optional `count`, Tensor[N] for one row, or a list of G 1-D tensors, and answer in the
-    same form. At padding, in rows that are not valid, and for values that are not finite, floats are NaN and labels -1; the
-    log-density of an infinity is minus infinity.
+    `fit_gmm_1d` does: Tensor[G, K] of any strides with an optional `count`, Tensor[N] for one row, or a list of G 1-D tensors, on
+    the device of the fit, and answer in the same form. Their floats have the dtype of the fit. At padding, in rows that are not
+    valid, and for values that are not finite, probabilities are NaN and labels -1.
+
+    Each method is one launch, or one compiled loop, which takes no memory of the size of `x` but its answer; a list is laid out
+    flat first. No graph is recorded, and nothing synchronises. Names and meaning are those of scikit-learn's `GaussianMixture`.
     """
 
     weights: Tensor  #: Tensor[G, k], summing to 1
@@ -34,64 +39,60 @@ class GaussianMixture1D(NamedTuple):
     valid: Tensor  #: Tensor[G] bool
     covariance_type: str = "diag"  #: of the fit
 
-    def predict(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The likeliest component of each value, the first one where equal: int64, shape of `x`."""
-        log_prob, shape = self._weighted_log_prob(x, count)
-        highest, label = log_prob.max(-1)
-        return shape.restore(label.masked_fill(~highest.isfinite(), -1))
+    def predict(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
+        """The likeliest component of each value, the first of equal ones: int64, shape of `x`."""
+        return self._read("predict", x, count)
 
-    def predict_proba(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
+    def predict_proba(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The responsibility of each component for each value: shape of `x` and a last dimension of k that sums to 1."""
-        log_prob, shape = self._weighted_log_prob(x, count)
-        return shape.restore(log_prob.softmax(-1))
+        return self._read("predict_proba", x, count)
 
-    def score_samples(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The log-density of the mixture at each value: shape of `x`."""
-        log_prob, shape = self._weighted_log_prob(x, count)
-        return shape.restore(log_prob.logsumexp(-1))
+    def low_probability(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
+        """The responsibility of the component with the smallest mean, the first of equal ones: shape of `x`.
 
-    def bic(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor:
+        With losses it is the probability that a sample is clean: scikit-learn's `predict_proba(x)[:, means_.argmin()]`.
+        """
+        return self._read("low_probability", x, count)
+
+    def score_samples(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
+        """The log-density of the mixture at each value: shape of `x`; -inf at an infinite value."""
+        return self._read("score_samples", x, count)
+
+    def score(self, x: Rows, count: Tensor | None = None) -> Tensor:
+        """The mean log-density of each row's values: Tensor[G]."""
+        log_likelihood, size = self._log_likelihood(x, count)
+        return log_likelihood / size
+
+    def bic(self, x: Rows, count: Tensor | None = None) -> Tensor:
         """Bayesian information criterion of each row on its values: Tensor[G]; lower is better."""
         log_likelihood, size = self._log_likelihood(x, count)
         return -2 * log_likelihood + self._n_parameters() * size.log()
 
-    def aic(self, x: Tensor | Sequence[Tensor], count: Tensor | None = None) -> Tensor:
+    def aic(self, x: Rows, count: Tensor | None = None) -> Tensor:
         """Akaike information criterion of each row on its values: Tensor[G]; lower is better."""
         log_likelihood, _ = self._log_likelihood(x, count)
         return -2 * log_likelihood + 2 * self._n_parameters()
 
+    def sorted(self) -> GaussianMixture1D:
+        """The same mixtures with the components of each row in ascending order of their means; equal ones keep their order."""
+        order = self.means.argsort(dim=-1, stable=True)
+        weights, means, variances = (values.gather(-1, order) for values in self[:3])
+        return self._replace(weights=weights, means=means, variances=variances)
+
     def _n_parameters(self) -> int:
         """The means, the weights but one, and the variances."""
-        k = self.weights.shape[1]
-        return 2 * k if self.covariance_type == "tied" else 3 * k - 1
+        components = self.weights.shape[1]
+        return 2 * components - 1 + (1 if self.covariance_type == "tied" else components)
 
-    def _weighted_log_prob(self, x: Tensor | Sequence[Tensor], count: Tensor | None) -> tuple[Tensor, RowShape]:
-        """log(weight) + log-density of each component, [..., k]: NaN at padding."""
-        values, shape = flatten_rows(x, count, self.weights.shape[0])
-        if shape.lengths is None:
-            weights, means, variances = (p[:, None] for p in (self.weights, self.means, self.variances))
-        else:
-            row = torch.repeat_interleave(shape.size(values), output_size=values.shape[0])
-            weights, means, variances = self.weights[row], self.means[row], self.variances[row]
-        values = values.detach().to(self.weights.dtype)[..., None]
-        log_prob = weights.log() - ((2 * math.pi * variances).log() + (values - means) ** 2 / variances) / 2
-        if shape.count is not None:
-            position = torch.arange(values.shape[1], device=values.device)
-            log_prob = log_prob.masked_fill((position >= shape.count[:, None])[..., None], torch.nan)
-        return log_prob, shape
+    def _read(self, what: str, x: Rows, count: Tensor | None) -> Tensor | list[Tensor]:
+        values, shape = flatten_rows(x, count, self.weights)
+        return shape.restore(_ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], what))
 
-    def _log_likelihood(self, x: Tensor | Sequence[Tensor], count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum of the log-densities of each row's values, and how many there are."""
-        log_prob, shape = self._weighted_log_prob(x, count)
-        score, size = log_prob.logsumexp(-1), shape.size(log_prob)
-        if shape.lengths is not None:
-            total = torch.segment_reduce(score, "sum", lengths=size)
-        elif shape.count is not None:
-            position = torch.arange(score.shape[1], device=score.device)
-            total = score.masked_fill(position >= shape.count[:, None], 0).sum(1)
-        else:
-            total = score.sum(1)
-        return torch.where(self.valid, total, torch.nan), size.to(score.dtype)
+    def _log_likelihood(self, x: Rows, count: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sum of the log-densities of each row's values, NaN where not valid, and how many values there are."""
+        values, shape = flatten_rows(x, count, self.weights)
+        total: Tensor = _ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], "log_likelihood")
+        return torch.where(self.valid, total, torch.nan), shape.size(values).to(total.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,20 @@ class RowShape:
         return result if self.lengths is None else list(torch.split(result, self.lengths))
 
 
-def flatten_rows(x: Tensor | Sequence[Tensor], count: Tensor | None, rows: int | None = None) -> tuple[Tensor, RowShape]:
-    """Check the data; a list becomes one flat tensor, so that rows of any lengths take no padding."""
+def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tuple[Tensor, RowShape]:
+    """Check the data, with a row for each of those of `fit`, on its device; a list becomes one flat tensor, so that rows of any
+    lengths take no padding."""
+    rows, device = (None, None) if fit is None else (fit.shape[0], fit.device)
     if isinstance(x, Tensor):
         alone = x.dim() == 1 and rows in (None, 1)
-        check_tensor("x", x, (None,) if alone else (rows, None), FLOATS)
+        check_tensor("x", x, (None,) if alone else (rows, None), FLOATS, device)
         x = x[None] if alone else x
         if count is not None:
             check_tensor("count", count, (x.shape[0],), INDICES, x.device)
         return x, RowShape(count, None, alone)
     check_list("x", x, "row", rows, "the fit")
     for i, row in enumerate(x):
-        check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else None)
+        check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else device)
     if count is not None:
         raise ValueError(f"`count` must be None where `x` is a list, got {type(count).__name__}")
-    return torch.cat(list(x)), RowShape(None, [row.shape[0] for row in x])
+    return x[0] if len(x) == 1 else torch.cat(list(x)), RowShape(None, [row.shape[0] for row in x])

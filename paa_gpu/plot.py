@@ -1,7 +1,7 @@
 """Pictures of what reassignment and score voting do. Needs matplotlib and Pillow: `pip install paa-gpu[demo]`.
 
-`plot_fit`, `plot_schemes` and `plot_anchors` draw into given axes; `plot_recording`, `plot_separation` and `plot_voting`
-write a whole picture, 1,800 pixels wide, to be read at half that width too.
+`plot_fit`, `plot_mixture`, `plot_schemes` and `plot_anchors` draw into given axes; `plot_recording`, `plot_separation` and
+`plot_voting` write a whole picture, 1,800 pixels wide, to be read at half that width too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .reference import overlaps
 from .separation import SCHEMES, separate, tie_tolerance
 from .topk import Candidates
 
-__all__ = ["plot_anchors", "plot_fit", "plot_recording", "plot_schemes", "plot_separation", "plot_voting"]
+__all__ = ["plot_anchors", "plot_fit", "plot_mixture", "plot_recording", "plot_schemes", "plot_separation", "plot_voting"]
 
 # Okabe and Ito's colours, told apart by the colour-blind; a shape or a word says the same.
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#666666", "#000000"
@@ -53,6 +53,28 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
         axes.plot(loss[mask], [base] * number, marker, color=colour, markersize=6, label=f"{number} {name}")
     axes.set(xlabel=LOSS, ylabel="density, per unit of loss", ylim=(3.2 * base, 1.6 * top))
     axes.legend(loc="lower center", ncols=2, frameon=False)
+
+
+def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: int = 100) -> None:
+    """Any number of values as a histogram, and the fitted Gaussians times their weights over it.
+
+    Args:
+        axes: matplotlib axes.
+        x: Tensor[n] floating, the values of a row.
+        gmm: the fit; `row` of it is that of the values. Its components keep their order and take turns in three colours.
+        row: the row of `gmm`.
+        bins: bars of the histogram.
+    """
+    values = x.detach().cpu().double().numpy()
+    heights, _, _ = axes.hist(values, bins, density=True, color=GREY, alpha=0.35, label=f"{len(values):,} values")
+    places, top = np.linspace(values.min(), values.max(), 600), float(heights.max())
+    for k, parameters in enumerate(zip(*(values[row].tolist() for values in gmm[:3]), strict=True)):
+        density, (weight, mean, variance) = _density(places, *parameters), parameters
+        label = f"component {k}: weight {weight:.2f}, mean {mean:.2f}, deviation {variance**0.5:.2f}"
+        axes.plot(places, density, ("-", "--", ":")[k % 3], color=(BLUE, ORANGE, BLACK)[k % 3], linewidth=2, label=label)
+        top = max(top, float(density.max()))
+    axes.set(xlabel="value", ylabel="density", ylim=(0, 1.35 * top))
+    axes.legend(loc="upper right", frameon=False)
 
 
 def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> None:
@@ -211,6 +233,11 @@ def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any
     return figure, figure.subplots(rows, columns, **options)
 
 
+def _density(x: Any, weight: float, mean: float, variance: float) -> Any:
+    """That of a Gaussian times its weight."""
+    return weight * np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+
+
 def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> float:
     """The weighted densities of both components, and the highest of them."""
     weights, means, variances = (values[row].tolist() for values in gmm[:3])
@@ -218,8 +245,7 @@ def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) 
     x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
     names, sides, top = ("foreground", "background"), ("right", "center"), 0.0
     for name, colour, side, *parameters in zip(names, (BLUE, GREY), sides, weights, means, variances, strict=True):
-        weight, mean, variance = parameters
-        density = weight * np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+        density = _density(x, *parameters)
         axes.fill_between(x, density, color=colour, alpha=0.25, linewidth=0)
         axes.plot(x, density, color=colour)
         peak = int(density.argmax())

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import _launch, assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, losses, mixture, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -33,6 +33,11 @@ compiled_only = pytest.mark.skipif(
 def slow_interpreted(*values: Any) -> list[Any]:
     """Parameters that `make test` takes compiled, and only `make test-long` interpreted too."""
     return [pytest.param(value, marks=[pytest.mark.slow] * INTERPRETER) for value in values]
+
+
+def compiled_long(first: Any, *values: Any) -> list[Any]:
+    """Parameters of which `make test` takes the first compiled, and all of them interpreted: each of them is compiled anew."""
+    return [first, *(pytest.param(value, marks=[] if INTERPRETER else [pytest.mark.long]) for value in values)]
 
 
 #: Parameters of a fixture: the executions of this pytest run.
@@ -50,6 +55,7 @@ EXECUTIONS = (
 MODULES = {
     "select_candidates": topk,
     "fit_gmm_1d": em,
+    "read_mixture": mixture,
     "score_voting": voting,
     "candidate_losses": losses,
     "assign_max_iou": assign,

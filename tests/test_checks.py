@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_head import INPUTS, SETTINGS
+from test_sklearn import OWN_ERRORS
 
 import paa_gpu
 
@@ -466,6 +467,9 @@ def page() -> str:
         "`assign_max_iou`": ASSIGNMENT,
         "`candidate_losses`": HEAD,
         "`PAAHead`": SETTINGS,
+        "`paa_gpu.integrations.sklearn.GaussianMixture`, beside what scikit-learn refuses": [
+            (None, ValueError, message) for *_, message in OWN_ERRORS
+        ],
         "`PAAHead.loss`": [(None, ValueError, message) for *_, message in INPUTS],
     }
     text = (

@@ -26,8 +26,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
-from paa_gpu._ops import INITS, empty_fit
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu._ops import INITS, READOUTS, empty_fit
+from paa_gpu.kernels import assign, em, losses, mixture, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -219,6 +219,20 @@ def match(
     )
 
 
+def read(
+    what: str = "predict_proba",
+    components: int = 2,
+    width: int = 45,
+    dtype: torch.dtype = torch.float32,
+    precision: torch.dtype = torch.float64,
+    source: str = "rows",
+) -> None:
+    x, parameter = torch.zeros(3, width, dtype=dtype), torch.ones(3, components, dtype=precision)
+    count = torch.ones(3, dtype=torch.int64) if source == "count" else None
+    lengths = [width] * 3 if source == "flat" else None
+    mixture.read_mixture(x.flatten() if lengths else x, count, lengths, parameter, parameter, parameter, what)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -252,6 +266,11 @@ USUAL = {
     "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
     "score": [{}, {"maps": torch.float64, "targets": torch.bfloat16, "index": torch.int32, "levels": 2, "stride": 2}],
     "match": [{}, {"dtype": torch.float16, "stride": 2, "match": False}],
+    "read": [
+        {},
+        {"what": "log_likelihood", "components": 3, "width": 1500, "source": "flat"},
+        {"what": "low_probability", "dtype": torch.float64},
+    ],
 }
 INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
@@ -278,6 +297,11 @@ ALL = {
         *product(levels=(1, 3, 9), stride=STRIDES),
         *product(maps=FLOATS[2:], index=INDICES, stride=STRIDES),
     ],
+    "read": [
+        *product(what=READOUTS, components=(1, 2, 8), source=("rows", "count", "flat")),
+        *product(what=READOUTS, dtype=FLOATS, precision=FLOATS[2:]),
+        *product(what=READOUTS, width=WIDTHS),
+    ],
     "match": [
         *product(dtype=FLOATS, stride=STRIDES),
         *product(full=(False, True), match=(False, True), match_all=(False, True), low_quality=("gt", "anchor")),
@@ -292,6 +316,7 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     "vote": vote,
     "score": score,
     "match": match,
+    "read": read,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")

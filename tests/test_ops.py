@@ -36,6 +36,10 @@ def calls(batch):
     yield _ops.fit_gmm_1d, (loss, count, None, None, None, None, *FIT)
     yield _ops.fit_gmm_1d, (torch.rand(9, 4).T, None, None, two, two, two[:, :1], "tied", 0.0, 0.0, 1, "float32")
     yield _ops.fit_gmm_1d, (torch.rand(9), None, [2, 3, 4], None, None, None, *FIT)
+    parameters = [torch.rand(5, 2) + 0.1 for _ in range(3)]
+    for what in _ops.READOUTS:
+        yield _ops.read_mixture, (torch.rand(5, 4), count[:5] * 0 + 4, None, *parameters, what)
+        yield _ops.read_mixture, (torch.rand(9, 1)[:, 0], None, [2, 3, 1, 1, 2], *(p.double() for p in parameters), what)
     yield _ops.fit_candidates, (losses, inds, gts, sizes, batch.num_gts, 9, "diag", "float32")
     yield _ops.write_targets, (label, label_weight, bbox_weight, inds, index, mask, mask, 4)
     predictions = testing.make_predictions([(3, 9), (0, 5), (4, 0)], np.random.default_rng(0), num_classes=2)

@@ -37,6 +37,14 @@ def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
     return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
 
 
+def part(tensor: Tensor, begin: int, end: int, dtype: Any) -> Array:
+    """Values `begin` to `end` of a tensor, row by row, contiguous; without a copy where they are and have this dtype."""
+    if tensor.is_contiguous():
+        return array(tensor.view(-1)[begin:end], dtype)
+    values = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().flat[begin:end]
+    return array(torch.from_numpy(values).view(tensor.dtype), dtype)
+
+
 def tensor(values: Array, dtype: torch.dtype) -> Tensor:
     """A tensor of the values, rounded to `dtype` where they are float32; without a copy where they have it."""
     if dtype == torch.float16:

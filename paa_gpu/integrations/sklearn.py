@@ -1,0 +1,360 @@
+"""scikit-learn's `GaussianMixture` for data of one feature, fitted and read by this library.
+
+    from paa_gpu.integrations.sklearn import GaussianMixture  # instead of sklearn.mixture
+
+is all that changes where losses, scores or counts go into a mixture.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn import get_config, mixture
+from sklearn.base import _fit_context
+from sklearn.cluster import kmeans_plusplus
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from ..em import fit_gmm_1d
+from ..mixture import GaussianMixture1D
+
+__all__ = ["GaussianMixture"]
+
+Array = np.ndarray[Any, Any]
+
+MOST_COMPONENTS = 8
+
+# scikit-learn's guard against an empty component.
+EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
+
+INITIAL = ("weights_init", "means_init", "precisions_init")
+
+NOT_CONVERGED = (
+    "Best performing initialization did not converge. Try different init parameters, or increase max_iter, tol, or check for "
+    "degenerate data."
+)
+NOT_FINITE = "Input X contains NaN or infinity.\n{} does not accept them."
+ILL_DEFINED = (
+    "Fitting the mixture model failed because some components have ill-defined empirical covariance (for instance caused by "
+    "singleton or collapsed samples). Try to decrease the number of components, increase reg_covar, or scale the input data."
+)
+
+
+class _Best(NamedTuple):
+    """The best of the fits."""
+
+    weights: Tensor  # Tensor[n_components], like the two below
+    means: Tensor
+    variances: Tensor
+    lower_bound: float
+    n_iter: int
+    converged: bool
+    lower_bounds: list[float] | None  # of each iteration, where it was taken alone
+
+
+class _Data(NamedTuple):
+    x: Tensor  # Tensor[N] float32 or float64
+    tensors: bool  # whether results are tensors, or numpy arrays
+
+
+class GaussianMixture(mixture.GaussianMixture):
+    """scikit-learn's estimator for one feature: the same arguments, methods, attributes, shapes, checks and warnings.
+
+    Data are Tensor or array [N, 1], as scikit-learn has them, or [N]. Results and attributes are numpy arrays of the dtype that
+    scikit-learn gives them. They are tensors on the device of `X` where `X` is a CUDA tensor, which nothing then brings to the
+    host but the few numbers of `converged_`, `n_iter_` and `lower_bound_`, and for CPU tensors under scikit-learn's
+    `config_context(array_api_dispatch=True)`. The fit is `fit_gmm_1d` in float64, whatever the dtype of `X`.
+
+    `init_params` chooses the start, in which given `weights_init`, `means_init` and `precisions_init` replace what they give:
+
+    * "kmeans": `fit_gmm_1d(init="kmeans")`, a division that does not depend on `random_state`, with the components in ascending
+      order. scikit-learn's seeds find the same division or a worse one. `n_init` would repeat the same fit, and is one.
+    * "random", "random_from_data", "k-means++": the numbers that scikit-learn draws, hence the same fit, seed by seed. All
+      `n_init` starts are fitted in one call. They are drawn on the host, from a copy of CUDA data.
+
+    Differences from scikit-learn: `lower_bounds_` exists only where iterations are taken one by one, with `verbose` or at a warm
+    start; values close together lose no digits, so a fit does not fail for a variance that rounding made negative; CUDA tensors
+    are not checked for NaN and infinity before they are read, where `predict` says -1 and `predict_proba` NaN.
+
+    Raises:
+        ValueError: more than one feature, or more than 8 components; and whatever scikit-learn raises.
+    """
+
+    def fit(self, X: Any, y: Any = None) -> GaussianMixture:
+        """Fit the mixture to X, [N, 1] or [N]."""
+        self._fit(X)
+        return self
+
+    def fit_predict(self, X: Any, y: Any = None) -> Any:
+        """Fit the mixture to X, and give the likeliest component of each value: int64 [N]."""
+        return self._answer("predict", self._fit(X))
+
+    def predict(self, X: Any) -> Any:
+        """The likeliest component of each value: int64 [N]."""
+        return self._answer("predict", self._data(X))
+
+    def predict_proba(self, X: Any) -> Any:
+        """The responsibility of each component for each value: [N, n_components]."""
+        return self._answer("predict_proba", self._data(X))
+
+    def low_probability(self, X: Any) -> Any:
+        """The responsibility of the component with the smallest mean, `predict_proba(X)[:, means_.argmin()]`: [N]."""
+        return self._answer("low_probability", self._data(X))
+
+    def score_samples(self, X: Any) -> Any:
+        """The log-density of the mixture at each value: [N]."""
+        return self._answer("score_samples", self._data(X))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """The mean log-density of the values."""
+        return float(self._answer("score", self._data(X)))
+
+    def bic(self, X: Any) -> float:
+        """Bayesian information criterion on X; lower is better."""
+        return float(self._answer("bic", self._data(X)))
+
+    def aic(self, X: Any) -> float:
+        """Akaike information criterion on X; lower is better."""
+        return float(self._answer("aic", self._data(X)))
+
+    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
+        """Draw values [n_samples, 1] and their components [n_samples], those that scikit-learn draws from `random_state`."""
+        check_is_fitted(self)
+        if not isinstance(self.means_, Tensor):
+            drawn: tuple[Any, Any] = super().sample(n_samples)
+            return drawn
+        host, device = copy.copy(self), self.means_.device
+        for name in ("weights_", "means_", "covariances_"):
+            setattr(host, name, getattr(self, name).cpu().numpy())
+        values, labels = host.sample(n_samples)
+        return torch.from_numpy(values).to(device), torch.from_numpy(labels).to(device)
+
+    @property
+    def lower_bounds_(self) -> list[float]:
+        """The lower bound of each iteration, where iterations were taken one by one."""
+        kept: list[float] | None = getattr(self, "_lower_bounds", None)
+        if kept is None:
+            raise AttributeError("`lower_bounds_` is kept where `verbose` is at least 1, and at a warm start; use `lower_bound_`")
+        return kept
+
+    # The fit ----------------------------------------------------------------------------------------------------------------
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def _fit(self, X: Any) -> _Data:
+        """Fit, set the attributes, and return the data."""
+        if self.n_components > MOST_COMPONENTS:
+            raise ValueError(
+                f"`n_components` must be at most {MOST_COMPONENTS}, got {self.n_components}: use sklearn.mixture.GaussianMixture"
+            )
+        data = self._data(X, reset=True)
+        self._check_initial(len(data.x))
+        again = self.warm_start and hasattr(self, "converged_")
+        if self.max_iter == 0:
+            self._keep_start(data, again)
+            return data
+        best = self._iterate(data.x, again) if again or self.verbose else self._fit_at_once(data.x)
+        self.converged_, self.n_iter_, self.lower_bound_ = best.converged, best.n_iter, best.lower_bound
+        self._lower_bounds = best.lower_bounds
+        self._set_solution(data, best.weights, best.means, best.variances)
+        if not self.converged_:
+            warnings.warn(NOT_CONVERGED, ConvergenceWarning, stacklevel=4)
+        return data
+
+    def _check_initial(self, n_samples: int) -> None:
+        """scikit-learn's own checks of the given initial values, which leave them as arrays."""
+        for name in ("weights_init", "means_init", "precisions_init"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach().cpu().numpy())
+        if n_samples < self.n_components:
+            raise ValueError(
+                f"Expected n_samples >= n_components but got n_components = {self.n_components}, n_samples = {n_samples}"
+            )
+        # Newer versions are told the namespace of the arrays.
+        namespace = {"xp": np} if "xp" in inspect.signature(self._check_parameters).parameters else {}
+        self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)), **namespace)
+
+    def _starts(self, x: Tensor) -> dict[str, Any]:
+        """What tells `fit_gmm_1d` where to start: a name and what replaces it, or initial values [n_init, n_components]."""
+        given = {
+            name: torch.tensor(np.asarray(getattr(self, name)).reshape(1, -1), dtype=torch.float64, device=x.device)
+            for name in INITIAL
+            if getattr(self, name) is not None
+        }
+        if len(given) == len(INITIAL):
+            return {"init": "minmax", **given}
+        if self.init_params == "kmeans":
+            return {"init": "kmeans", **given}
+        rng, values = check_random_state(self.random_state), x.cpu().numpy()
+        drawn = [self._estimate(values, self._responsibilities(values, rng)) for _ in range(self.n_init)]
+        columns = (torch.from_numpy(np.stack(column)).to(x.device) for column in zip(*drawn, strict=True))
+        return {name: given.get(name, column).expand(self.n_init, -1) for name, column in zip(INITIAL, columns, strict=True)}
+
+    def _responsibilities(self, x: Array, rng: np.random.RandomState) -> Array:
+        """Those that scikit-learn draws, [N, n_components]."""
+        if self.init_params == "random":
+            uniform: Array = rng.uniform(size=(len(x), self.n_components)).astype(x.dtype)
+            uniform /= uniform.sum(1, keepdims=True)
+            return uniform
+        if self.init_params == "random_from_data":
+            chosen = rng.choice(len(x), size=self.n_components, replace=False)
+        else:
+            _, chosen = kmeans_plusplus(x[:, None], self.n_components, random_state=rng)
+        one = np.zeros((len(x), self.n_components))
+        one[chosen, np.arange(self.n_components)] = 1
+        return one
+
+    def _estimate(self, x: Array, resp: Array) -> tuple[Array, Array, Array]:
+        """Weights, means and precisions of one M-step in float64."""
+        x, resp = x.astype(np.float64), resp.astype(np.float64)
+        n = resp.sum(0) + EMPTY_COMPONENT
+        means = x @ resp / n
+        squares = np.array([resp[:, k] @ (x - means[k]) ** 2 for k in range(len(n))])
+        if self.covariance_type == "tied":
+            # scikit-learn takes the squares of all values, of those too that no component was drawn for.
+            variances = np.array([(squares.sum() + (1 - resp.sum(1)) @ x**2) / n.sum()])
+        else:
+            variances = squares / n
+        return n / n.sum(), means, 1 / (variances + self.reg_covar)
+
+    def _options(self, max_iter: int) -> dict[str, Any]:
+        return {
+            "covariance_type": self.covariance_type,
+            "tol": float(self.tol),
+            "reg_covar": float(self.reg_covar),
+            "max_iter": int(max_iter),
+            "n_components": int(self.n_components),
+        }
+
+    def _fit_at_once(self, x: Tensor) -> _Best:
+        """The best of all starts, fitted in one call."""
+        starts = self._starts(x)
+        rows = 1 if "init" in starts else self.n_init
+        fit = fit_gmm_1d(x[None].expand(rows, -1), **self._options(self.max_iter), **starts)
+        numbers = torch.stack([fit.lower_bound, fit.n_iter.double(), fit.converged.double(), fit.valid.double()], 1).tolist()
+        best = max((row for row in range(rows) if numbers[row][3]), key=lambda row: numbers[row][0], default=None)
+        if best is None:
+            raise ValueError(self._failure(x))
+        lower_bound, n_iter, converged, _ = numbers[best]
+        return _Best(fit.weights[best], fit.means[best], fit.variances[best], lower_bound, int(n_iter), bool(converged), None)
+
+    def _iterate(self, x: Tensor, again: bool) -> _Best:
+        """The best of all starts, or what continues the last solution, one iteration at a time, with scikit-learn's messages."""
+        found = []
+        for init, start in enumerate([self._as_start(self._mixture(x.double()))] if again else self._split(self._starts(x))):
+            self._print_verbose_msg_init_beg(init)
+            lower_bounds, converged, last = list[float](), False, self.lower_bound_ if again else -np.inf
+            while not converged and len(lower_bounds) < self.max_iter:
+                fit = fit_gmm_1d(x[None], **self._options(1), **start)
+                if not fit.valid:
+                    raise ValueError(self._failure(x))
+                lower_bounds.append(float(fit.lower_bound))
+                change, last = lower_bounds[-1] - last, lower_bounds[-1]
+                self._print_verbose_msg_iter_end(len(lower_bounds), change)
+                converged = abs(change) < self.tol
+                start = self._as_start(fit)
+            self._print_verbose_msg_init_end(last, converged)
+            found.append(_Best(fit.weights[0], fit.means[0], fit.variances[0], last, len(lower_bounds), converged, lower_bounds))
+        return max(found, key=lambda best: best.lower_bound)
+
+    def _split(self, starts: dict[str, Any]) -> list[dict[str, Any]]:
+        """The starts one by one."""
+        if "init" in starts:
+            return [starts]
+        return [{name: values[row, None] for name, values in starts.items()} for row in range(self.n_init)]
+
+    def _failure(self, x: Tensor) -> str:
+        return ILL_DEFINED if bool(x.isfinite().all()) else NOT_FINITE.format(type(self).__name__)
+
+    # Attributes and data ----------------------------------------------------------------------------------------------------
+
+    def _keep_start(self, data: _Data, again: bool) -> None:
+        """No iteration: scikit-learn's own start."""
+        if not again:
+            self._initialize_parameters(data.x.cpu().numpy()[:, None], check_random_state(self.random_state))
+            fit = self._mixture(data.x)
+            self._set_solution(data, *(values[0] for values in fit[:3]))
+        self.converged_, self.n_iter_, self.lower_bound_, self._lower_bounds = False, 0, -np.inf, []
+
+    def _set_solution(self, data: _Data, weights: Tensor, means: Tensor, variances: Tensor) -> None:
+        """The attributes of a solution, [n_components] each, in scikit-learn's shapes and its dtype."""
+        if self.covariance_type == "tied":
+            variances = variances[:1]
+        shape = {"full": (-1, 1, 1), "tied": (1, 1), "diag": (-1, 1), "spherical": (-1,)}[self.covariance_type]
+        found = {
+            "weights_": weights,
+            "means_": means[:, None],
+            "covariances_": variances.reshape(shape),
+            "precisions_": (1 / variances).reshape(shape),
+            "precisions_cholesky_": variances.rsqrt().reshape(shape),
+        }
+        for name, values in found.items():
+            values = values.to(data.x.dtype)
+            setattr(self, name, values if data.tensors else values.numpy())
+
+    def _as_start(self, fit: GaussianMixture1D) -> dict[str, Tensor]:
+        """A mixture of one row as initial values of `fit_gmm_1d`."""
+        variances = fit.variances[:, :1] if self.covariance_type == "tied" else fit.variances
+        return dict(zip(INITIAL, (fit.weights, fit.means, 1 / variances), strict=True))
+
+    def _mixture(self, x: Tensor) -> GaussianMixture1D:
+        """The attributes as a mixture of one row, on the device of x and in the wider dtype of the two."""
+        check_is_fitted(self)
+        weights, means, cholesky = (
+            values.to(x.device) if isinstance(values, Tensor) else torch.tensor(np.asarray(values), device=x.device)
+            for values in (self.weights_, self.means_, self.precisions_cholesky_)
+        )
+        dtype = torch.promote_types(x.dtype, weights.dtype)
+        weights, means, cholesky = (values.to(dtype).reshape(1, -1) for values in (weights, means, cholesky))
+        known = torch.ones(1, dtype=torch.bool, device=x.device)
+        return GaussianMixture1D(
+            weights, means, cholesky.expand_as(means) ** -2, means[:, 0], known.long(), known, known, self.covariance_type
+        )
+
+    def _answer(self, name: str, data: _Data) -> Any:
+        """What the mixture's method of this name says of the data."""
+        answer = getattr(self._mixture(data.x), name)(data.x[None])[0]
+        return answer if data.tensors else answer.numpy()
+
+    def _data(self, X: Any, reset: bool = False) -> _Data:
+        """The values, after scikit-learn's checks; `reset` where they are to be fitted."""
+        if not reset:
+            check_is_fitted(self)
+        if not isinstance(X, Tensor) and not hasattr(X, "ndim"):
+            X = np.asarray(X)
+        if X.ndim == 1:
+            X = X.to_frame() if hasattr(X, "to_frame") else X[:, None]
+        if reset and X.ndim == 2 and X.shape[1] != 1:
+            raise ValueError(
+                f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}: use sklearn.mixture.GaussianMixture"
+            )
+        if isinstance(X, Tensor):
+            X = X.detach()
+            if X.is_cuda or get_config()["array_api_dispatch"]:
+                return _Data(self._check_tensor(X, reset), True)
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+        X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1)
+        column = np.require(X[:, 0], requirements=["W", "A"])
+        return _Data(torch.from_numpy(column if column.strides[0] >= 0 else column.copy()), False)
+
+    def _check_tensor(self, X: Tensor, reset: bool) -> Tensor:
+        """What `validate_data` checks of arrays, of a tensor whose values are not waited for."""
+        if X.ndim != 2 or X.shape[1] != 1:
+            raise ValueError(f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}")
+        least = 2 if reset else 1
+        if len(X) < least:
+            raise ValueError(
+                f"Found array with {len(X)} sample(s) (shape={tuple(X.shape)}) while a minimum of {least} is required."
+            )
+        if X.is_cpu and not X.isfinite().all():
+            raise ValueError(NOT_FINITE.format(type(self).__name__))
+        if reset:
+            self.n_features_in_ = 1
+        return (X if X.dtype in (torch.float32, torch.float64) else X.float() if X.is_floating_point() else X.double())[:, 0]
