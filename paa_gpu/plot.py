@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data import Recording, Voting, picture
-from .em import GaussianMixture1D
+from .mixture import GaussianMixture1D
 from .reassign import Reassignment
 from .reference import overlaps
 from .separation import SCHEMES, separate, tie_tolerance

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import FLOATS, INDICES, LIST, check_int, check_list, check_option, check_tensor, check_values, level_sizes_of
-from .em import COVARIANCE_TYPES, GaussianMixture1D
+from .em import COVARIANCE_TYPES
+from .mixture import GaussianMixture1D
 from .separation import SCHEMES
 
 __all__ = ["Reassignment", "paa_reassign", "paa_reassign_batch"]

@@ -10,7 +10,7 @@ from unittest import mock
 from kernel_execution import execute
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from paa_gpu.kernels import _launch, assign, losses, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, losses, nms, reassign, topk, voting
 
 #: Operations that touch no memory of the device, however they come about.
 FREE = {
@@ -49,7 +49,7 @@ def profiled(call) -> tuple[list[str], list[str]]:
     """The device operations of a call and the kernels of ours that it launches."""
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(execute(90))
-        for module in (topk, reassign, voting, losses, assign):
+        for module in (topk, reassign, voting, losses, assign, nms):
             stack.enter_context(mock.patch.object(module, "stage", staged))
         call()  # compiles
         session.launches.clear()

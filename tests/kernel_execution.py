@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, nms, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -53,6 +53,7 @@ MODULES = {
     "score_voting": voting,
     "candidate_losses": losses,
     "assign_max_iou": assign,
+    "batched_nms": nms,
 }
 
 _POISON = 0xAA

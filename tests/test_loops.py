@@ -1,5 +1,6 @@
 """What holds the compiled loops of CPU tensors together: the disk cache sees a change in any of their files."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,3 +29,61 @@ def test_the_disk_cache_sees_a_change_in_what_a_loop_calls(tmp_path):
     numeric = package / "cpu" / "_numeric.py"
     numeric.write_text(numeric.read_text().replace("return series * np.int64", "return 2 * series * np.int64"))
     assert lower_bound() > before + 0.1
+
+
+def run(script: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script that starts without compiled loops."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **environment}
+    return subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+
+
+NOTICE = """
+import time, torch, paa_gpu
+from paa_gpu.cpu import _notice
+from numba.core import event
+{setup}
+started = time.monotonic()
+paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]))
+print(time.monotonic() - started)
+"""
+
+
+@pytest.mark.slow
+def test_whoever_waits_for_the_compiler_is_told_once(tmp_path):
+    """The first process compiles, longer than two seconds; the second one finds the loops on the disk and says nothing."""
+    first = run(NOTICE.format(setup=""), tmp_path)
+    assert float(first.stdout) > 2, "the compiler has become so fast that nobody waits: there is nothing to say"
+    assert first.stderr.count("paa_gpu is compiling its loops") == 1
+    assert str(tmp_path / "cache") in first.stderr
+    assert not run(NOTICE.format(setup=""), tmp_path).stderr
+
+
+@pytest.mark.long
+def test_the_word_is_silenced_as_any_other(tmp_path):
+    assert not run(NOTICE.format(setup="import logging; logging.getLogger('paa_gpu').setLevel('ERROR')"), tmp_path).stderr
+
+
+@pytest.mark.slow
+def test_where_no_folder_is_writable_each_process_compiles(tmp_path):
+    """As in a read-only container: every folder that numba tries refuses."""
+    script = """
+import tempfile
+def refuse(*args, **kwargs):
+    raise PermissionError("read-only")
+tempfile.TemporaryFile = refuse  # with it, numba tries whether a folder is writable
+""" + NOTICE.format(setup="")
+    result = run(script, tmp_path)
+    assert "Set NUMBA_CACHE_DIR" in result.stderr
+    assert not list(tmp_path.rglob("*.nbc"))
+
+
+@pytest.mark.long
+def test_several_processes_compile_at_once(tmp_path):
+    """They share one folder, and each gets its result."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", FIT], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    answers = {process.communicate(timeout=300)[0] for process in started}
+    assert len(answers) == 1 and all(process.returncode == 0 for process in started)
+    assert run(NOTICE.format(setup=""), tmp_path, NUMBA_CACHE_DIR=str(tmp_path)).stderr == ""

@@ -200,7 +200,9 @@ def test_the_soft_forms(method, class_agnostic, rng):
     """Order and decayed scores of the definition, with room for all and for some."""
     for classes, options in ((1, {}), (3, {"sigma": 0.1, "min_score": 0.2}), (3, {"max_per_img": 11})):
         boxes, scores, labels = (part.double() for part in make_image(80, classes, rng, extent=150))
-        got = paa_gpu.batched_nms([boxes], [scores], [labels.long()], 0.3, method=method, class_agnostic=class_agnostic, **options)
+        got = paa_gpu.batched_nms(
+            [boxes], [scores], [labels.long()], 0.3, method=method, class_agnostic=class_agnostic, **options
+        )
         limits = {name: value for name, value in options.items() if name != "max_per_img"}
         groups = labels * 0 if class_agnostic else labels
         wanted = soften(boxes.numpy(), scores.numpy(), groups.numpy(), method, 0.3, **limits)[: options.get("max_per_img")]
@@ -262,7 +264,9 @@ def test_strided_inputs_are_not_modified(rng):
 def test_nothing(method):
     """No images, no boxes, no classes: rows of padding."""
     for images, boxes, classes in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
-        got = paa_gpu.batched_nms(torch.ones(images, boxes, 4), torch.ones(images, boxes, classes), None, 0.5, method=method, max_per_img=4)
+        got = paa_gpu.batched_nms(
+            torch.ones(images, boxes, 4), torch.ones(images, boxes, classes), None, 0.5, method=method, max_per_img=4
+        )
         assert got.boxes.shape == (images, 4, 4) and got.count.tolist() == [0] * images
         assert (got.labels == -1).all()
 

@@ -6,6 +6,7 @@ threads. Our loops release the GIL, so ordinary threads do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,6 +19,8 @@ import torch
 from numba import njit
 from numba.extending import register_jitable
 
+from . import _notice  # noqa: F401  # registers itself with numba
+
 # numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
 # function calls lies in other files, so the name tells all of them.
 _SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -28,7 +31,11 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compile_at_first_call(function: Callable[..., Any]) -> Any:
         function.__qualname__ += f"-{_VERSION}"
         # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
-        return njit(function, nogil=True, cache=True, error_model="numpy", **options)
+        loop = njit(function, nogil=True, error_model="numpy", **options)
+        # No folder is writable: neither that of the package nor one of the user. Then each process compiles for itself.
+        with contextlib.suppress(RuntimeError):
+            loop.enable_caching()
+        return loop
 
     return compile_at_first_call
 

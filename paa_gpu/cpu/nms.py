@@ -170,7 +170,9 @@ def _decay(boxes: Any, entry: Any, score: Any, first: int, last: int, best: int,
 
 
 @compiled
-def _soften(boxes: Any, entry: Any, score: Any, group: Any, groups: int, classes: int, rule: Any, picked: Any, scores: Any) -> int:
+def _soften(
+    boxes: Any, entry: Any, score: Any, group: Any, groups: int, classes: int, rule: Any, picked: Any, scores: Any
+) -> int:
     """Entries of the detections and their scores, by score, into `picked` and `scores`; how many there are. `entry` ascends."""
     position, start = _by_group(group, groups)
     entry, score, end = entry[position], score[position], start[1:].copy()
@@ -202,7 +204,13 @@ def _at_most(number: float, dtype: Any) -> float:
 
 
 def _image(
-    boxes: Array, scores: Array, labels: Array | None, options: tuple[Any, ...], rule: tuple[float, ...], entry: Array, score: Array
+    boxes: Array,
+    scores: Array,
+    labels: Array | None,
+    options: tuple[Any, ...],
+    rule: tuple[float, ...],
+    entry: Array,
+    score: Array,
 ) -> int:
     """Fill in the detections of one image, box * C + class and score, and give their number."""
     threshold, nms_pre, method, class_agnostic = options
