@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +130,7 @@ def _gather(
     THRESHOLD: tl.constexpr, SOFT: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the candidates among the entries first_entry, first_entry + step, ...; their number, and the first best of them."""
-    KEY: tl.constexpr = tl.int64 if REAL == tl.float64 else tl.int32
+    KEY: tl.constexpr = tl.int64 if REAL.primitive_bitwidth == 64 else tl.int32
     n = 0
     best_key = tl.zeros([BLOCK], KEY) + smallest_integer(KEY)
     best_at = tl.zeros([BLOCK], tl.int32)
@@ -218,7 +219,7 @@ def _suppress_kernel(
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    KEY: tl.constexpr = tl.int64 if REAL == tl.float64 else tl.int32
+    KEY: tl.constexpr = tl.int64 if REAL.primitive_bitwidth == 64 else tl.int32
     group = tl.program_id(0).to(tl.int64)
     image = group // n_classes if PER_CLASS else group
     begin, size = _begin_and_size(start_ptr, image, n_boxes)
@@ -313,7 +314,7 @@ def _merge_kernel(
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    KEY: tl.constexpr = tl.int64 if REAL == tl.float64 else tl.int32
+    KEY: tl.constexpr = tl.int64 if REAL.primitive_bitwidth == 64 else tl.int32
     image = tl.program_id(0).to(tl.int64)
     picked_key_ptr += image * n_lists * room
     picked_entry_ptr += image * n_lists * room
@@ -363,9 +364,8 @@ def limit_rule() -> dict[str, int]:
 
 
 def merge_rule(lists: int) -> dict[str, int]:
-    """A thread for each list, up to 8 warps."""
-    size = triton.next_power_of_2(lists)
-    return {"LISTS": size, "BLOCK": 256, "num_warps": max(1, min(8, size // 32)), **register_limit()}
+    """A detection a thread; more registers than two take would spill."""
+    return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 128, "num_warps": 4, **register_limit()}
 
 
 def _empty(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -386,10 +386,8 @@ def _nothing(results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
 
 def _at_most(number: float, wide: bool) -> float:
     """The largest number of the dtype up to this one: what exceeds the one exceeds the other."""
-    if wide:
-        return number
-    nearest = torch.tensor(number, dtype=torch.float32)
-    return (nearest if nearest.item() <= number else nearest.nextafter(torch.tensor(-torch.inf))).item()
+    nearest = np.float64(number) if wide else np.float32(number)
+    return float(nearest if float(nearest) <= number else np.nextafter(nearest, np.float32(-np.inf)))
 
 
 def batched_nms(
@@ -430,7 +428,7 @@ def batched_nms(
     real = tl.float64 if wide else tl.float32
     limits = None
     with device_guard(boxes):
-        if capacity < entries * lists:
+        if 0 < nms_pre < entries * lists:
             limits = boxes.new_empty((images, 2), dtype=torch.int64)
             _limit_kernel[(images,)](
                 *layout, nms_pre, score_thr, min_score, limits, THRESHOLD=threshold, SOFT=soft, REAL=real, **limit_rule()

@@ -5,8 +5,8 @@ from .distributed import reduce_mean
 from .em import fit_gmm_1d
 from .head import PAAHead, levels_to_images
 from .losses import candidate_losses
-from .nms import Detections, batched_nms
 from .mixture import GaussianMixture1D
+from .nms import Detections, batched_nms
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
 from .voting import score_voting, score_voting_batch

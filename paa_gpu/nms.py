@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +31,13 @@ METHODS = ("hard", "linear", "gaussian")
 class Detections(NamedTuple):
     """The detections of N images with room for M each: the first `count` of a row, then zeros, and -1 for labels and index."""
 
-    boxes: Tensor
-    """Tensor[N, M, 4], of the dtype of the input."""
-    scores: Tensor
-    """Tensor[N, M], of the dtype of the input; descending. Those of a soft form have decayed."""
-    labels: Tensor
-    """Tensor[N, M] int64."""
-    index: Tensor
-    """Tensor[N, M] int64: which of the image's boxes it was."""
-    count: Tensor
-    """Tensor[N] int64, on the device."""
+    boxes: Tensor  #: Tensor[N, M, 4], of the dtype of the input
+    scores: Tensor  #: Tensor[N, M], of the dtype of the input; descending; those of a soft form have decayed
+    labels: Tensor  #: Tensor[N, M] int64
+    #: Tensor[N, M] int64: which of the image's boxes it was
+    index: Tensor  # type: ignore[assignment]
+    #: Tensor[N] int64, on the device
+    count: Tensor  # type: ignore[assignment]
 
 
 def batched_nms(
@@ -66,7 +63,7 @@ def batched_nms(
     Args:
         boxes: Tensor[N, K, 4] floating, x1, y1, x2, y2; or a list of Tensor[K_i, 4].
         scores: Tensor[N, K] floating with `labels`, Tensor[N, K, C] without; or a list of Tensor[K_i] or Tensor[K_i, C].
-        labels: Tensor[N, K] of any integer dtype, any integers; or a list of Tensor[K_i]; None: a label is a column of the scores.
+        labels: Tensor[N, K] of any integer dtype, any integers; or a list of Tensor[K_i]. None: a label is a column of scores.
         iou_threshold: a candidate is suppressed by a better one of its class where their IoU exceeds it; not negative.
         score_thr: candidates have a score above it, rounded to the dtype of the scores before; None: every score is one. Padding
             of boxes may have any score up to it.
@@ -98,15 +95,15 @@ def batched_nms(
     _check_options(iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic)
     lengths = None
     if isinstance(boxes, LIST):
-        _check_lists(boxes, scores, labels)
-        lengths = [image.shape[0] for image in boxes]
-        boxes, scores = torch.cat(list(boxes)), torch.cat(list(scores))
-        labels = labels if labels is None else torch.cat(list(labels))
+        columns = _check_lists(boxes, scores, labels)
+        lengths = [image.shape[0] for image in columns[0]]
+        box, score, *label = (torch.cat(column) for column in columns)
     else:
-        _check_image("", boxes, scores, labels, (None, None), None)
-    arguments = boxes.detach(), (scores if labels is None else scores.unsqueeze(-1)).detach(), labels, lengths  # type: ignore[union-attr]
+        box, score, *label = _check_image("", (boxes, scores, labels), (None, None), None)
+    if label:
+        score = score.unsqueeze(-1)
     options = iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic
-    return Detections(*_ops.batched_nms(*arguments, *options))
+    return Detections(*_ops.batched_nms(box.detach(), score.detach(), label[0] if label else None, lengths, *options))
 
 
 def _check_options(
@@ -130,26 +127,28 @@ def _check_options(
     check_bool("class_agnostic", class_agnostic)
 
 
-def _check_lists(boxes: Sequence[Tensor], scores: Sequence[Tensor], labels: Sequence[Tensor] | None) -> None:
+def _check_lists(boxes: Any, scores: Any, labels: Any) -> list[list[Tensor]]:
+    """The columns, without labels where there are none."""
     check_list("boxes", boxes)
-    columns = {"scores": scores} if labels is None else {"scores": scores, "labels": labels}
-    for name, column in columns.items():
-        check_list(name, column, length=len(boxes), like="`boxes`")
-    first: tuple[Tensor, ...] | None = None
+    check_list("scores", scores, length=len(boxes), like="`boxes`")
+    if labels is not None:
+        check_list("labels", labels, length=len(boxes), like="`boxes`")
+    images: list[list[Tensor]] = []
     for i, image in enumerate(zip(boxes, scores, labels or [None] * len(boxes), strict=True)):
-        _check_image(f"[{i}]", *image, (None,), first)
-        first = first or image
+        images.append(_check_image(f"[{i}]", image, (None,), images[0] if i else None))
+    return [list(column) for column in zip(*images, strict=True)]
 
 
-def _check_image(
-    end: str, boxes: Tensor, scores: Tensor, labels: Tensor | None, shape: tuple[int | None, ...], first: Sequence[Tensor] | None
-) -> None:
-    """The tensors of one image, or of all. `shape`: of the boxes without their corners; `first`: those of the first image."""
-    like = (FLOATS, FLOATS, INTEGERS) if first is None else [(tensor.dtype,) for tensor in first if tensor is not None]
-    check_tensor(f"boxes{end}", boxes, (*shape, 4), like[0], None if first is None else first[0].device)
+def _check_image(end: str, image: Sequence[Any], shape: tuple[int | None, ...], first: Sequence[Tensor] | None) -> list[Tensor]:
+    """Boxes, scores and perhaps labels of an image, or of all. `shape`: of boxes, without corners; `first`: the first image."""
+    boxes, scores, labels = image
+    dtypes = (FLOATS, FLOATS, INTEGERS) if first is None else [(tensor.dtype,) for tensor in first]
+    check_tensor(f"boxes{end}", boxes, (*shape, 4), dtypes[0], None if first is None else first[0].device)
     shape = boxes.shape[:-1]
     if labels is None:
         shape = (*shape, None if first is None else first[1].shape[-1])
-    check_tensor(f"scores{end}", scores, shape, like[1], boxes.device)
-    if labels is not None:
-        check_tensor(f"labels{end}", labels, boxes.shape[:-1], like[2], boxes.device)
+    check_tensor(f"scores{end}", scores, shape, dtypes[1], boxes.device)
+    if labels is None:
+        return [boxes, scores]
+    check_tensor(f"labels{end}", labels, boxes.shape[:-1], dtypes[2], boxes.device)
+    return [boxes, scores, labels]

@@ -27,7 +27,7 @@ from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import empty_fit
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, nms, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -195,6 +195,25 @@ def match(
     assign.assign_max_iou([boxes], [boxes], [boxes] * full, flags * full, 0.1, 0.1, 0.0, 0.5, match, match_all)
 
 
+def suppress(
+    dtype: torch.dtype = torch.float32,
+    scores: torch.dtype = torch.float32,
+    label: torch.dtype | None = None,
+    method: str = "hard",
+    stride: int = 1,
+    boxes: int = 40,
+    lists: bool = False,
+    pre: int = 9,
+    threshold: float | None = 0.1,
+) -> None:
+    """Without labels 80 classes."""
+    shape = (boxes,) if lists else (2, boxes)
+    columns = torch.zeros(*shape, 4, stride, dtype=dtype), torch.zeros(*shape, 1 if label else 80, stride, dtype=scores)
+    labels = torch.zeros(*shape, stride, dtype=label)[..., 0] if label else None
+    lengths = [boxes] if lists else None
+    nms.batched_nms(*(c[..., 0] for c in columns), labels, lengths, 0.5, threshold, pre, 7, method, 0.5, 1e-3, False)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -223,6 +242,10 @@ USUAL = {
     "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
     "score": [{}, {"maps": torch.float64, "targets": torch.bfloat16, "index": torch.int32, "levels": 2, "stride": 2}],
     "match": [{}, {"dtype": torch.float16, "stride": 2, "match": False}],
+    "suppress": [
+        {"boxes": 5000},
+        {"dtype": torch.float64, "scores": torch.bfloat16, "label": torch.int32, "method": "gaussian", "stride": 2, "boxes": 500},
+    ],
 }
 INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
@@ -248,6 +271,12 @@ ALL = {
         *product(levels=(1, 3, 9), stride=STRIDES),
         *product(maps=FLOATS[2:], index=INDICES, stride=STRIDES),
     ],
+    "suppress": [
+        *product(dtype=FLOATS, scores=FLOATS),
+        *product(method=("hard", "linear", "gaussian"), boxes=(40, 500, 5000), dtype=FLOATS[2:]),
+        *product(label=INTEGERS, lists=(False, True)),
+        *product(method=("hard", "linear"), pre=(0, 9), threshold=(None, 0.1), stride=STRIDES),
+    ],
     "match": [*product(dtype=FLOATS, stride=STRIDES), *product(full=(False, True), match=(False, True), match_all=(False, True))],
 }
 LAUNCHES: dict[str, Callable[..., None]] = {
@@ -258,6 +287,7 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     "vote": vote,
     "score": score,
     "match": match,
+    "suppress": suppress,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")

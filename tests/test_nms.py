@@ -150,7 +150,7 @@ def test_a_score_for_every_class(rng):
             flat, labels = boxes[i].repeat_interleave(4, 0), torch.arange(4).repeat(60)
             index = kept(flat, scores[i].flatten(), labels, 0.6, score_thr=0.05, **options)
             count = len(index)
-            assert got.count[i] == count > 8
+            assert got.count[i] == count > 4
             assert torch.equal(got.index[i, :count], index // 4) and torch.equal(got.labels[i, :count], index % 4)
             assert torch.equal(got.scores[i, :count], scores[i].flatten()[index])
 
@@ -159,7 +159,7 @@ def test_a_score_for_every_class(rng):
 def test_recorded_predictions(path):
     """What the published head kept: its detections, before they were voted on."""
     for call in data.load_voting(path):
-        det, labels, boxes, scores, score_thr = call.arguments
+        det, _, boxes, scores, score_thr = call.arguments
         scores = scores[:, : scores.shape[1] - (not scores[:, -1].any())]
         got = paa_gpu.batched_nms(boxes[None], scores[None], None, 0.6, score_thr=score_thr, max_per_img=len(det))
         index = kept(

@@ -50,6 +50,10 @@ def calls(batch):
     valid = [label == 1 for label in head.label]
     yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, 0.1, 0.1, 0.0, 0.5, True, False)
     yield _ops.assign_max_iou, (head.anchors, boxes, [], [], 0.5, 0.4, 0.0, -1.0, False, True)
+    boxes, scores = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
+    yield _ops.batched_nms, (boxes, scores, None, None, 0.5, 0.1, 5, 4, "hard", 0.5, 1e-3, False)
+    flat = boxes.flatten(0, 1).half(), scores[..., :1].flatten(0, 1), torch.arange(18) % 2, [11, 0, 7]
+    yield _ops.batched_nms, (*flat, 0.5, None, 0, 0, "gaussian", 0.5, 1e-3, True)
     image = [column[2] for column in batch.arguments[:6]]
     yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
     yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
@@ -127,6 +131,13 @@ def test_score_voting_compiles_whole(rng):
     one = torch.compile(paa_gpu.score_voting, fullgraph=True, backend="aot_eager")(*(column[0] for column in batch), 0.05)
     for a, b in zip((*got[0], *got[1], *one), (*wanted[0], *wanted[1], wanted[0][0], wanted[1][0]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_nms_compiles_whole():
+    boxes, scores = torch.rand(2, 30, 4), torch.rand(2, 30, 3)
+    wanted = paa_gpu.batched_nms(boxes, scores, None, 0.5, max_per_img=9)
+    got = torch.compile(paa_gpu.batched_nms, fullgraph=True, backend="aot_eager")(boxes, scores, None, 0.5, max_per_img=9)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_the_way_from_boxes_to_losses_compiles_whole(rng):

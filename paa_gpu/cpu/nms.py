@@ -63,7 +63,7 @@ def _groups(entry: Any, labels: Any, classes: int, class_agnostic: bool) -> tupl
 
 def _dense(labels: Array) -> Array:
     """Any integers as numbers from 0 to fewer than their own number, or to not much more."""
-    if labels.size and 0 <= labels.min() and labels.max() < 2 * labels.size + 1024:
+    if labels.size and labels.min() >= 0 and labels.max() < 2 * labels.size + 1024:
         return labels.astype(np.int64)
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
@@ -224,12 +224,13 @@ def _image(
     dense = np.empty(0, np.int64) if labels is None else _dense(labels)
     if method == "hard":
         group, groups = _groups(order, dense, classes, class_agnostic)
-        number = _suppress(boxes, order, group, groups, classes, boxes.dtype.type(rule[1]), entry)
+        number: int = _suppress(boxes, order, group, groups, classes, boxes.dtype.type(rule[1]), entry)
         score[:number] = flat[entry[:number]]
         return number
     order = np.sort(order)
     group, groups = _groups(order, dense, classes, class_agnostic)
-    return _soften(boxes, order, flat[order], group, groups, classes, rule, entry, score)
+    number = _soften(boxes, order, flat[order], group, groups, classes, rule, entry, score)
+    return int(number)
 
 
 def batched_nms(
@@ -248,9 +249,9 @@ def batched_nms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 in (boxes.dtype, scores.dtype)
     real = np.float64 if wide else np.float32
-    bounds = offsets(lengths or [boxes.shape[1]] * boxes.shape[0])
-    images, classes = len(bounds) - 1, scores.shape[-1]
-    room = max_per_img or int(np.diff(bounds).max(initial=0)) * classes
+    images, most = (boxes.shape[0], boxes.shape[1]) if lengths is None else (len(lengths), max(lengths))
+    bounds, classes = offsets(lengths or [most] * images), scores.shape[-1]
+    room = max_per_img or most * classes
     box = array(boxes, real).reshape(-1, 4)
     value = array(scores, real).reshape(len(box), classes)
     label = None if labels is None else view(labels).reshape(-1)
