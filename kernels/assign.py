@@ -37,7 +37,7 @@ def _load_box(ptr, offset, stride, mask):
 
 
 @triton.jit
-def _ratio(box, anchor, OF_ANCHOR: tl.constexpr):
+def _ratio(box, anchor, eps, OF_ANCHOR: tl.constexpr):
     """Intersection over union, or over the area of the anchor. A box with a NaN has no area in common with an anchor."""
     x1, y1, x2, y2 = box
     anchor_x1, anchor_y1, anchor_x2, anchor_y2 = anchor
@@ -48,18 +48,18 @@ def _ratio(box, anchor, OF_ANCHOR: tl.constexpr):
     area = (anchor_x2 - anchor_x1) * (anchor_y2 - anchor_y1)
     if not OF_ANCHOR:
         area = (x2 - x1) * (y2 - y1) + area - overlap
-    return tl.div_rn(overlap, tl.where(area < 1e-6, 1e-6, area))
+    return tl.div_rn(overlap, tl.where(area < eps, eps, area))
 
 
 @triton.jit
-def _overlap(box, anchor, counts):
+def _overlap(box, anchor, eps, counts):
     """IoU of the anchors that count, -1 of the others and where it is not a number."""
-    iou = _ratio(box, anchor, False)
+    iou = _ratio(box, anchor, eps, False)
     return tl.where(counts & (iou >= 0), iou, -1.0)
 
 
 @triton.jit
-def _candidates(anchor, ignored_ptr, ignored_stride, begin, end, valid_ptr, offset, inside, ignore_iof_thr):
+def _candidates(anchor, ignored_ptr, ignored_stride, begin, end, valid_ptr, offset, inside, ignore_iof_thr, eps):
     """The anchors that are there, and those among them that are not ignored."""
     exist = inside
     if valid_ptr is not None:
@@ -68,33 +68,37 @@ def _candidates(anchor, ignored_ptr, ignored_stride, begin, end, valid_ptr, offs
     if ignored_ptr is not None:
         for i in range(begin, end):
             box = _load_box(ignored_ptr, i * ignored_stride[0], ignored_stride[1], i < end)
-            iof = _ratio(box, anchor, True)
+            iof = _ratio(box, anchor, eps, True)
             most = tl.where(iof > most, iof, most)
     return exist, exist & (most <= ignore_iof_thr)
 
 
 @triton.jit
-def _first_pass(
-    boxes, box_stride, begin, end, anchor, index, exist, counts, best_ptr, pos_iou_thr, neg_iou_thr, MATCH: tl.constexpr
-):
-    """gt_inds and max_overlaps; into `best`: (overlap as an ordered integer, place from the end), 0 for nobody."""
+def _decided(most, owner, pos_iou_thr, neg_iou_thr):
+    """The ground truth from 1, 0 for background, -1 for neither."""
+    return tl.where(most >= pos_iou_thr, owner, tl.where((most >= 0) & (most < neg_iou_thr), 0, -1))
+
+
+@triton.jit
+def _first_pass(boxes, box_stride, begin, end, anchor, index, exist, counts, best_ptr, eps, MATCH: tl.constexpr):
+    """Of each anchor, the ground truth that it overlaps most, from 1, and max_overlaps; into `best`: (overlap as an ordered
+    integer, place from the end), 0 for nobody."""
     most = tl.full(index.shape, -1.0, tl.float32)
     owner = tl.zeros(index.shape, tl.int32)
     for g in range(begin, end):
-        iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, counts)
+        iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, eps, counts)
         owner = tl.where(iou > most, (g - begin).to(tl.int32), owner)
         most = tl.where(iou > most, iou, most)
         if MATCH:
             key = ((iou.to(tl.int32, bitcast=True).to(tl.int64) + 1) << 32) | (index ^ LAST)
             tl.atomic_max(best_ptr + g, tl.max(tl.where(iou >= 0, key, 0), 0), sem="relaxed")
     most = tl.where((begin == end) & exist, 0.0, most)
-    assigned = tl.where((most >= 0) & (most < neg_iou_thr), 0, -1)
-    assigned = tl.where(most >= pos_iou_thr, owner + 1, assigned)
-    return tl.where((begin == end) & exist, 0, assigned).to(tl.int64), most
+    owner = tl.where(most >= 0, tl.where(begin == end, 0, owner + 1), -1)
+    return owner.to(tl.int64), most
 
 
 @triton.jit
-def _second_pass(boxes, box_stride, begin, end, anchor, index, counts, best_ptr, min_pos_iou, ALL: tl.constexpr):
+def _second_pass(boxes, box_stride, begin, end, anchor, index, counts, best_ptr, min_pos_iou, eps, ALL: tl.constexpr):
     """The last ground truth of which the anchor is a best one, from 1; 0 for nobody."""
     assigned = tl.zeros(index.shape, tl.int64)
     for g in range(begin, end):
@@ -102,14 +106,14 @@ def _second_pass(boxes, box_stride, begin, end, anchor, index, counts, best_ptr,
         most = ((best >> 32) - 1).to(tl.int32)
         mine = counts & (index == ((best & LAST) ^ LAST))
         if ALL:
-            iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, counts)
+            iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, eps, counts)
             mine = counts & (iou.to(tl.int32, bitcast=True) == most)
         matched = (best > 0) & (most.to(tl.float32, bitcast=True) >= min_pos_iou)
         assigned = tl.where(mine & matched, g - begin + 1, assigned)
     return assigned
 
 
-@triton.jit(do_not_specialize=["n_images", "n_anchors", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr"])
+@triton.jit(do_not_specialize=["n_images", "n_anchors", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"])
 def _assign_kernel(
     anchor_ptr,  # Tensor[A, 4]
     anchor_stride,  # of the three boxes: over boxes and sides
@@ -127,10 +131,12 @@ def _assign_kernel(
     neg_iou_thr: tl.float32,
     min_pos_iou: tl.float32,
     ignore_iof_thr: tl.float32,
+    eps: tl.float32,
     gt_inds_ptr,  # Tensor[B, A], contiguous like the one below
     overlap_ptr,  # Tensor[B, A]
     MATCH: tl.constexpr,
     ALL: tl.constexpr,
+    OWNER: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     n_blocks = tl.cdiv(n_anchors, BLOCK_A)
@@ -149,11 +155,11 @@ def _assign_kernel(
     if first:
         ignored_begin, ignored_end = tl.load(start_ptr + n_images + 1), tl.load(start_ptr + n_images + 2)
         exist, counts = _candidates(
-            anchor, ignored_ptr, ignored_stride, ignored_begin, ignored_end, valid_ptr, offset, inside, ignore_iof_thr
+            anchor, ignored_ptr, ignored_stride, ignored_begin, ignored_end, valid_ptr, offset, inside, ignore_iof_thr, eps
         )
-        assigned, most = _first_pass(
-            box_ptr, box_stride, begin, end, anchor, index, exist, counts, best_ptr, pos_iou_thr, neg_iou_thr, MATCH
-        )
+        assigned, most = _first_pass(box_ptr, box_stride, begin, end, anchor, index, exist, counts, best_ptr, eps, MATCH)
+        if not OWNER:
+            assigned = tl.where(begin == end, assigned, _decided(most, assigned, pos_iou_thr, neg_iou_thr))
         tl.store(gt_inds_ptr + offset, assigned, mask=inside)
         tl.store(overlap_ptr + offset, most, mask=inside)
         if MATCH:
@@ -163,9 +169,14 @@ def _assign_kernel(
         while tl.atomic_add(counter_ptr + 1 + image, 0, sem="acquire") < n_blocks:
             pass
         # Past the first-level cache, which does not see what other programs write.
-        counts = tl.load(overlap_ptr + offset, mask=inside, other=-1.0, cache_modifier=".cg") >= 0
-        assigned = _second_pass(box_ptr, box_stride, begin, end, anchor, index, counts, best_ptr, min_pos_iou, ALL)
-        tl.store(gt_inds_ptr + offset, assigned, mask=inside & (assigned > 0))
+        most = tl.load(overlap_ptr + offset, mask=inside, other=-1.0, cache_modifier=".cg")
+        assigned = _second_pass(box_ptr, box_stride, begin, end, anchor, index, most >= 0, best_ptr, min_pos_iou, eps, ALL)
+        if OWNER:
+            owner = tl.load(gt_inds_ptr + offset, mask=inside, other=0, cache_modifier=".cg")
+            decided = tl.where(begin == end, owner, _decided(most, owner, pos_iou_thr, neg_iou_thr))
+            tl.store(gt_inds_ptr + offset, tl.where(assigned > 0, owner, decided), mask=inside)
+        else:
+            tl.store(gt_inds_ptr + offset, assigned, mask=inside & (assigned > 0))
 
 
 def launch_rule(half: bool) -> dict[str, int]:
@@ -181,14 +192,29 @@ def assign_max_iou(
     gt_bboxes: Sequence[Tensor],
     gt_bboxes_ignore: Sequence[Tensor],
     valid: Sequence[Tensor],
+    per_image: bool,
     pos_iou_thr: float,
     neg_iou_thr: float,
     min_pos_iou: float,
     ignore_iof_thr: float,
+    eps: float,
     match_low_quality: bool,
     gt_max_assign_all: bool,
+    low_quality: str,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `paa_gpu::assign_max_iou`: at most four concatenations, one copy and one launch."""
+    """The operator `paa_gpu::assign_max_iou`: at most four concatenations, one copy and one launch; image by image where each
+    has its own anchors."""
+    if per_image:
+        levels = len(anchors) // len(gt_bboxes)
+        numbers = (pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr, eps)
+        columns = [
+            (anchors[i * levels : (i + 1) * levels], gt_bboxes[i : i + 1], gt_bboxes_ignore[i : i + 1], valid[i : i + 1])
+            for i in range(len(gt_bboxes))
+        ]
+        options = (False, *numbers, match_low_quality, gt_max_assign_all, low_quality)
+        results = zip(*(assign_max_iou(*image, *options) for image in columns), strict=True)
+        inds, most = (torch.cat(result) for result in results)
+        return inds, most
     priors, boxes = concatenate(anchors), concatenate(gt_bboxes)
     images, n_anchors, rows = len(gt_bboxes), priors.shape[0], boxes.shape[0]
     gt_inds = boxes.new_empty(images * n_anchors, dtype=torch.int64)
@@ -220,10 +246,12 @@ def assign_max_iou(
             neg_iou_thr,
             min_pos_iou,
             ignore_iof_thr,
+            max(eps, 1e-45),
             gt_inds,
             overlaps,
             MATCH=match_low_quality,
             ALL=gt_max_assign_all,
+            OWNER=match_low_quality and low_quality == "anchor",
             **rule,
         )
     return gt_inds, overlaps

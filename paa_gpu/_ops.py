@@ -282,15 +282,21 @@ def assign_max_iou(
     gt_bboxes: Sequence[Tensor],
     gt_bboxes_ignore: Sequence[Tensor],
     valid: Sequence[Tensor],
+    per_image: bool,
     pos_iou_thr: float,
     neg_iou_thr: float,
     min_pos_iou: float,
     ignore_iof_thr: float,
+    eps: float,
     match_low_quality: bool,
     gt_max_assign_all: bool,
+    low_quality: str,
 ) -> tuple[Tensor, Tensor]:
-    """gt_inds int64 and max_overlaps float32, both [B * A], of all images. `gt_bboxes_ignore` and `valid` may be empty lists."""
-    anchors_of_batch = len(gt_bboxes) * sum(level.shape[0] for level in anchors)
+    """gt_inds int64 and max_overlaps float32, both [A] of all images. `gt_bboxes_ignore` and `valid` may be empty lists.
+
+    `anchors` are the levels of all images, or, `per_image`, as many levels of each image, one image after the other.
+    """
+    anchors_of_batch = sum(level.shape[0] for level in anchors) * (1 if per_image else len(gt_bboxes))
     return (
         gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.int64),
         gt_bboxes[0].new_empty(anchors_of_batch, dtype=torch.float32),

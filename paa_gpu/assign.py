@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, check_bool, check_float, check_list, check_non_negative, check_tensor
+from ._checks import FLOATS, LIST, check_bool, check_float, check_list, check_non_negative, check_option, check_tensor
 
 __all__ = ["Assignment", "assign_max_iou"]
+
+LOW_QUALITY = ("gt", "anchor")
 
 
 class Assignment(NamedTuple):
     """What the anchors of N images were assigned to."""
 
-    gt_inds: list[Tensor]  #: per image Tensor[A] int64: i + 1, the ground truth i; 0, background; -1, neither
+    gt_inds: list[Tensor]  #: per image Tensor[A_n] int64: i + 1, the ground truth i; 0, background; -1, neither
     max_overlaps: list[
         Tensor
-    ]  #: per image Tensor[A] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
+    ]  #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
 
 
 def assign_max_iou(
-    anchors: Sequence[Tensor],
+    anchors: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     gt_bboxes: Sequence[Tensor],
     gt_bboxes_ignore: Sequence[Tensor] | None = None,
     valid: Sequence[Tensor] | None = None,
@@ -35,17 +37,21 @@ def assign_max_iou(
     ignore_iof_thr: float = -1.0,
     match_low_quality: bool = True,
     gt_max_assign_all: bool = True,
+    low_quality: str = "gt",
+    eps: float = 1e-6,
 ) -> Assignment:
-    """Assign the anchors of N images to ground truths: mmdetection's `MaxIoUAssigner` for a batch, in memory O(A + G).
+    """Assign the anchors of N images to ground truths, in memory O(A + G): mmdetection's `MaxIoUAssigner`, or torchvision's
+    `Matcher` and `SSDMatcher`, for a batch.
 
     An anchor is background where its highest IoU is below `neg_iou_thr`, the ground truth's from `pos_iou_thr` on, neither in
-    between. With `match_low_quality` the best anchors of each ground truth become its own after that, whatever theirs is.
+    between. With `match_low_quality` the best anchors of each ground truth become positive after that, whatever their IoU is.
 
     Args:
-        anchors: one list of levels for all images, Tensor[A_l, 4]: x1, y1, x2, y2 in pixels; A = sum(A_l), less than 2^31.
-        gt_bboxes: per image Tensor[G_n, 4], ground truths; G_n may be 0. Dtype of `anchors`, as the one below.
-        gt_bboxes_ignore: per image Tensor[I_n, 4], boxes to ignore; only with `ignore_iof_thr` > 0.
-        valid: per image BoolTensor[A]; an anchor where it is False is not there: it gets -1, and is no ground truth's best.
+        anchors: one list of levels for all images, Tensor[A_l, 4]: x1, y1, x2, y2 in pixels. Or one such list for each image, for
+            anchors or proposals that differ: `[[boxes] for boxes in proposals]`. A_n = sum(A_l) of image n, less than 2^31.
+        gt_bboxes: per image Tensor[G_n, 4], ground truths; G_n may be 0. One dtype, which need not be that of `anchors`.
+        gt_bboxes_ignore: per image Tensor[I_n, 4], boxes to ignore, dtype of `gt_bboxes`; only with `ignore_iof_thr` > 0.
+        valid: per image BoolTensor[A_n]; an anchor where it is False is not there: it gets -1, and is no ground truth's best.
         pos_iou_thr, neg_iou_thr: not negative. The defaults are PAA's, as those of all options.
         min_pos_iou: a ground truth whose best overlap is below has no best anchors. With 0, one that no anchor overlaps gets all
             anchors without an overlap, as published.
@@ -53,49 +59,85 @@ def assign_max_iou(
             image has no ground truths. Not positive: nothing is ignored.
         match_low_quality: give each ground truth its best anchors.
         gt_max_assign_all: all anchors that tie for the best overlap; otherwise the first of them.
+        low_quality: whose such an anchor becomes. `"gt"`: the ground truth's of which it is the best (mmdetection, `SSDMatcher`).
+            `"anchor"`: that of the ground truth which the anchor itself overlaps most (`Matcher` of torchvision).
+        eps: the least union that an intersection is divided by, in square pixels: mmdetection's 1e-6. With 0, as in torchvision,
+            an empty box overlaps nothing, with an IoU of 0.
 
     Returns:
         `Assignment`.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
-            threshold.
+            threshold or `eps`; an unknown `low_quality`.
+
+    The matches of torchvision to the bit, whose -1 is 0 here, -2 is -1, and ground truth i is i + 1::
+
+        Matcher(high, low, True)   pos_iou_thr=high, neg_iou_thr=low, low_quality="anchor", eps=0
+        Matcher(high, low, False)  pos_iou_thr=high, neg_iou_thr=low, match_low_quality=False, eps=0
+        SSDMatcher(threshold)      pos_iou_thr=threshold, neg_iou_thr=threshold, gt_max_assign_all=False, eps=0
 
     Ties: an anchor with equal overlaps belongs to the lower ground truth, one that is the best of several to the higher, as
-    published. Overlaps are float32 whatever the dtype, each operation rounded as torch rounds it; thresholds are rounded to
+    published. Overlaps are float32 whatever the dtypes, each operation rounded as torch rounds it; thresholds are rounded to
     float32. A box with a NaN overlaps nothing, which with ground truths of its kind only makes all anchors -1. Inputs are not
-    modified, no graph is recorded, nothing synchronises. Source: mmdetection 3.3.0, `MaxIoUAssigner`; PAA (arXiv 2007.08103),
-    section 3.2.
+    modified, no graph is recorded, nothing synchronises. Source: mmdetection 3.3.0, `MaxIoUAssigner`; torchvision 0.29,
+    `models/detection/_utils.py`; PAA (arXiv 2007.08103), section 3.2.
     """
-    check_list("anchors", anchors, "level")
     check_list("gt_bboxes", gt_bboxes)
-    device = None
-    for name, column in (("anchors", anchors), ("gt_bboxes", gt_bboxes)):
-        for i, boxes in enumerate(column):
-            dtypes = FLOATS if device is None else (anchors[0].dtype,)
-            check_tensor(f"{name}[{i}]", boxes, (None, 4), dtypes, device)
-            device = boxes.device
+    levels, sizes = _levels(anchors, len(gt_bboxes))
+    device = levels[0].device
+    for image, boxes in enumerate(gt_bboxes):
+        check_tensor(f"gt_bboxes[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,) if image else FLOATS, device)
     if gt_bboxes_ignore is not None:
         check_list("gt_bboxes_ignore", gt_bboxes_ignore, length=len(gt_bboxes), like="`gt_bboxes`")
         for image, boxes in enumerate(gt_bboxes_ignore):
-            check_tensor(f"gt_bboxes_ignore[{image}]", boxes, (None, 4), (anchors[0].dtype,), device)
+            check_tensor(f"gt_bboxes_ignore[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,), device)
     if valid is not None:
         check_list("valid", valid, length=len(gt_bboxes), like="`gt_bboxes`")
-        total = sum(level.shape[0] for level in anchors)
         for image, flags in enumerate(valid):
-            check_tensor(f"valid[{image}]", flags, (total,), (torch.bool,), device)
-    thresholds = {"pos_iou_thr": pos_iou_thr, "neg_iou_thr": neg_iou_thr, "min_pos_iou": min_pos_iou}
-    for name, threshold in thresholds.items():
-        check_non_negative(name, threshold)
+            check_tensor(f"valid[{image}]", flags, (sizes[image],), (torch.bool,), device)
+    numbers = {"pos_iou_thr": pos_iou_thr, "neg_iou_thr": neg_iou_thr, "min_pos_iou": min_pos_iou, "eps": eps}
+    for name, number in numbers.items():
+        check_non_negative(name, number)
     check_float("ignore_iof_thr", ignore_iof_thr)
     check_bool("match_low_quality", match_low_quality)
     check_bool("gt_max_assign_all", gt_max_assign_all)
+    check_option("low_quality", low_quality, LOW_QUALITY)
     ignored = gt_bboxes_ignore if gt_bboxes_ignore is not None and ignore_iof_thr > 0 else ()
     columns = [
         [tensor.detach() if tensor.requires_grad else tensor for tensor in column]
-        for column in (anchors, gt_bboxes, ignored, valid or ())
+        for column in (levels, gt_bboxes, ignored, valid or ())
     ]
-    options = (*map(float, thresholds.values()), float(ignore_iof_thr), match_low_quality, gt_max_assign_all)
+    thresholds = (float(pos_iou_thr), float(neg_iou_thr), float(min_pos_iou), float(ignore_iof_thr), float(eps))
+    per_image = isinstance(anchors[0], LIST)
+    options = (per_image, *thresholds, match_low_quality, gt_max_assign_all, low_quality)
     gt_inds, overlaps = _ops.assign_max_iou(*columns, *options)
-    sizes = [sum(level.shape[0] for level in anchors)] * len(gt_bboxes)
     return Assignment(list(gt_inds.split_with_sizes(sizes)), list(overlaps.split_with_sizes(sizes)))
+
+
+def _levels(anchors: Sequence[Any], images: int) -> tuple[list[Tensor], list[int]]:
+    """The levels, all images' one after the other where they have their own, and the number of anchors of each image.
+
+    As many levels for each image, since a level of no anchors changes nothing.
+    """
+    check_list("anchors", anchors, "level")
+    if not isinstance(anchors[0], LIST):
+        levels = _checked_levels("anchors", anchors, None)
+        return levels, [sum(level.shape[0] for level in levels)] * images
+    check_list("anchors", anchors, length=images, like="`gt_bboxes`")
+    of_images: list[list[Tensor]] = []
+    for image, levels in enumerate(anchors):
+        check_list(f"anchors[{image}]", levels, "level")
+        of_images.append(_checked_levels(f"anchors[{image}]", levels, of_images[0][0] if image else None))
+    most, none = max(map(len, of_images)), of_images[0][0][:0]
+    sizes = [sum(level.shape[0] for level in levels) for levels in of_images]
+    return [level for levels in of_images for level in levels + [none] * (most - len(levels))], sizes
+
+
+def _checked_levels(name: str, levels: Sequence[Tensor], like: Tensor | None) -> list[Tensor]:
+    """Levels of one dtype on one device: those of `like`, or of the first."""
+    for i, boxes in enumerate(levels):
+        dtypes, device = (FLOATS, None) if like is None else ((like.dtype,), like.device)
+        check_tensor(f"{name}[{i}]", boxes, (None, 4), dtypes, device)
+        like = boxes if like is None else like
+    return list(levels)

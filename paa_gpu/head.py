@@ -3,9 +3,7 @@
 Anchors, boxes and sizes are in pixels of the batch; boxes are x1, y1, x2, y2. Level `l` has one square anchor of side
 `anchor_scale * strides[l]` per cell, centred on its first pixel. Shapes: N images, A anchors over all levels, C classes.
 
-Training waits for the device nowhere: there is no `nonzero` between features and losses. The potential positives keep the shape
-[A] of the anchors, with index -1 for those that are none; the positives, at most `topk` of each level and ground truth, stand at
-the front of a list whose length the host knows; what the losses are divided by stays on the device.
+Training waits for the device nowhere: `targets.py` assigns without it, and what the losses are divided by stays on the device.
 """
 
 from __future__ import annotations
@@ -34,18 +32,16 @@ from ._checks import (
     check_tensor,
 )
 from ._ops import PRECISIONS
-from .assign import assign_max_iou
+from .boxes import decode, focal_loss, giou_loss, iou_and_union
 from .distributed import reduce_mean
 from .em import COVARIANCE_TYPES
-from .losses import candidate_losses
-from .reassign import SINGLETONS, Reassignment, Separation, paa_reassign_batch
+from .reassign import SINGLETONS, Separation
 from .separation import SCHEMES
+from .targets import Targets, assign_targets, on_device
 from .voting import score_voting_batch
 
 __all__ = ["PAAHead", "levels_to_images"]
 
-IOU_EPS = 1e-6  # the smallest union, and the smallest enclosing area, as published
-LOG_SIZE_CLIP = abs(math.log(16 / 1000))  # a box is at most so many times larger or smaller than its anchor
 LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 EPS = float(torch.finfo(torch.float32).eps)  # added to what losses are divided by, as published
 
@@ -260,24 +256,22 @@ class PAAHead(nn.Module):
         # Autocast keeps to float32 what starts there: there are neither products of matrices nor convolutions behind the towers.
         cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
         anchors = self._anchors(cls_scores)
-        assigned, bbox_targets = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
-        label, label_weight = torch.cat(assigned.label), torch.cat(assigned.label_weight)
-        positive, found = self._positives(label, anchors, sum(len(target["labels"]) for target in targets))
-        all_anchors = torch.cat(anchors)
+        assigned = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
+        all_anchors, positive, found = torch.cat(anchors), assigned.positive, assigned.found
         bbox_pred = decode(
             all_anchors[positive % len(all_anchors)],
             _flatten(bbox_preds).flatten(0, 1).index_select(0, positive),
             self.target_stds,
         )
-        bbox_target = torch.cat(bbox_targets)[positive]
+        bbox_target = assigned.bbox_target[positive]
         iou = torch.where(found, iou_and_union(bbox_pred.detach(), bbox_target)[0], 0)
         num_pos, images, iou_sum = reduce_mean(torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()]))
-        loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), label, self.gamma, self.alpha).sum(1) * label_weight
+        loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
         loss_bbox = giou_loss(bbox_pred, bbox_target) * iou.clamp(min=LEAST_WEIGHT) * found
         iou_pred = _flatten(iou_preds).flatten().index_select(0, positive)
         loss_iou = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none") * found
         return {
-            "loss_cls": loss_cls.sum() / (torch.maximum(num_pos, images) + EPS),
+            "loss_cls": (loss_cls * assigned.label_weight).sum() / (torch.maximum(num_pos, images) + EPS),
             "loss_bbox": self.bbox_loss_weight * loss_bbox.sum() / (iou_sum + EPS),
             "loss_iou": self.iou_loss_weight * loss_iou.sum() / (num_pos + EPS),
         }
@@ -332,7 +326,6 @@ class PAAHead(nn.Module):
             anchors.append(torch.stack([x - half, y - half, x + half, y + half], -1).reshape(-1, 4))
         return anchors
 
-    @torch.no_grad()
     def _assign(
         self,
         cls_scores: list[Tensor],
@@ -340,45 +333,32 @@ class PAAHead(nn.Module):
         anchors: list[Tensor],
         targets: Sequence[Mapping[str, Tensor]],
         image_sizes: Sequence[Size] | None,
-    ) -> tuple[Reassignment, list[Tensor]]:
-        """Labels after the reassignment, and the boxes [A, 4] that each image's anchors are trained with."""
-        boxes = [target["boxes"].float() for target in targets]
-        ignored = [target["ignored_boxes"].float() if "ignored_boxes" in target else boxes[0][:0] for target in targets]
-        valid = None if image_sizes is None else [self._inside(torch.cat(anchors), size) for size in image_sizes]
-        gt_inds = torch.stack(assign_max_iou(anchors, boxes, ignored, valid, **self.assignment).gt_inds)
-        rows = gt_inds.clamp(min=0)  # 0: of no ground truth
-        labels = [F.pad(target["labels"].long(), (1, 0), value=self.num_classes) for target in targets]
-        label = [of_row[row] for of_row, row in zip(labels, rows, strict=True)]
-        bbox_target = [F.pad(box, (0, 0, 1, 0))[row] for box, row in zip(boxes, rows, strict=True)]
-        label_weight = (gt_inds >= 0).float().unbind()
-        bbox_weight = (gt_inds > 0).float()[..., None].expand(-1, -1, 4).unbind()
-        pos_inds = torch.where(gt_inds > 0, torch.arange(gt_inds.shape[1], device=gt_inds.device), -1).unbind()
-        pos_losses = candidate_losses(
-            anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds,
-            gamma=self.gamma, alpha=self.alpha, loss_bbox_weight=self.bbox_loss_weight, stds=self.target_stds,
+    ) -> Targets:
+        """What the anchors are trained with."""
+        boxes = [target["boxes"] for target in targets]
+        ignored = [target.get("ignored_boxes", boxes[0][:0]) for target in targets]
+        valid = None if image_sizes is None else self._inside(torch.cat(anchors), image_sizes).unbind()
+        return assign_targets(
+            anchors, cls_scores, bbox_preds, boxes, [target["labels"] for target in targets], ignored, valid,
+            num_classes=self.num_classes,
+            assignment=self.assignment,
+            losses={
+                "gamma": self.gamma, "alpha": self.alpha, "loss_bbox_weight": self.bbox_loss_weight, "stds": self.target_stds,
+            },
+            reassignment=self.reassignment,
         )  # fmt: skip
-        assigned = paa_reassign_batch(
-            pos_losses, label, label_weight, bbox_weight, pos_inds, (gt_inds - 1).unbind(), anchors,
-            num_classes=self.num_classes, num_gts=[len(box) for box in boxes], **self.reassignment,
-        )  # fmt: skip
-        return assigned, bbox_target
 
-    def _inside(self, anchors: Tensor, size: Size) -> Tensor:
-        """BoolTensor[A]: anchors of a cell within the image, of which at most `allowed_border` pixels are outside."""
+    def _inside(self, anchors: Tensor, image_sizes: Sequence[Size]) -> Tensor:
+        """BoolTensor[N, A]: anchors of a cell within the image, of which at most `allowed_border` pixels are outside."""
         x1, y1, x2, y2 = anchors.unbind(1)
-        height, width = size
+        sizes = on_device([[width, height] for height, width in image_sizes], anchors.dtype, anchors.device)
+        width, height = sizes.unbind(1)
+        width, height = width[:, None], height[:, None]
         inside = (x1 + x2 < 2 * width) & (y1 + y2 < 2 * height)
         if self.allowed_border >= 0:
             border = self.allowed_border
             inside &= (x1 >= -border) & (y1 >= -border) & (x2 < width + border) & (y2 < height + border)
         return inside
-
-    def _positives(self, label: Tensor, anchors: list[Tensor], num_gt: int) -> tuple[Tensor, Tensor]:
-        """Where the labels are no background: indices [S], of as many as there may be at most, and which of them there are."""
-        most = sum(min(self.reassignment["topk"], len(level)) for level in anchors)
-        size = min(num_gt * most, len(label))
-        index = torch.nonzero_static(label < self.num_classes, size=size, fill_value=-1).flatten()
-        return index.clamp(min=0), index >= 0
 
     def _decode(
         self, cls_scores: list[Tensor], bbox_preds: list[Tensor], iou_preds: list[Tensor], image_sizes: Sequence[Size]
@@ -461,56 +441,15 @@ def _tower(in_channels: int, feat_channels: int, stacked_convs: int, groups: int
     )
 
 
-def decode(anchors: Tensor, deltas: Tensor, stds: Sequence[float]) -> Tensor:
-    """The boxes [..., 4] that the predicted offsets [..., 4] make of the anchors."""
-    dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.unbind(-1), stds, strict=True))
-    x1, y1, x2, y2 = anchors.unbind(-1)
-    width, height = x2 - x1, y2 - y1
-    x, y = (x1 + x2) * 0.5 + width * dx, (y1 + y2) * 0.5 + height * dy
-    half_width = width * dw.clamp(-LOG_SIZE_CLIP, LOG_SIZE_CLIP).exp() * 0.5
-    half_height = height * dh.clamp(-LOG_SIZE_CLIP, LOG_SIZE_CLIP).exp() * 0.5
-    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
-
-
-def iou_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union [n] of each box [n, 4] with its other."""
-    intersection = _area(torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:]))
-    areas = _area(boxes[:, :2], boxes[:, 2:]) + _area(others[:, :2], others[:, 2:])
-    union = (areas - intersection).clamp(min=IOU_EPS)
-    return intersection / union, union
-
-
-def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
-    """1 - generalised IoU [n] of each box [n, 4] with its other."""
-    iou, union = iou_and_union(boxes, others)
-    enclosing = _area(torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:])).clamp(min=IOU_EPS)
-    return 1 - iou + (enclosing - union) / enclosing
-
-
-def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Tensor:
-    """The sigmoid focal loss [n, C] of logits [n, C]; a label of C or more is of no class."""
-    target = label[:, None] == torch.arange(scores.shape[1], device=scores.device)
-    logit = torch.where(target, scores, -scores)  # of what is true
-    weight = torch.where(target, alpha, 1 - alpha) * (-logit).sigmoid().pow(gamma)
-    return -F.logsigmoid(logit) * weight
-
-
-def _area(upper_left: Tensor, lower_right: Tensor) -> Tensor:
-    """The areas [n] between two corners [n, 2]; 0 where they are the wrong way round."""
-    width, height = (lower_right - upper_left).clamp(min=0).unbind(1)
-    return width * height
-
-
 def _flatten(levels: Sequence[Tensor]) -> Tensor:
     """Tensor[N, A, channels] from Tensor[N, channels, H_l, W_l] of each level."""
     return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
 
 
 def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:
-    """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`; pinned, so that nothing waits for the copy."""
+    """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`."""
     pairs = [value if isinstance(value, LIST) else (value, value) for value in values]
-    host = torch.tensor([[[x, y, x, y]] for x, y in pairs], dtype=like.dtype, pin_memory=like.is_cuda)
-    return host.to(like.device, non_blocking=True)
+    return on_device([[[x, y, x, y]] for x, y in pairs], like.dtype, like.device)
 
 
 def _num_images(features: Any) -> int:

@@ -273,7 +273,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def assign_max_iou(
-    anchors: Sequence[Tensor],
+    anchors: Sequence[Any],
     gt_bboxes: Sequence[Tensor],
     gt_bboxes_ignore: Sequence[Tensor] | None = None,
     valid: Sequence[Tensor] | None = None,
@@ -284,34 +284,43 @@ def assign_max_iou(
     ignore_iof_thr: float = -1.0,
     match_low_quality: bool = True,
     gt_max_assign_all: bool = True,
+    low_quality: str = "gt",
+    eps: float = 1e-6,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32; arguments and results as those
     of `paa_gpu.assign_max_iou`."""
-    everything = torch.cat(list(anchors)).float()
     results: tuple[list[Tensor], list[Tensor]] = [], []
     for image, boxes in enumerate(gt_bboxes):
+        levels = anchors if isinstance(anchors[0], Tensor) else anchors[image]
+        everything = torch.cat(list(levels)).float()
         exist = torch.ones(len(everything), dtype=torch.bool) if valid is None else valid[image]
         priors = everything[exist]
-        overlaps = _overlaps(boxes.float(), priors)
+        overlaps = _overlaps(boxes.float(), priors, eps)
         if gt_bboxes_ignore is not None and ignore_iof_thr > 0 and len(gt_bboxes_ignore[image]):
-            iof = _overlaps(gt_bboxes_ignore[image].float(), priors, of_prior=True)
+            iof = _overlaps(gt_bboxes_ignore[image].float(), priors, eps, of_prior=True)
             overlaps[:, iof.amax(0) > ignore_iof_thr] = -1
-        options = (pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, gt_max_assign_all)
+        options = (pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, gt_max_assign_all, low_quality)
         for result, values in zip(results, _assign(overlaps, *options), strict=True):
             result.append(values.new_full((len(everything),), -1).masked_scatter(exist, values))
     return results
 
 
-def _overlaps(boxes: Tensor, priors: Tensor, of_prior: bool = False) -> Tensor:
-    """Tensor[G, A]: intersection over union, or over the area of the prior."""
+def _overlaps(boxes: Tensor, priors: Tensor, eps: float, of_prior: bool = False) -> Tensor:
+    """Tensor[G, A]: intersection over union, or over the area of the prior; -1 where that is no number."""
     size = torch.min(boxes[:, None, 2:], priors[:, 2:]) - torch.max(boxes[:, None, :2], priors[:, :2])
     overlap = size.clamp(min=0).prod(2)
     whole = _area(priors).expand_as(overlap) if of_prior else _area(boxes)[:, None] + _area(priors) - overlap
-    return overlap / torch.max(whole, whole.new_tensor([1e-6]))
+    return (overlap / torch.max(whole, whole.new_tensor([max(eps, 1e-45)]))).nan_to_num(-1)
 
 
 def _assign(
-    overlaps: Tensor, pos_iou_thr: float, neg_iou_thr: float, min_pos_iou: float, match_low_quality: bool, gt_max_assign_all: bool
+    overlaps: Tensor,
+    pos_iou_thr: float,
+    neg_iou_thr: float,
+    min_pos_iou: float,
+    match_low_quality: bool,
+    gt_max_assign_all: bool,
+    low_quality: str,
 ) -> tuple[Tensor, Tensor]:
     """gt_inds and max_overlaps of one image."""
     gts, priors = overlaps.shape
@@ -324,5 +333,5 @@ def _assign(
     for gt, overlap in enumerate(overlaps if match_low_quality else ()):
         if overlap.max() >= min_pos_iou:
             best = overlap == overlap.max() if gt_max_assign_all else overlap.argmax()
-            gt_inds[best] = gt + 1
+            gt_inds[best] = gt + 1 if low_quality == "gt" else owner[best] + 1
     return gt_inds, highest

@@ -56,6 +56,9 @@ MODULES = {
     "batched_nms": nms,
 }
 
+#: Settings of ptxrun for the whole pytest run: its option --ptxrun.
+SETTINGS: dict[str, Any] = {}
+
 _POISON = 0xAA
 
 
@@ -71,7 +74,7 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
     else:
         import ptxrun
 
-        settings = {"seed": 1, "racecheck": 2, **settings}
+        settings = {"seed": 1, "racecheck": 2, **SETTINGS, **settings}
         with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu():
             yield session
 

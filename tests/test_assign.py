@@ -8,6 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection._utils import Matcher, SSDMatcher
+from torchvision.ops import box_iou
 
 import paa_gpu
 from paa_gpu import reference, testing
@@ -47,6 +49,8 @@ def draw(rng, numbers=(5, 0, 12, 1), ignored=(0, 2, 3, 1)):
         {"min_pos_iou": 0.2, "pos_iou_thr": 0.7, "neg_iou_thr": 0.3},
         {"ignore_iof_thr": 0.3},
         {"ignore_iof_thr": 0.7, "gt_max_assign_all": False, "min_pos_iou": 0.05},
+        {"low_quality": "anchor", "pos_iou_thr": 0.5, "neg_iou_thr": 0.4, "ignore_iof_thr": 0.5},
+        {"low_quality": "anchor", "gt_max_assign_all": False, "min_pos_iou": 0.1, "pos_iou_thr": 0.7, "neg_iou_thr": 0.3},
     ],
     ids=str,
 )
@@ -54,6 +58,74 @@ def test_equal_to_the_matrix(options, padded, rng):
     for _ in range(4):
         boxes, ignored, valid = draw(rng)
         check(testing.make_anchors(SHAPES), boxes, ignored, valid if padded else None, **options)
+
+
+def crowd(rng, number):
+    """Boxes small and large over a picture of 800 x 640: most touch few of the anchors, three touch none, one holds a NaN."""
+    boxes = testing.make_boxes(number, (800, 640), rng)
+    boxes[3] = torch.tensor([5000.0, 10, 5050, 60])
+    boxes[7] = torch.tensor([300.0, -900, 350, -800])
+    boxes[5], boxes[9, 2] = boxes[3], torch.nan
+    return boxes
+
+
+LARGE = ((80, 100), (40, 50), (20, 25))
+
+
+@pytest.mark.parametrize("low_quality", ["gt", "anchor"])
+@pytest.mark.parametrize("match_all", [True, False])
+def test_boxes_that_touch_few_of_the_anchors(low_quality, match_all, rng):
+    """Boxes that are passed over overlap as they would by the matrix: not at all, which is a best overlap too."""
+    anchors, boxes = testing.make_anchors(LARGE), [crowd(rng, 40), crowd(rng, 12)]
+    options = {"low_quality": low_quality, "gt_max_assign_all": match_all}
+    for thresholds in ((0.1, 0.1, 0.0), (0.5, 0.4, 0.0), (0.0, 0.0, 0.2)):
+        check(anchors, boxes, **dict(zip(("pos_iou_thr", "neg_iou_thr", "min_pos_iou"), thresholds, strict=True)), **options)
+    anchors[0][:300, 1], anchors[1][7], anchors[2][3, 2] = torch.nan, torch.inf, -torch.inf
+    check(anchors, boxes, **options)
+    check(anchors, boxes, [boxes[0][:4], boxes[1][8:]], ignore_iof_thr=0.5, min_pos_iou=0.01, **options)
+
+
+def test_anchors_of_each_image(rng):
+    """Of different numbers, in different numbers of levels, none in one."""
+    levels = testing.make_anchors(LARGE)
+    anchors = [[levels[1]], levels[1:], [levels[2][:0], levels[2][5:90], levels[0]], [levels[2][:0]]]
+    boxes = [crowd(rng, 12), crowd(rng, 30), torch.empty(0, 4), crowd(rng, 11)]
+    valid = [torch.from_numpy(rng.random(sum(map(len, image))) < 0.8) for image in anchors]
+    for low_quality in ("gt", "anchor"):
+        got = check(anchors, boxes, boxes[::-1], valid, ignore_iof_thr=0.5, pos_iou_thr=0.4, low_quality=low_quality)
+    assert [len(inds) for inds in got.gt_inds] == [sum(map(len, image)) for image in anchors]
+
+
+def torchvision_boxes(rng, number):
+    """Boxes as torchvision accepts them: some are the same, some lie on the grid and tie, one overlaps nothing, one is tiny."""
+    boxes = testing.make_boxes(number, (800, 640), rng)
+    boxes[number // 2 :] = boxes[number // 2 :].round() + torch.tensor([0.0, 0, 1, 1])
+    boxes[1], boxes[2] = boxes[0], torch.tensor([7000.0, 7000, 7100, 7100])
+    boxes[4] = torch.tensor([100.0, 100, 100.0001, 100.0001])
+    return boxes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_matches_of_torchvision(dtype, rng):
+    """Anchors of half precision beside boxes of float32 are what autocast makes."""
+    anchors = torch.cat(testing.make_anchors(LARGE)).to(dtype)
+    boxes = [torchvision_boxes(rng, number) for number in (60, 9)]
+    images, differ = [[anchors], [anchors[200:4000]]], 0
+    for high, low in ((0.5, 0.4), (0.7, 0.3), (0.5, 0.5)):
+        matchers = {
+            Matcher(high, low, allow_low_quality_matches=True): {"low_quality": "anchor"},
+            Matcher(high, low, allow_low_quality_matches=False): {"match_low_quality": False},
+            SSDMatcher(high): {"gt_max_assign_all": False, "neg_iou_thr": high},
+        }
+        for matcher, options in matchers.items():
+            got = paa_gpu.assign_max_iou(images, boxes, **{"pos_iou_thr": high, "neg_iou_thr": low, "eps": 0, **options})
+            plain = paa_gpu.assign_max_iou(images, boxes, pos_iou_thr=high, neg_iou_thr=low)
+            for (each,), gts, inds, others in zip(images, boxes, got.gt_inds, plain.gt_inds, strict=True):
+                matches = matcher(box_iou(gts, each))
+                wanted = torch.where(matches >= 0, matches + 1, torch.where(matches == Matcher.BELOW_LOW_THRESHOLD, 0, -1))
+                assert torch.equal(inds, wanted)
+                differ += int((inds != others).sum())
+    assert differ > 1000
 
 
 def test_ties_go_to_the_lower_ground_truth_and_forced_ones_to_the_higher():
@@ -170,5 +242,5 @@ def test_600_boxes_against_200_000_anchors_need_a_few_megabytes(rng):
     print(f"{peak / 1e6:.1f} MB of numpy's memory")
     assert peak < 16e6
     some = torch.from_numpy(rng.permutation(200_000)[:2000])
-    overlaps = reference._overlaps(boxes[0], torch.cat(anchors)[some])
+    overlaps = reference._overlaps(boxes[0], torch.cat(anchors)[some], 1e-6)
     assert torch.equal(got.max_overlaps[0][some], overlaps.amax(0))

@@ -14,18 +14,31 @@ import paa_gpu
 from paa_gpu import _ops, reference, testing
 from paa_gpu.kernels import assign as kernels
 
-NAMES = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
+NAMES = (
+    "pos_iou_thr",
+    "neg_iou_thr",
+    "min_pos_iou",
+    "ignore_iof_thr",
+    "eps",
+    "match_low_quality",
+    "gt_max_assign_all",
+    "low_quality",
+)
+#: PAA's.
+USUAL = (0.1, 0.1, 0.0, -1.0, 1e-6, True, True, "gt")
 
 
 def run(anchors, boxes, ignored=(), valid=(), *options):
     """The operator on poisoned memory."""
     with poisoned_outputs():
-        results = _ops.assign_max_iou(anchors, boxes, list(ignored), list(valid), *options)
+        per_image = isinstance(anchors[0], list)
+        flat = [level for levels in anchors for level in levels] if per_image else anchors
+        results = _ops.assign_max_iou(flat, boxes, list(ignored), list(valid), per_image, *options)
     assert_written(*results)
     return results
 
 
-def check(anchors, boxes, ignored=(), valid=(), options=(0.1, 0.1, 0.0, -1.0, True, True)):
+def check(anchors, boxes, ignored=(), valid=(), options=USUAL):
     wanted = reference.assign_max_iou(anchors, boxes, ignored or None, valid or None, **dict(zip(NAMES, options, strict=True)))
     for got, expected in zip(run(anchors, boxes, ignored, valid, *options), wanted, strict=True):
         assert torch.equal(got, torch.cat(expected))
@@ -34,10 +47,10 @@ def check(anchors, boxes, ignored=(), valid=(), options=(0.1, 0.1, 0.0, -1.0, Tr
 @pytest.mark.parametrize(
     ("padded", "options"),
     [
-        (False, (0.1, 0.1, 0.0, -1.0, True, True)),
-        (True, (0.1, 0.1, 0.0, 0.4, True, False)),
-        (True, (0.5, 0.3, 0.2, 0.7, True, True)),
-        (False, (0.4, 0.3, 0.0, 0.4, False, True)),
+        (False, (0.1, 0.1, 0.0, -1.0, 1e-6, True, True, "gt")),
+        (True, (0.1, 0.1, 0.0, 0.4, 1e-6, True, False, "gt")),
+        (True, (0.5, 0.3, 0.2, 0.7, 1e-6, True, True, "gt")),
+        (False, (0.4, 0.3, 0.0, 0.4, 1e-6, False, True, "gt")),
     ],
     ids=str,
 )
@@ -64,8 +77,8 @@ def test_ties_across_blocks(session):
     anchors = [torch.tensor([[0.0, 0, 10, 10]]).repeat(300, 1)]
     boxes = [torch.tensor([[0.0, 0, 10, 5]]).repeat(2, 1), torch.tensor([[0.0, 0, 5, 5]])]
     for match_all in (True, False):
-        check(anchors, boxes, options=(0.6, 0.6, 0.0, -1.0, True, match_all))
-    check(anchors, boxes, options=(0.4, 0.4, 0.0, -1.0, False, True))
+        check(anchors, boxes, options=(0.6, 0.6, 0.0, -1.0, 1e-6, True, match_all, "gt"))
+    check(anchors, boxes, options=(0.4, 0.4, 0.0, -1.0, 1e-6, False, True, "gt"))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16, torch.float64], ids=str)
@@ -74,7 +87,7 @@ def test_other_dtypes_and_views(session, dtype, rng):
     anchors, boxes, ignored = torch.cat(testing.make_anchors(SHAPES)), *(testing.make_boxes(n, (136, 104), rng) for n in (6, 2))
     columns = [[torch.stack([t, t + 1], -1)[..., 0].to(dtype)] for t in (anchors, boxes.T.contiguous().T, ignored)]
     valid = torch.from_numpy(rng.random((len(anchors), 2)) < 0.8)[:, 1]
-    check(*columns, [valid], (0.1, 0.1, 0.0, 0.5, True, True))
+    check(*columns, [valid], (0.1, 0.1, 0.0, 0.5, 1e-6, True, True, "gt"))
 
 
 def test_offsets_beyond_two_to_the_31(session, rng):
@@ -89,9 +102,11 @@ def test_a_box_with_a_nan(session):
     anchors, nan = testing.make_anchors(SHAPES), torch.nan
     boxes = torch.tensor([[10.0, 10, 60, 60], [30, 30, 50, 55]])
     for bad in ([nan, 10, 60, 60], [10, nan, 60, 60], [10, 10, nan, 60], [10, 10, 60, nan]):
-        plain = run(anchors, [boxes], [boxes[:1] + 30], (), 0.1, 0.1, 0.0, 0.5, True, True)
+        plain = run(anchors, [boxes], [boxes[:1] + 30], (), 0.1, 0.1, 0.0, 0.5, 1e-6, True, True, "gt")
         bad = torch.tensor([bad])
-        got = run(anchors, [torch.cat([boxes, bad])], [torch.cat([boxes[:1] + 30, bad])], (), 0.1, 0.1, 0.0, 0.5, True, True)
+        got = run(
+            anchors, [torch.cat([boxes, bad])], [torch.cat([boxes[:1] + 30, bad])], (), 0.1, 0.1, 0.0, 0.5, 1e-6, True, True, "gt"
+        )
         assert all(torch.equal(a, b) for a, b in zip(plain, got, strict=True))
 
 
@@ -110,7 +125,7 @@ def test_any_schedule_gives_the_same_bits(rng):
     results = []
     for seed in (None, 0, 1, 2):
         with execute(90, seed=seed):
-            results.append(run(testing.make_anchors(SHAPES), boxes, ignored, valid, 0.3, 0.2, 0.0, 0.5, True, True))
+            results.append(run(testing.make_anchors(SHAPES), boxes, ignored, valid, 0.3, 0.2, 0.0, 0.5, 1e-6, True, True, "gt"))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -123,7 +138,20 @@ def test_the_second_pass_waits_for_the_first(capability, rng, monkeypatch):
     compiled, launch = [], kernels._assign_kernel.run
     monkeypatch.setattr(kernels._assign_kernel, "run", lambda *args, **options: compiled.append(launch(*args, **options)))
     with execute(capability):
-        run(testing.make_anchors(SHAPES), [testing.make_boxes(2, (99, 99), rng)], (), (), 0.1, 0.1, 0.0, -1.0, True, True)
+        run(
+            testing.make_anchors(SHAPES),
+            [testing.make_boxes(2, (99, 99), rng)],
+            (),
+            (),
+            0.1,
+            0.1,
+            0.0,
+            -1.0,
+            1e-6,
+            True,
+            True,
+            "gt",
+        )
     ptx = compiled[0].asm["ptx"]
     release, acquire = (re.search(rf"(atom|ld)\.global\S*{order}\S*", ptx) for order in ("release", "acquire"))
     before, after = ptx[: release.start()], ptx[acquire.end() :]
@@ -155,7 +183,7 @@ def test_work_for_an_overlap(rng):
     anchors, counted = testing.make_anchors([(64, 64)]), []
     for number in (10, 20):
         with execute(90, seed=None, racecheck=0, count=True) as session:
-            run(anchors, [testing.make_boxes(number, (512, 512), rng)], (), (), 0.1, 0.1, 0.0, -1.0, True, True)
+            run(anchors, [testing.make_boxes(number, (512, 512), rng)], (), (), 0.1, 0.1, 0.0, -1.0, 1e-6, True, True, "gt")
         (work,) = session.by_kernel().values()
         counted.append(sum(n for name, n in work.warp_classes.items() if name != "mov"))
     each = (counted[1] - counted[0]) / (10 * 64 * 64 / 32)

@@ -370,7 +370,24 @@ ASSIGNMENT = [
     ({"gt_bboxes": torch.ones(3, 4)}, TypeError, "`gt_bboxes` must be a list with one entry per image, got Tensor"),
     ({"gt_bboxes": [torch.ones(4)]}, ValueError, "`gt_bboxes[0]` must have 2 dimensions, got shape [4]"),
     ({"gt_bboxes": [torch.ones(3, 5)]}, ValueError, "`gt_bboxes[0]` must have shape [any, 4], got [3, 5]"),
-    ({"gt_bboxes": [torch.ones(3, 4).half()]}, TypeError, "`gt_bboxes[0]` must be float32, got float16"),
+    (
+        {"gt_bboxes": [torch.ones(3, 4), torch.ones(3, 4).half()]},
+        TypeError,
+        "`gt_bboxes[1]` must be float32, got float16",
+    ),
+    ({"anchors": [[torch.ones(4, 4)]]}, ValueError, "`anchors` must have 2 entries as `gt_bboxes` has, got 1"),
+    (
+        {"anchors": [[torch.ones(4, 4)], torch.ones(2, 4)]},
+        TypeError,
+        "`anchors[1]` must be a list with one entry per level, got Tensor",
+    ),
+    ({"anchors": [[], [torch.ones(4, 4)]]}, ValueError, "`anchors[0]` must have at least one entry, got an empty list"),
+    ({"anchors": [[torch.ones(4, 4)], [torch.ones(4)]]}, ValueError, "`anchors[1][0]` must have 2 dimensions, got shape [4]"),
+    (
+        {"anchors": [[torch.ones(4, 4)], [torch.ones(4, 4).half()]]},
+        TypeError,
+        "`anchors[1][0]` must be float32, got float16",
+    ),
     ({"anchors": [Z[:, None].expand(3, 4)]}, TypeError, "`anchors[0]` must be float16, bfloat16, float32 or float64, got int64"),
     (
         {"gt_bboxes": [torch.ones(3, 4, device="meta")]},
@@ -392,6 +409,8 @@ ASSIGNMENT = [
     ({"ignore_iof_thr": None}, TypeError, "`ignore_iof_thr` must be a float, got NoneType"),
     ({"match_low_quality": 1}, TypeError, "`match_low_quality` must be a bool, got int"),
     ({"gt_max_assign_all": None}, TypeError, "`gt_max_assign_all` must be a bool, got NoneType"),
+    ({"low_quality": "best"}, ValueError, '`low_quality` must be "gt" or "anchor", got \'best\''),
+    ({"eps": -1e-6}, ValueError, "`eps` must not be negative, got -1e-06"),
 ]
 
 

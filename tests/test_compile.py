@@ -189,10 +189,17 @@ def score(
 
 
 def match(
-    dtype: torch.dtype = torch.float32, stride: int = 1, full: bool = True, match: bool = True, match_all: bool = True
+    dtype: torch.dtype = torch.float32,
+    stride: int = 1,
+    full: bool = True,
+    match: bool = True,
+    match_all: bool = True,
+    low_quality: str = "gt",
 ) -> None:
     boxes, flags = torch.zeros(9, 4, stride, dtype=dtype)[..., 0], [torch.ones(9, dtype=torch.bool)]
-    assign.assign_max_iou([boxes], [boxes], [boxes] * full, flags * full, 0.1, 0.1, 0.0, 0.5, match, match_all)
+    assign.assign_max_iou(
+        [boxes], [boxes], [boxes] * full, flags * full, False, 0.1, 0.1, 0.0, 0.5, 1e-6, match, match_all, low_quality
+    )
 
 
 def suppress(
@@ -277,7 +284,10 @@ ALL = {
         *product(label=INTEGERS, lists=(False, True)),
         *product(method=("hard", "linear"), pre=(0, 9), threshold=(None, 0.1), stride=STRIDES),
     ],
-    "match": [*product(dtype=FLOATS, stride=STRIDES), *product(full=(False, True), match=(False, True), match_all=(False, True))],
+    "match": [
+        *product(dtype=FLOATS, stride=STRIDES),
+        *product(full=(False, True), match=(False, True), match_all=(False, True), low_quality=("gt", "anchor")),
+    ],
 }
 LAUNCHES: dict[str, Callable[..., None]] = {
     "fit_rows": fit_rows,

@@ -48,8 +48,10 @@ def calls(batch):
     yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016)
     boxes = [testing.make_boxes(number, (99, 99), np.random.default_rng(1)) for number in (4, 0, 2)]
     valid = [label == 1 for label in head.label]
-    yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, 0.1, 0.1, 0.0, 0.5, True, False)
-    yield _ops.assign_max_iou, (head.anchors, boxes, [], [], 0.5, 0.4, 0.0, -1.0, False, True)
+    yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, False, 0.1, 0.1, 0.0, 0.5, 1e-6, True, False, "gt")
+    yield _ops.assign_max_iou, (head.anchors, boxes, [], [], False, 0.5, 0.4, 0.0, -1.0, 1e-6, False, True, "gt")
+    each = [level for image in range(3) for level in (head.anchors[0][image:], head.anchors[1])]
+    yield _ops.assign_max_iou, (each, boxes, [], [], True, 0.7, 0.3, 0.0, -1.0, 0.0, True, True, "anchor")
     boxes, scores = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
     yield _ops.batched_nms, (boxes, scores, None, None, 0.5, 0.1, 5, 4, "hard", 0.5, 1e-3, False)
     flat = boxes.flatten(0, 1).half(), scores[..., :1].flatten(0, 1), torch.arange(18) % 2, [11, 0, 7]

@@ -1,11 +1,15 @@
-"""Max-IoU assignment for CPU tensors: ground truth after ground truth, against all anchors of the image, in float32.
+"""Max-IoU assignment for CPU tensors, in float32, without the matrix of overlaps: rows of neighbouring anchors in two passes.
 
-The overlaps of one ground truth are all that is kept of the matrix. As integers, floats that are not negative are in the same
-order, and the search for the highest fills vector registers.
+    first    each anchor's best overlap and whose it is; each row's best overlap with each ground truth, into `best`, [R, G]
+    second   the rows that hold a ground truth's best overlap look for its best anchors
+
+A ground truth that does not touch the bounds of a row's anchors has an overlap of 0 with all of them, and is passed over. As
+integers, floats that are not negative are in the same order, and the search for the highest fills vector registers.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +20,36 @@ from torch import Tensor
 from ._arrays import Array, flat, lengths, offsets
 from ._loops import compiled, over_slices
 
-# Images below which a second thread costs more than it saves: two of some ground truths do not.
-SERIAL_IMAGES = 2
+# Anchors of a row: many enough to fill vector registers, few enough to lie together; of an image with many anchors, more, so that
+# `best` has no more than MOST_ROWS numbers for each ground truth.
+ROW, MOST_ROWS = 512, 128
+# Rows below which a second thread costs more than it saves: those of two images do.
+SERIAL_ROWS = 60
 
 
 @compiled
-def _ratio(box: Any, side: Any, area: Any, of_anchor: bool, ratio: Any) -> None:
-    """Intersection over union of a box with all anchors, or over the area of the anchor. A box with a NaN has no area in common
-    with an anchor."""
-    zero, tiny = np.float32(0), np.float32(1e-6)
+def _ratio(box: Any, side: Any, area: Any, of_anchor: bool, eps: Any, ratio: Any) -> None:
+    """Intersection over union of a box with the anchors of a row, or over the area of the anchor. A box with a NaN has no area in
+    common with an anchor."""
+    zero = np.float32(0)
     x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
     own = np.float32(0) if of_anchor else (x2 - x1) * (y2 - y1)
     anchor_x1, anchor_y1, anchor_x2, anchor_y2 = side[0], side[1], side[2], side[3]
-    for i in range(len(ratio)):
+    for i in range(len(area)):
         width = (anchor_x2[i] if anchor_x2[i] < x2 else x2) - (anchor_x1[i] if anchor_x1[i] > x1 else x1)
         height = (anchor_y2[i] if anchor_y2[i] < y2 else y2) - (anchor_y1[i] if anchor_y1[i] > y1 else y1)
         overlap = (width if width > zero else zero) * (height if height > zero else zero)
         whole = area[i] if of_anchor else own + area[i] - overlap
-        ratio[i] = overlap / (tiny if whole < tiny else whole)
+        ratio[i] = overlap / (eps if whole < eps else whole)
+
+
+@compiled
+def _overlap(box: Any, side: Any, area: Any, eps: Any, counts: Any, iou: Any) -> None:
+    """IoU of the anchors that count, -1 of the others and where it is not a number."""
+    _ratio(box, side, area, False, eps, iou)
+    none = np.float32(-1)
+    for i in range(len(iou)):
+        iou[i] = iou[i] if counts[i] and iou[i] >= 0 else none
 
 
 @compiled
@@ -43,6 +59,94 @@ def _highest(iou: Any) -> Any:
     for i in range(len(bits)):
         highest = max(highest, bits[i])
     return np.array([highest], np.int32).view(np.float32)[0]
+
+
+@compiled
+def _bounds(side: Any) -> tuple[Any, Any, Any, Any]:
+    """x1, y1, x2, y2 around the anchors of a row; comparisons leave out what is NaN."""
+    x1, y1, x2, y2 = np.float32(np.inf), np.float32(np.inf), np.float32(-np.inf), np.float32(-np.inf)
+    for i in range(side.shape[1]):
+        x1 = side[0, i] if side[0, i] < x1 else x1
+        y1 = side[1, i] if side[1, i] < y1 else y1
+        x2 = side[2, i] if side[2, i] > x2 else x2
+        y2 = side[3, i] if side[3, i] > y2 else y2
+    return x1, y1, x2, y2
+
+
+@compiled
+def _apart(box: Any, bounds: tuple[Any, Any, Any, Any]) -> bool:
+    """Whether the box overlaps no anchor within the bounds, so that each IoU is 0. Not known of one whose area is not finite."""
+    x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
+    outside = x1 >= bounds[2] or y1 >= bounds[3] or x2 <= bounds[0] or y2 <= bounds[1]
+    return bool(outside and np.isfinite((x2 - x1) * (y2 - y1)))
+
+
+@compiled
+def _counting(side: Any, area: Any, boxes: Any, valid: Any, ignore_iof_thr: Any, eps: Any, iou: Any, counts: Any) -> None:
+    """The anchors that are there and not ignored, and that may overlap something: whose area is a number."""
+    for a in range(len(area)):
+        counts[a] = (len(valid) == 0 or valid[a]) and area[a] == area[a]
+    for i in range(len(boxes)):
+        _ratio(boxes[i], side, area, True, eps, iou)
+        for a in range(len(area)):
+            counts[a] &= not iou[a] > ignore_iof_thr
+
+
+@compiled
+def _decided(most: Any, owner: int, pos_iou_thr: Any, neg_iou_thr: Any) -> int:
+    """The ground truth from 1, 0 for background, -1 for neither."""
+    return owner + 1 if most >= pos_iou_thr else 0 if most >= 0 and most < neg_iou_thr else -1
+
+
+@compiled
+def _first_pass(
+    first: int,
+    last: int,
+    rows: Any,  # Tensor[R, 5]: image; row in it; first anchor and end, of those of all images; first anchor in `sides`
+    sides: Any,
+    areas: Any,
+    boxes: Any,
+    box_offset: Any,
+    numbers: Any,
+    keep_owner: bool,
+    ignored: Any,
+    ignored_offset: Any,
+    valid: Any,
+    best: Any,
+    gt_inds: Any,
+    overlaps: Any,
+) -> None:
+    pos_iou_thr, neg_iou_thr, _, ignore_iof_thr, eps = numbers
+    widest, none = (rows[first:last, 3] - rows[first:last, 2]).max(), np.float32(-1)
+    iou, owner, counts = np.empty(widest, np.float32), np.empty(widest, np.int32), np.empty(widest, np.bool_)
+    for row in range(first, last):
+        image, place, low, high, source = rows[row]
+        begin, end, size = box_offset[image], box_offset[image + 1], high - low
+        side, area = sides[:, source : source + size], areas[source : source + size]
+        most, flags = overlaps[low:high], valid[low:high]
+        if begin == end:
+            for a in range(size):
+                there = len(flags) == 0 or flags[a]
+                gt_inds[low + a], most[a] = 0 if there else -1, 0 if there else none
+            continue
+        some = ignored[ignored_offset[image] : ignored_offset[image + 1]]
+        _counting(side, area, some, flags, ignore_iof_thr, eps, iou[:size], counts[:size])
+        most[:], owner[:], bounds, lowest_apart = none, 0, _bounds(side), end
+        floor = np.float32(0) if counts[:size].any() else none
+        for g in range(begin, end):
+            if _apart(boxes[g], bounds):
+                best[place, g], lowest_apart = floor, min(lowest_apart, g)
+                continue
+            _overlap(boxes[g], side, area, eps, counts[:size], iou[:size])
+            for a in range(size):
+                owner[a] = g - begin if iou[a] > most[a] else owner[a]
+                most[a] = iou[a] if iou[a] > most[a] else most[a]
+            best[place, g] = _highest(iou[:size])
+        for a in range(size):
+            if lowest_apart < end and counts[a] and (most[a] < 0 or (most[a] == 0 and owner[a] > lowest_apart - begin)):
+                most[a], owner[a] = 0, lowest_apart - begin
+            kept = owner[a] + 1 if most[a] >= 0 else -1
+            gt_inds[low + a] = kept if keep_owner else _decided(most[a], owner[a], pos_iou_thr, neg_iou_thr)
 
 
 @compiled
@@ -56,51 +160,50 @@ def _own(iou: Any, most: Any, gt: int, first_only: bool, gt_inds: Any) -> None:
 
 
 @compiled
-def _assign_images(
+def _second_pass(
     first: int,
     last: int,
-    side: Any,
-    area: Any,
+    rows: Any,
+    sides: Any,
+    areas: Any,
     boxes: Any,
     box_offset: Any,
-    ignored: Any,
-    ignored_offset: Any,
-    valid: Any,
-    thresholds: Any,
-    match: bool,
+    numbers: Any,
+    keep_owner: bool,
     match_all: bool,
+    best: Any,
+    highest: Any,
     gt_inds: Any,
     overlaps: Any,
 ) -> None:
-    size = len(area)
-    pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr = thresholds
-    none, iou = np.float32(-1), np.empty(size, np.float32)
-    owner, own, counts = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
-    for image in range(first, last):
-        begin, end, most = box_offset[image], box_offset[image + 1], overlaps[image]
-        counts[:] = valid[image % len(valid)]
-        if begin == end:
-            gt_inds[image] = np.where(counts, 0, -1)
-            most[:] = np.where(counts, np.float32(0), none)
-            continue
-        for i in range(ignored_offset[image], ignored_offset[image + 1]):
-            _ratio(ignored[i], side, area, True, iou)
-            for a in range(size):
-                counts[a] &= not iou[a] > ignore_iof_thr
-        most[:], owner[:], own[:] = none, 0, 0
-        for g in range(begin, end):
-            _ratio(boxes[g], side, area, False, iou)
-            for a in range(size):
-                iou[a] = iou[a] if counts[a] and iou[a] >= 0 else none
-                owner[a] = g - begin if iou[a] > most[a] else owner[a]
-                most[a] = iou[a] if iou[a] > most[a] else most[a]
-            if match:
-                highest = _highest(iou)
-                if highest >= 0 and highest >= min_pos_iou:
-                    _own(iou, highest, g - begin + 1, not match_all, own)
+    pos_iou_thr, neg_iou_thr, min_pos_iou, _, eps = numbers
+    widest = (rows[first:last, 3] - rows[first:last, 2]).max()
+    iou, own = np.empty(widest, np.float32), np.empty(widest, np.int64)
+    for row in range(first, last):
+        image, place, low, high, source = rows[row]
+        size, inds, most = high - low, gt_inds[low:high], overlaps[low:high]
+        own[:] = 0
+        for g in range(box_offset[image], box_offset[image + 1]):
+            if best[place, g] < highest[g] or highest[g] < 0 or highest[g] < min_pos_iou:
+                continue
+            if match_all or (best[:place, g] < highest[g]).all():
+                _overlap(boxes[g], sides[:, source : source + size], areas[source : source + size], eps, most >= 0, iou[:size])
+                _own(iou[:size], highest[g], g - box_offset[image] + 1, not match_all, own)
         for a in range(size):
-            background = 0 if most[a] >= 0 and most[a] < neg_iou_thr else -1
-            gt_inds[image, a] = own[a] if own[a] > 0 else owner[a] + 1 if most[a] >= pos_iou_thr else background
+            if own[a] > 0:
+                inds[a] = inds[a] if keep_owner else own[a]
+            elif keep_owner:
+                inds[a] = _decided(most[a], inds[a] - 1, pos_iou_thr, neg_iou_thr)
+
+
+def _rows(sizes: Sequence[int], shared: bool) -> Array:
+    """The rows of all images, see `_first_pass`; each image has up to MOST_ROWS."""
+    rows = []
+    for image, (begin, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)):
+        step = max(ROW, -(-size // MOST_ROWS))
+        for place, low in enumerate(range(0, size, step)):
+            rows.append((image, place, begin + low, begin + min(low + step, size), low if shared else begin + low))
+    return np.array(rows, np.int64).reshape(-1, 5)
 
 
 def _boxes(images: Sequence[Tensor]) -> Array:
@@ -112,22 +215,33 @@ def assign_max_iou(
     gt_bboxes: Sequence[Tensor],
     gt_bboxes_ignore: Sequence[Tensor],
     valid: Sequence[Tensor],
+    per_image: bool,
     pos_iou_thr: float,
     neg_iou_thr: float,
     min_pos_iou: float,
     ignore_iof_thr: float,
+    eps: float,
     match_low_quality: bool,
     gt_max_assign_all: bool,
+    low_quality: str,
 ) -> tuple[Tensor, Tensor]:
-    side = np.ascontiguousarray(_boxes(anchors).T)
-    area = (side[2] - side[0]) * (side[3] - side[1])
-    images, size = len(gt_bboxes), len(area)
-    gt_inds, overlaps = np.empty((images, size), np.int64), np.empty((images, size), np.float32)
-    flags = flat(valid, np.bool_).reshape(images, size) if valid else np.ones((1, size), np.bool_)
-    thresholds = tuple(map(np.float32, (pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr)))
-    over_slices(
-        _assign_images, images, SERIAL_IMAGES, side, area, _boxes(gt_bboxes), offsets(lengths(gt_bboxes)),
-        _boxes(gt_bboxes_ignore), offsets(lengths(gt_bboxes_ignore) or [0] * images), flags, thresholds, match_low_quality,
-        gt_max_assign_all, gt_inds, overlaps,
-    )  # fmt: skip
-    return torch.from_numpy(gt_inds.reshape(-1)), torch.from_numpy(overlaps.reshape(-1))
+    sides, images = np.ascontiguousarray(_boxes(anchors).T), len(gt_bboxes)
+    with np.errstate(all="ignore"):  # areas that are no number are met below
+        areas, levels = (sides[2] - sides[0]) * (sides[3] - sides[1]), len(anchors) // images
+    sizes = [sum(lengths(anchors[i * levels : (i + 1) * levels])) for i in range(images)] if per_image else [len(areas)] * images
+    gt_inds, overlaps = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.float32)
+    rows, boxes, box_offset = _rows(sizes, not per_image), _boxes(gt_bboxes), offsets(lengths(gt_bboxes))
+    if len(rows):
+        # The least union is no zero, which would make an IoU of 0 not a number.
+        least = max(np.float32(eps), np.finfo(np.float32).smallest_subnormal)
+        numbers = (*map(np.float32, (pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr)), least)
+        keep_owner = match_low_quality and low_quality == "anchor"
+        best = np.full((rows[:, 1].max() + 1, len(boxes)), np.float32(-1))
+        some = _boxes(gt_bboxes_ignore), offsets(lengths(gt_bboxes_ignore) or [0] * images)
+        flags = flat(valid, np.bool_) if valid else np.empty(0, np.bool_)
+        common = (rows, sides, areas, boxes, box_offset, numbers, keep_owner)
+        over_slices(_first_pass, len(rows), SERIAL_ROWS, *common, *some, flags, best, gt_inds, overlaps)
+        if match_low_quality:
+            best_of_all = best.max(0)
+            over_slices(_second_pass, len(rows), SERIAL_ROWS, *common, gt_max_assign_all, best, best_of_all, gt_inds, overlaps)
+    return torch.from_numpy(gt_inds), torch.from_numpy(overlaps)

@@ -13,8 +13,8 @@ from mmengine.structures import InstanceData
 from synchronisations import Synchronisations
 
 import paa_gpu
-from paa_gpu import PAAHead
-from paa_gpu.head import decode
+from paa_gpu import PAAHead, targets
+from paa_gpu.boxes import decode
 
 SIZE = (256, 320)
 SMALL = {"in_channels": 32, "feat_channels": 32, "stacked_convs": 1}
@@ -45,7 +45,7 @@ def our_step(head: PAAHead, features: list[torch.Tensor], samples: list[Any]) ->
     """Forward and backward as `step` makes them; and the call of the reassignment."""
     features = [level.clone().requires_grad_() for level in features]
     head.zero_grad()
-    with mock.patch.object(paa_gpu.head, "paa_reassign_batch", wraps=paa_gpu.paa_reassign_batch) as reassign:
+    with mock.patch.object(targets, "paa_reassign_batch", wraps=paa_gpu.paa_reassign_batch) as reassign:
         kept: list[Any] = []
         reassign.side_effect = lambda *args, **options: kept.append(paa_gpu.paa_reassign_batch(*args, **options)) or kept[-1]
         losses = head.loss(features, targets_of(samples), [sample.pad_shape for sample in samples])

@@ -1,0 +1,122 @@
+"""From the maps of the pyramid's levels and the ground truths to the targets of a whole batch, waiting for the device nowhere.
+
+The one training path of `PAAHead` and of the integrations: `assign_max_iou` finds the potential positives, `candidate_losses`
+scores them straight from the maps, `paa_reassign_batch` keeps the best. No shape depends on a value: the potential positives
+keep the shape [A] of the anchors, with index -1 for those that are none, and the positives stand at the front of a list whose
+length the host knows.
+
+Shapes: N images, C classes, A anchors of an image over all levels, G_n ground truths of image n. Boxes are x1, y1, x2, y2 in
+pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .assign import assign_max_iou
+from .losses import candidate_losses
+from .reassign import Reassignment, paa_reassign_batch
+
+__all__ = ["Targets", "assign_targets", "on_device"]
+
+
+class Targets(NamedTuple):
+    """What the N * A anchors of a batch are trained with, image after image."""
+
+    label: Tensor  #: Tensor[N * A] int64, the class after the reassignment, C for background
+    label_weight: Tensor  #: Tensor[N * A], of the classification: 0 where an anchor is not trained
+    bbox_target: Tensor  #: Tensor[N * A, 4], the box of the anchor's ground truth, zeros without one
+    positive: Tensor  #: Tensor[S] int64, the positives in [0, N * A), ascending, then 0; S: see `assign_targets`
+    found: Tensor  #: BoolTensor[S], False for what follows the positives
+    num_pos: Tensor  #: Tensor[N] int64, positives of each image
+    gt_inds: Tensor  #: Tensor[N * A] int64 before the reassignment: i + 1, the ground truth i; 0, background; -1, not trained
+    reassignment: Reassignment
+
+
+@torch.no_grad()
+def assign_targets(
+    anchors: Sequence[Tensor],
+    cls_scores: Sequence[Tensor],
+    bbox_preds: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    ignored: Sequence[Tensor] | None = None,
+    valid: Sequence[Tensor] | None = None,
+    *,
+    num_classes: int,
+    pos_weight: float = 1.0,
+    assignment: Mapping[str, Any] | None = None,
+    losses: Mapping[str, Any] | None = None,
+    reassignment: Mapping[str, Any] | None = None,
+) -> Targets:
+    """The targets of a batch.
+
+    Args:
+        anchors: per level Tensor[A_l, 4], the same for all images.
+        cls_scores: per level Tensor[N, C, H_l, W_l], logits.
+        bbox_preds: per level Tensor[N, 4, H_l, W_l], offsets; see `candidate_losses`.
+        boxes: per image Tensor[G_n, 4] floating, ground truths; G_n may be 0. Any floating dtype: computed in that of `anchors`.
+        labels: per image Tensor[G_n] int64 or int32 in [0, C).
+        ignored: per image Tensor[I_n, 4], boxes to ignore, see `assign_max_iou`.
+        valid: per image BoolTensor[A], the anchors that are trained; None: all.
+        num_classes: C, the label of background.
+        pos_weight: the classification weight of positives and of potential positives.
+        assignment, losses, reassignment: options of `assign_max_iou`, `candidate_losses` and `paa_reassign_batch`, by name.
+
+    Returns:
+        `Targets`. Its list of positives has S = min(G * K, N * A) entries, where G is the number of ground truths of the batch
+        and K that of candidates that one can have: `topk` of each level, or all anchors of a level that has fewer.
+
+    Raises:
+        TypeError, ValueError: as the three functions do.
+
+    A label outside [0, C) is of no class. No graph is recorded, inputs are not modified, nothing synchronises. Source: PAA (arXiv
+    2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
+    """
+    options, dtype, device = {"topk": 9, **(reassignment or {})}, anchors[0].dtype, anchors[0].device
+    boxes = [image.to(dtype) for image in boxes]
+    ignored = None if ignored is None else [image.to(dtype) for image in ignored]
+    gt_inds = torch.stack(assign_max_iou(anchors, boxes, ignored, valid, **(assignment or {})).gt_inds)  # [N, A]
+    num_gts = [len(image) for image in boxes]
+    # One copy to the device: what `gt_inds` is compared with, the label of background, where the boxes of each image begin.
+    numbers = on_device([0, 1, num_classes, *itertools.accumulate(num_gts[:-1], initial=0)], torch.int64, device)
+    is_trained = gt_inds >= numbers[:2, None, None]  # [2, N, A]: at all, and with a box
+    label_weight, bbox_weight = is_trained.to(dtype)
+    if pos_weight != 1:
+        label_weight = torch.where(is_trained[1], pos_weight, label_weight)
+    row = ((gt_inds + numbers[3:, None]) * is_trained[1]).flatten()  # 0: no ground truth
+    label = torch.cat([numbers[2:3], *labels]).index_select(0, row).view_as(gt_inds)
+    bbox_target = torch.cat([boxes[0].new_zeros(1, 4), *boxes]).index_select(0, row)
+    weights = label_weight.unbind(), bbox_weight[..., None].expand(-1, -1, 4).unbind()
+    pos_inds = torch.where(is_trained[1], torch.arange(gt_inds.shape[1], device=device), -1).unbind()
+    pos_losses = candidate_losses(
+        anchors, cls_scores, bbox_preds, label.unbind(), weights[0], bbox_target.view(*gt_inds.shape, 4).unbind(), weights[1],
+        pos_inds, **(losses or {}),
+    )  # fmt: skip
+    reassigned = paa_reassign_batch(
+        pos_losses, label.unbind(), *weights, pos_inds, (gt_inds - 1).unbind(), anchors,
+        num_classes=num_classes, num_gts=num_gts, **options,
+    )  # fmt: skip
+    label = torch.cat(reassigned.label)
+    most = sum(min(options["topk"], len(level)) for level in anchors)
+    # A list of a length that depends on the number of positives could only be had by waiting for it.
+    size = min(sum(num_gts) * most, len(label))
+    index = torch.nonzero_static(label != num_classes, size=size, fill_value=-1).flatten()
+    return Targets(
+        label, torch.cat(reassigned.label_weight), bbox_target, index.clamp(min=0), index >= 0,
+        reassigned.num_pos, gt_inds.flatten(), reassigned,
+    )  # fmt: skip
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor: on a GPU through pinned memory, so that nobody waits for the copy.
+
+    A compiler, and fake tensors without a GPU, know no pinned memory.
+    """
+    pinned = device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling()
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)

@@ -1,0 +1,127 @@
+"""The targets of a batch against the published steps, one after the other in plain torch; and how many device operations they are.
+
+That they are those of mmdetection's heads is shown in tests/mmdet.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from device_operations import SYNCHRONISING, profiled
+from kernel_execution import compiled_only
+from synchronisations import Synchronisations
+
+import paa_gpu
+from paa_gpu import testing
+from paa_gpu.targets import assign_targets
+
+SHAPES = ((12, 16), (6, 8), (3, 4))
+CLASSES = 5
+
+
+def draw(rng, num_gts, dtype=torch.float32):
+    """anchors, cls_scores, bbox_preds, boxes, labels."""
+    batch = testing.make_head_batch([0] * len(num_gts), rng, SHAPES, CLASSES)
+    boxes = [testing.make_boxes(number, (128, 96), rng).to(dtype) for number in num_gts]
+    labels = [torch.from_numpy(rng.integers(CLASSES, size=number)) for number in num_gts]
+    return batch.anchors, batch.cls_scores, batch.bbox_preds, boxes, labels
+
+
+def published(anchors, cls_scores, bbox_preds, boxes, labels, valid=None, pos_weight=1.0, topk=9):
+    """Image by image with shapes that depend on values: label, label_weight, bbox_target of all, number of positives of each."""
+    columns, counts = [], []
+    assigned = paa_gpu.assign_max_iou(anchors, boxes, None, valid).gt_inds
+    for image, gt_inds in enumerate(assigned):
+        label, label_weight = torch.full_like(gt_inds, CLASSES), torch.zeros(len(gt_inds))
+        bbox_target, bbox_weight = torch.zeros(len(gt_inds), 4), torch.zeros(len(gt_inds), 4)
+        pos_inds = (gt_inds > 0).nonzero().flatten()
+        pos_gt_inds = gt_inds[pos_inds] - 1
+        label[pos_inds], bbox_target[pos_inds], bbox_weight[pos_inds] = labels[image][pos_gt_inds], boxes[image][pos_gt_inds], 1.0
+        label_weight[pos_inds], label_weight[gt_inds == 0] = pos_weight, 1.0
+        maps = [[level[image : image + 1] for level in levels] for levels in (cls_scores, bbox_preds)]
+        (losses,) = paa_gpu.candidate_losses(anchors, *maps, [label], [label_weight], [bbox_target], [bbox_weight], [pos_inds])
+        label, label_weight, _, num_pos = paa_gpu.paa_reassign(
+            losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds, anchors, num_classes=CLASSES, topk=topk
+        )
+        columns.append((label, label_weight, bbox_target))
+        counts.append(num_pos)
+    return *map(torch.cat, zip(*columns, strict=True)), counts
+
+
+def check(got, wanted):
+    label, label_weight, bbox_target, counts = wanted
+    assert torch.equal(got.label, label)
+    assert torch.equal(got.label_weight, label_weight)
+    assert torch.equal(got.bbox_target, bbox_target)
+    assert got.num_pos.tolist() == counts
+    assert torch.equal(got.positive[got.found], (label < CLASSES).nonzero().flatten())
+    assert got.found.tolist() == sorted(got.found.tolist(), reverse=True)
+    assert not got.positive[~got.found].any()
+
+
+@pytest.mark.parametrize("num_gts", [[0], [0, 0], [1], [3, 0, 12, 1], [60]], ids=str)
+@pytest.mark.parametrize("pos_weight", [1.0, 2.5])
+def test_as_the_published_steps(num_gts, pos_weight, rng):
+    inputs = draw(rng, num_gts)
+    got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=pos_weight)
+    check(got, published(*inputs, pos_weight=pos_weight))
+    assert bool(got.found.any()) == any(num_gts)
+
+
+def test_part_of_the_anchors(rng):
+    inputs = draw(rng, [4, 0, 6])
+    valid = [torch.from_numpy(rng.random(sum(map(len, inputs[0]))) < share) for share in (0.5, 1.0, 0.0)]
+    got = assign_targets(*inputs, valid=valid, num_classes=CLASSES)
+    check(got, published(*inputs, valid=valid))
+    assert not got.label_weight.view(3, -1)[2].any()
+
+
+def test_options_reach_the_three_functions(rng):
+    inputs = draw(rng, [20])
+    got = assign_targets(*inputs, num_classes=CLASSES, reassignment={"topk": 2})
+    check(got, published(*inputs, topk=2))
+    assert len(got.positive) == 20 * 2 * 3
+    strict = assign_targets(*inputs, num_classes=CLASSES, assignment={"pos_iou_thr": 0.9, "match_low_quality": False})
+    assert (strict.gt_inds > 0).sum() < (got.gt_inds > 0).sum()
+    only_boxes = assign_targets(*inputs, num_classes=CLASSES, losses={"loss_cls_weight": 0.0})
+    assert not torch.equal(only_boxes.label, assign_targets(*inputs, num_classes=CLASSES).label)
+
+
+def test_boxes_of_another_dtype(rng):
+    """Ground truths in float64, labels in int32, which a data set may have: the targets are those of the anchors' dtype."""
+    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 0])
+    wide, narrow = [image.double() for image in boxes], [image.int() for image in labels]
+    got = assign_targets(anchors, cls_scores, bbox_preds, wide, narrow, num_classes=CLASSES)
+    wanted = assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, num_classes=CLASSES)
+    assert all(map(torch.equal, got[:7], wanted[:7]))
+    assert got.bbox_target.dtype == torch.float32
+
+
+def test_nothing_waits_and_nothing_changes(rng):
+    inputs = draw(rng, [3, 0])
+    inputs[1][0].requires_grad_()
+    before = [tensor.clone() for column in inputs for tensor in column]
+    with Synchronisations() as mode:
+        got = assign_targets(*inputs, num_classes=CLASSES)
+    assert mode.count == 0
+    assert not any(tensor.requires_grad for tensor in got[:7])
+    assert all(map(torch.equal, before, [tensor for column in inputs for tensor in column]))
+
+
+# --- device operations ---------------------------------------------------------------------------------------------------------
+
+#: Operations of `assign_targets` on a device, those of the three operators and what they copy left out: each is one kernel, but
+#: that `nonzero_static` is four (sums of blocks, their prefix sums, the indices, what follows them).
+SMALL = ("ge", "add", "sub", "mul", "ne", "clamp", "where", "arange", "index_select", "nonzero_static")
+
+
+@compiled_only
+@pytest.mark.parametrize("num_gts", [[3], [2, 0, 5], [1] * 16], ids=["one image", "uneven", "16 images"])
+def test_device_operations(num_gts, rng):
+    """As many small ones whatever the batch, besides those of the three operators; no synchronisation."""
+    inputs = draw(rng, num_gts)
+    operations, launches = profiled(lambda: assign_targets(*inputs, num_classes=CLASSES), small=SMALL)
+    print(len(operations), len(launches), operations)
+    assert not SYNCHRONISING & set(operations)
+    assert sum(name in SMALL for name in operations) == 15
+    assert len(operations) + len(launches) <= 46
