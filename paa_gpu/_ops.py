@@ -320,6 +320,22 @@ def score_voting(
     return det_bboxes[0].new_empty((detections, 5)), det_labels[0].new_empty(detections)
 
 
+@_operator("voting")
+def score_voting_padded(
+    det_bboxes: Tensor,
+    det_labels: Tensor,
+    mlvl_bboxes: Tensor,
+    mlvl_nms_scores: Tensor,
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """`score_voting` of B images of one size: [B, M, 5], [B, M], [B, K, 4], [B, K, C]. A compiler need not know B, M or K."""
+    return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
+
+
 @_operator("nms")
 def batched_nms(
     boxes: Tensor,

@@ -51,6 +51,7 @@ MODULES = {
     "select_candidates": topk,
     "fit_gmm_1d": em,
     "score_voting": voting,
+    "score_voting_padded": voting,
     "candidate_losses": losses,
     "assign_max_iou": assign,
     "batched_nms": nms,

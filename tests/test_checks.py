@@ -225,8 +225,22 @@ def second_prediction(name, value):
     return {name: [predictions()[name][0], value]}
 
 
+PADDED = {
+    "det_bboxes": torch.ones(2, 2, 5), "det_labels": Z[:2].repeat(2, 1), "mlvl_bboxes": torch.ones(2, 3, 4),
+    "mlvl_nms_scores": torch.ones(2, 3, 4),
+}  # fmt: skip
 VOTING = [
-    ({"det_bboxes": torch.ones(2, 5)}, TypeError, "`det_bboxes` must be a list with one entry per image, got Tensor"),
+    ({"det_bboxes": torch.ones(2, 5)}, ValueError, "`det_bboxes` must have 3 dimensions, got shape [2, 5]"),
+    ({"det_bboxes": None}, TypeError, "`det_bboxes` must be a list with one entry per image, got NoneType"),
+    ({"det_bboxes": torch.ones(2, 2, 5)}, TypeError, "`det_labels` must be a Tensor, got list"),
+    ({"count": Z[:2]}, ValueError, "`count` must be None where `det_bboxes` is a list, got Tensor"),
+    ({**PADDED, "count": Z}, ValueError, "`count` must have shape [2], got [3]"),
+    ({**PADDED, "count": torch.ones(2)}, TypeError, "`count` must be int64 or int32, got float32"),
+    (
+        {**PADDED, "mlvl_nms_scores": torch.ones(2, 2, 4)},
+        ValueError,
+        "`mlvl_nms_scores` must have shape [2, 3, any], got [2, 2, 4]",
+    ),
     ({"det_bboxes": []}, ValueError, "`det_bboxes` must have at least one entry, got an empty list"),
     ({"mlvl_bboxes": [torch.ones(3, 4)]}, ValueError, "`mlvl_bboxes` must have 2 entries as `det_bboxes` has, got 1"),
     (second_prediction("det_labels", [0, 1]), TypeError, "`det_labels[1]` must be a Tensor, got list"),

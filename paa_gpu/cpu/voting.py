@@ -316,3 +316,13 @@ def score_voting(
     if wide and dtype != torch.float64:
         voted = voted.astype(np.float32)
     return tensor(voted, dtype), torch.from_numpy(labels)
+
+
+def score_voting_padded(
+    det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    if det_bboxes.shape[0] == 0:
+        return det_bboxes.clone(), det_labels.clone()
+    det, label, boxes, scores = (list(column.unbind()) for column in (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores))
+    voted, labels = score_voting(det, label, boxes, scores, *options)
+    return voted.view(det_bboxes.shape), labels.view(det_labels.shape)
