@@ -79,8 +79,7 @@ def _batched_nms(
     min_score: float,
     class_agnostic: bool,
 ) -> Any:
-    from onnxscript import opset18 as op
-
+    op = _operators()
     if method != "hard":
         raise ValueError(f'`method` must be "hard" in ONNX, got {method!r}')
     if lengths is not None:
@@ -133,6 +132,13 @@ def _batched_nms(
     )
 
 
+def _operators() -> Any:
+    """Those of ONNX, whose types are not those of Python's numbers and lists that they take."""
+    from onnxscript import opset18
+
+    return opset18
+
+
 def _one_hot(op: Any, labels: Any) -> Any:
     """Bool [N, labels that there are, K]: which label each box has."""
     _, _, number, _ = op.Unique(op.Reshape(op.Cast(labels, to=_INT64), [-1]))
@@ -152,8 +158,7 @@ def _score_voting(
     offset: float,
     keep_order: bool,
 ) -> Any:
-    from onnxscript import opset18 as op
-
+    op = _operators()
     own = [op.Slice(det_bboxes, [side], [side + 1], [2]) for side in range(5)]  # [N, M, 1]
     turned = op.Transpose(mlvl_bboxes, perm=[0, 2, 1])
     box = [op.CastLike(op.Slice(turned, [side], [side + 1], [1]), det_bboxes) for side in range(4)]  # [N, 1, K]
