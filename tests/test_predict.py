@@ -68,8 +68,9 @@ def test_padded_nothing_waits():
 
 def test_the_list_waits_once():
     """For all counts."""
+    head, features = make_head(**OPTIONS), make_features(3)
     with Synchronisations() as mode:
-        make_head(**OPTIONS).predict(make_features(3), SIZES)
+        head.predict(features, SIZES)
     assert mode.count == 1
 
 
