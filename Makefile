@@ -10,12 +10,17 @@ MMDET_OTHERS = 2.14.0 2.11.0 onedl
 MMDET_BIN = $(MMDET_VENV)/bin
 MMDET_READY = $(MMDET_VENV)/.installed
 
+# The same for DeepForest, and what measures AP.
+TORCHVISION_VENV ?= .venv-torchvision
+TORCHVISION_BIN = $(TORCHVISION_VENV)/bin
+TORCHVISION_READY = $(TORCHVISION_VENV)/.installed
+
 # The lower bounds of setup.py.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -71,6 +76,9 @@ test-mmdet-all: test-mmdet $(MMDET_OTHERS:%=.venv-mmdet-%/.installed)
 	for version in $(MMDET_OTHERS); do \
 	  OMP_NUM_THREADS=1 .venv-mmdet-$$version/bin/python -m pytest -n 2 tests/mmdet || exit 1; \
 	done
+
+test-torchvision: $(TORCHVISION_READY)
+	$(TORCHVISION_BIN)/python -m pytest -n 2 tests/torchvision
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -131,5 +139,12 @@ $(MMDET_READY): tests/mmdet/requirements.txt $(READY)
 .venv-mmdet-%/.installed: tests/mmdet/requirements-%.txt $(READY)
 	$(mmdet_environment)
 
+$(TORCHVISION_READY): tests/torchvision/requirements.txt $(READY)
+	$(PYTHON) -m venv $(TORCHVISION_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(TORCHVISION_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(TORCHVISION_BIN)/python -m pip install --quiet --requirement tests/torchvision/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) .venv-mmdet-* $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png
+	rm -rf $(VENV) $(MMDET_VENV) .venv-mmdet-* $(TORCHVISION_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

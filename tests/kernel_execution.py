@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import assign, em, losses, nms, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, losses, nms, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -76,8 +76,20 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
         import ptxrun
 
         settings = {"seed": 1, "racecheck": 2, **SETTINGS, **settings}
-        with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu():
+        with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu(), _admitted(session):
             yield session
+
+
+@contextlib.contextmanager
+def _admitted(session: Any) -> Iterator[None]:
+    """Kernels may touch the tensors whose addresses they find in a table."""
+
+    def address(tensor: Tensor) -> int:
+        session.allow(tensor)
+        return tensor.data_ptr()
+
+    with mock.patch.object(_launch, "address", address):
+        yield
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def calls(batch):
     padded = [torch.stack([part, part]) for part in (column[0] for column in predictions)]
     yield _ops.score_voting_padded, (*padded, 0.05, 0.01, 0.025, 0.0, False)
     head = testing.make_head_batch([5, 0, 9], np.random.default_rng(0))
-    yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016)
+    yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016, "l1", "torchvision")
     boxes = [testing.make_boxes(number, (99, 99), np.random.default_rng(1)) for number in (4, 0, 2)]
     valid = [label == 1 for label in head.label]
     yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, False, 0.1, 0.1, 0.0, 0.5, 1e-6, True, False, "gt")

@@ -109,8 +109,8 @@ def explain(model_or_head: nn.Module) -> list[Explanation]:
     * "the whole loss": from the levels' outputs to the losses nothing waits for the device.
     * "the assignment of the batch": the head has an assigner, a loss or a method of another kind; its own run, and the batch is
       reassigned in one call.
-    * "the assignment of each image": its class has a method of its own that loops over the images, or that of one image. (One that
-      calls `super()` gets the whole loss there, which cannot be seen from here.)
+    * "the assignment of each image": its class has a method of its own that loops over the images, or that of one image. (One
+      that calls `super()` gets the whole loss there, which cannot be seen from here.)
     * "nothing": it is not accelerated.
 
     Args:
