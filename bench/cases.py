@@ -115,6 +115,15 @@ def potential_positives() -> testing.HeadBatch:
     return testing.make_head_batch([2000, 2000], np.random.default_rng(0), HEAD_SHAPES, num_classes=80)
 
 
+def suppression(images: int, boxes: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes [images, boxes, 4] of some 60 pixels in a picture of 800, scores and labels, for `batched_nms`."""
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 800, (images, boxes, 2))
+    corners = np.concatenate([corner, corner + rng.uniform(4, 104, (images, boxes, 2))], 2)
+    scores, labels = rng.random((images, boxes)), rng.integers(classes, size=(images, boxes))
+    return torch.from_numpy(corners).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
+
+
 def assignment(boxes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Anchors and boxes of one image, for `assign_max_iou`."""
     return testing.make_anchors(HEAD_SHAPES), [testing.make_boxes(boxes, (1333, 800), np.random.default_rng(0))]

@@ -7,6 +7,7 @@ bench` does: more threads make the published loop slower and erratic. The librar
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ import time
 
 import sklearn
 import torch
+import torchvision
 
 import paa_gpu
 
@@ -38,6 +40,7 @@ def main() -> None:
         batch(name)
     one_by_one()
     voting()
+    suppression()
     fits()
     imports()
 
@@ -89,6 +92,27 @@ def voting() -> None:
     print(f"score_voting, {len(ratios)} recorded calls one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
           f"{max(ratios):.0f}x; all of them {ours * 1e3:.1f} ms, loop {loop * 1e3:.0f} ms, {loop / ours:.0f}x; boxes within "
           f"{max(differences):.1e} pixels of the loop's")  # fmt: skip
+
+
+def suppression() -> None:
+    """`batched_nms` without a limit of detections, against torchvision's image by image, which must keep the same boxes."""
+    for images, boxes, classes in itertools.product((1, 16), (1000, 5000, 20000), (1, 80)):
+        batch = cases.suppression(images, boxes, classes)
+        found = paa_gpu.batched_nms(*batch, 0.6)
+        for own, count, image in zip(found.index, found.count.tolist(), zip(*batch, strict=True), strict=True):
+            each = [(image[2] == c).nonzero()[:, 0] for c in range(classes)]
+            wanted = torch.cat([rows[torchvision.ops.nms(image[0][rows], image[1][rows], 0.6)] for rows in each])
+            if not torch.equal(own[:count].sort().values, wanted.sort().values):
+                raise AssertionError(f"{images} images of {boxes} boxes, {classes} classes: other boxes than torchvision keeps")
+        theirs, ours = providers.interleaved(
+            [
+                lambda batch=batch: [torchvision.ops.batched_nms(*image, 0.6) for image in zip(*batch, strict=True)],
+                lambda batch=batch: paa_gpu.batched_nms(*batch, 0.6),
+            ],
+            rounds=3,
+        )
+        print(f"batched_nms, {images} images of {boxes} boxes, {classes} classes: {ours * 1e3:.2f} ms; torchvision {theirs * 1e3:.1f} ms, "
+              f"{theirs / ours:.1f}x")  # fmt: skip
 
 
 def fits() -> None:

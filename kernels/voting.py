@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -306,3 +307,14 @@ def score_voting(
             **launch_rule(wide),
         )
     return voted, voted_labels
+
+
+def score_voting_padded(
+    det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """The operator `paa_gpu::score_voting_padded`."""
+    if det_bboxes.shape[0] == 0:
+        return det_bboxes.clone(), det_labels.clone()
+    det, label, boxes, scores = (list(column.unbind()) for column in (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores))
+    voted, labels = score_voting(det, label, boxes, scores, *options)
+    return voted.view(det_bboxes.shape), labels.view(det_labels.shape)

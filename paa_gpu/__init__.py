@@ -6,6 +6,7 @@ from .em import fit_gmm_1d
 from .head import PAAHead, levels_to_images
 from .losses import candidate_losses
 from .mixture import GaussianMixture1D
+from .nms import Detections, batched_nms
 from .reassign import Reassignment, paa_reassign, paa_reassign_batch
 from .topk import Candidates, select_candidates
 from .voting import score_voting, score_voting_batch
@@ -15,10 +16,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Assignment",
     "Candidates",
+    "Detections",
     "GaussianMixture1D",
     "PAAHead",
     "Reassignment",
     "assign_max_iou",
+    "batched_nms",
     "candidate_losses",
     "fit_gmm_1d",
     "levels_to_images",

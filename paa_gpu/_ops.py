@@ -382,6 +382,53 @@ def score_voting(
     return empty_voted(det_bboxes, det_labels)
 
 
+@_operator("voting")
+def score_voting_padded(
+    det_bboxes: Tensor,
+    det_labels: Tensor,
+    mlvl_bboxes: Tensor,
+    mlvl_nms_scores: Tensor,
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """`score_voting` of B images of one size: [B, M, 5], [B, M], [B, K, 4], [B, K, C]. A compiler need not know B, M or K."""
+    return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
+
+
+@_operator("nms")
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    lengths: Sequence[int] | None,
+    iou_threshold: float,
+    score_thr: float | None,
+    nms_pre: int,
+    max_per_img: int,
+    method: str,
+    sigma: float,
+    min_score: float,
+    class_agnostic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Boxes [B, M, 4], scores, labels, index into the image's boxes [B, M], count [B], then zeros, and -1 for labels and index.
+
+    boxes [B, K, 4], scores [B, K, C], labels [B, K] with C = 1 or None; or with `lengths`, B of them, flat: [T, 4], [T, C], [T].
+    M is max_per_img, or all there may be where that is 0.
+    """
+    images, most = (boxes.shape[0], boxes.shape[1]) if lengths is None else (len(lengths), max(lengths))
+    shape = images, max_per_img or most * scores.shape[-1]
+    return (
+        boxes.new_empty((*shape, 4)),
+        scores.new_empty(shape),
+        boxes.new_empty(shape, dtype=torch.int64),
+        boxes.new_empty(shape, dtype=torch.int64),
+        boxes.new_empty(images, dtype=torch.int64),
+    )
+
+
 def empty_targets(
     label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

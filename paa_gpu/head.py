@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from ._ops import PRECISIONS
 from .boxes import decode, focal_loss
 from .distributed import reduce_mean
 from .em import COVARIANCE_TYPES
+from .nms import batched_nms
 from .reassign import SINGLETONS, Separation
 from .separation import SCHEMES
 from .targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
@@ -45,6 +46,8 @@ LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 EPS = float(torch.finfo(torch.float32).eps)  # added to what losses are divided by, as published
 
 Size = tuple[int, int]
+Sizes = Sequence[Size] | Tensor
+Scales = Sequence[float | tuple[float, float]] | None
 
 
 def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
@@ -265,45 +268,73 @@ class PAAHead(nn.Module):
             "loss_iou": self.iou_loss_weight * cross_entropy.sum() / (num_pos + EPS),
         }
 
+    @overload
+    def predict(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sizes,
+        scale_factors: Scales = ...,
+        padded: Literal[False] = ...,
+    ) -> list[dict[str, Tensor]]: ...
+
+    @overload
+    def predict(
+        self,
+        features: Sequence[Tensor],
+        image_sizes: Sizes,
+        scale_factors: Scales = ...,
+        *,
+        padded: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
     @torch.no_grad()
     def predict(
         self,
         features: Sequence[Tensor],
-        image_sizes: Sequence[Size],
-        scale_factors: Sequence[float | tuple[float, float]] | None = None,
-    ) -> list[dict[str, Tensor]]:
-        """The detections of a batch. float32, under autocast too; needs torchvision, for NMS.
+        image_sizes: Sizes,
+        scale_factors: Scales = None,
+        padded: bool = False,
+    ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
+        """The detections of a batch. float32, under autocast too.
 
         Args:
             features: as `forward` takes them.
-            image_sizes: (height, width) of each image within the batch; boxes are clipped to it.
+            image_sizes: (height, width) of each image within the batch; boxes are clipped to it. Or Tensor[N, 2] of them.
             scale_factors: how much each image was enlarged before, a number or (in x, in y); the boxes are divided by it, before
                 NMS. None: they stay in pixels of the batch.
+            padded: whether the result has a fixed shape, with room for M = `max_per_img` detections an image. Then nothing waits
+                for the device, one CUDA graph can hold it all, and `torch.compile(fullgraph=True)` and `torch.export` take it.
 
         Returns:
             For each image a dictionary with `boxes` Tensor[k, 4], `scores` Tensor[k] and `labels` Tensor[k] int64, by class,
-            ascending, and within a class by score, descending, as published; without voting all by score.
+            ascending, and within a class by score, descending, as published; without voting all by score. This waits once, for
+            the numbers k. Padded, one dictionary with `boxes` Tensor[N, M, 4], `scores` and `labels` Tensor[N, M], and `count`
+            Tensor[N] int64, the numbers k; what follows them in a row are zeros, and -1 for labels.
 
         Raises:
             TypeError, ValueError: as `forward`; lists not of N entries.
-            ImportError: no torchvision.
+
+        Suppression is that of `batched_nms`: equal scores by index, and each class by itself, exactly.
         """
         _check_sizes(image_sizes, _num_images(features))
         if scale_factors is not None:
             check_list("scale_factors", scale_factors, length=len(image_sizes), like="`image_sizes`")
+        check_bool("padded", padded)
         cls_scores, bbox_preds, iou_preds = self(features)
         mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
         if scale_factors is not None:
             mlvl_bboxes = mlvl_bboxes / _pairs(scale_factors, mlvl_bboxes)
-        boxes, scores = list(mlvl_bboxes), list(mlvl_scores)
-        detections = [self._nms(*image) for image in zip(boxes, scores, strict=True)]
-        det_bboxes, det_labels = [image[0] for image in detections], [image[1] for image in detections]
+        found = batched_nms(
+            mlvl_bboxes, mlvl_scores, None, self.iou_threshold, score_thr=self.score_thr, max_per_img=self.max_per_img
+        )
+        bboxes, labels = torch.cat([found.boxes, found.scores[..., None]], 2), found.labels
         if self.score_voting:
-            det_bboxes, det_labels = score_voting_batch(det_bboxes, det_labels, boxes, scores, self.score_thr)
-        return [
-            {"boxes": bboxes[:, :4], "scores": bboxes[:, 4], "labels": labels}
-            for bboxes, labels in zip(det_bboxes, det_labels, strict=True)
-        ]
+            bboxes, labels = score_voting_batch(bboxes, labels, mlvl_bboxes, mlvl_scores, self.score_thr, count=found.count)
+        batch = {"boxes": bboxes[..., :4], "scores": bboxes[..., 4], "labels": labels}
+        if padded:
+            return batch | {"count": found.count}
+        numbers = found.count.tolist()
+        return [{name: rows[i, :number] for name, rows in batch.items()} for i, number in enumerate(numbers)]
 
     def _anchors(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Tensor[A_l, 4] of each level; made from numbers of the host, which costs no synchronisation."""
@@ -350,37 +381,29 @@ class PAAHead(nn.Module):
         return inside
 
     def _decode(
-        self, cls_scores: list[Tensor], bbox_preds: list[Tensor], iou_preds: list[Tensor], image_sizes: Sequence[Size]
+        self, cls_scores: list[Tensor], bbox_preds: list[Tensor], iou_preds: list[Tensor], image_sizes: Sizes
     ) -> tuple[Tensor, Tensor]:
         """Boxes [N, K, 4] and scores [N, K, C] of the best `nms_pre` of each level."""
         anchors = self._anchors(cls_scores)
-        limits = _pairs([(width, height) for height, width in image_sizes], anchors[0])
+        if isinstance(image_sizes, Tensor):
+            limits = image_sizes.to(anchors[0].dtype).flip(1).repeat(1, 2)[:, None]
+        else:
+            limits = _pairs([(width, height) for height, width in image_sizes], anchors[0])
         boxes, scores = [], []
         for *outputs, priors in zip(cls_scores, bbox_preds, iou_preds, anchors, strict=True):
             cls_score, bbox_pred, iou_pred = (flatten_levels([level.float()]) for level in outputs)
             score = (cls_score.sigmoid() * iou_pred.sigmoid()).sqrt()
-            priors = priors.expand(len(score), -1, -1)
-            if 0 < self.nms_pre < score.shape[1]:
-                best = score.amax(2).topk(self.nms_pre).indices[..., None]
+            priors = priors.expand(score.shape[0], -1, -1)
+            size: Any = score.shape[1]
+            # A size that is not known yet, on the way to another runtime, decides nothing: then even all are sorted.
+            if self.nms_pre and (isinstance(size, torch.SymInt) or self.nms_pre < size):
+                best = score.amax(2).topk(torch.sym_min(self.nms_pre, size)).indices[..., None]
                 score, bbox_pred, priors = (
                     tensor.gather(1, best.expand(-1, -1, tensor.shape[2])) for tensor in (score, bbox_pred, priors)
                 )
             boxes.append(decode(priors, bbox_pred, self.target_stds).clamp(min=0).minimum(limits))
             scores.append(score)
         return torch.cat(boxes, 1), torch.cat(scores, 1)
-
-    def _nms(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The detections of one image: Tensor[k, 5] and labels [k]."""
-        try:  # the one function of torchvision here: the rest works without it
-            from torchvision.ops import batched_nms
-        except ImportError as error:
-            raise ImportError("`PAAHead.predict` needs torchvision: pip install paa-gpu[head]") from error
-        index, labels = (scores > self.score_thr).nonzero().unbind(1)
-        boxes, scores = boxes[index], scores[index, labels]
-        kept = batched_nms(boxes, scores, labels, self.iou_threshold)
-        if self.max_per_img:
-            kept = kept[: self.max_per_img]
-        return torch.cat([boxes[kept], scores[kept, None]], 1), labels[kept]
 
     def _check_targets(
         self,
@@ -438,7 +461,7 @@ def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tenso
 
 def _num_images(features: Any) -> int:
     check_list("features", features, "level")
-    return len(features[0]) if isinstance(features[0], Tensor) and features[0].dim() else 0
+    return features[0].shape[0] if isinstance(features[0], Tensor) and features[0].dim() else 0
 
 
 def _check_levels(name: str, levels: Sequence[Tensor], channels: int | None) -> None:
@@ -452,6 +475,9 @@ def _check_levels(name: str, levels: Sequence[Tensor], channels: int | None) -> 
 
 
 def _check_sizes(image_sizes: Any, num_images: int) -> None:
+    if isinstance(image_sizes, Tensor):
+        check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES))
+        return
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
         if not isinstance(size, LIST) or len(size) != 2:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INTEGERS, check_bool, check_float, check_list, check_non_negative, check_positive, check_tensor
+from ._checks import (
+    FLOATS,
+    INDICES,
+    INTEGERS,
+    check_bool,
+    check_float,
+    check_list,
+    check_non_negative,
+    check_positive,
+    check_tensor,
+)
 
 __all__ = ["score_voting", "score_voting_batch"]
 
@@ -59,32 +71,41 @@ def score_voting(
 
 
 def score_voting_batch(
-    det_bboxes: Sequence[Tensor],
-    det_labels: Sequence[Tensor],
-    mlvl_bboxes: Sequence[Tensor],
-    mlvl_nms_scores: Sequence[Tensor],
+    det_bboxes: Sequence[Tensor] | Tensor,
+    det_labels: Sequence[Tensor] | Tensor,
+    mlvl_bboxes: Sequence[Tensor] | Tensor,
+    mlvl_nms_scores: Sequence[Tensor] | Tensor,
     score_thr: float,
     iou_thr: float = 0.01,
     sigma: float = 0.025,
     offset: float = 0.0,
     keep_order: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:
+    count: Tensor | None = None,
+) -> tuple[Any, Any]:
     """Refine the detections of a batch of images at once; equal, image by image, to `score_voting`.
 
     Args:
         det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores: lists with one tensor per image, as `score_voting` takes them;
-            neither dtypes nor the number of classes vary within a list.
+            neither dtypes nor the number of classes vary within a list. Or tensors of N images of one size: Tensor[N, M, 5],
+            Tensor[N, M], Tensor[N, K, 4], Tensor[N, K, C].
         score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
+        count: Tensor[N] int64 or int32, with tensors only: detections of each image. What follows them in a row is padding,
+            which stays where and as it is.
 
     Returns:
-        `(det_bboxes, det_labels)`: lists with one tensor per image. Nothing synchronises.
+        `(det_bboxes, det_labels)`: lists with one tensor per image, or tensors, as the inputs. Nothing synchronises.
 
     Raises:
-        TypeError, ValueError: as `score_voting`, naming the image; lists that are empty or differ in length.
+        TypeError, ValueError: as `score_voting`, naming the image; lists that are empty or differ in length; lists and tensors
+            mixed; `count` with lists.
 
     An image may have no detections, or no boxes. Source: PAA (arXiv 2007.08103), section 3.3.
     """
-    columns = [det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores]
+    columns: list[Any] = [det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores]
+    if isinstance(det_bboxes, Tensor):
+        return _vote_padded(columns, count, score_thr, iou_thr, sigma, offset, keep_order)
+    if count is not None:
+        raise ValueError(f"`count` must be None where `det_bboxes` is a list, got {type(count).__name__}")
     check_list("det_bboxes", det_bboxes)
     for name, column in zip(("det_bboxes", "det_labels", "mlvl_bboxes", "mlvl_nms_scores"), columns, strict=True):
         check_list(name, column, length=len(det_bboxes), like="`det_bboxes`")
@@ -92,6 +113,28 @@ def score_voting_batch(
     voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
     detections = [image.shape[0] for image in det_bboxes]
     return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
+
+
+def _vote_padded(
+    columns: list[Tensor], count: Tensor | None, score_thr: float, iou_thr: float, sigma: float, offset: float, keep_order: bool
+) -> tuple[Tensor, Tensor]:
+    det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores = columns
+    check_tensor("det_bboxes", det_bboxes, (None, None, 5), FLOATS)
+    images, most = det_bboxes.shape[:2]
+    check_tensor("det_labels", det_labels, (images, most), INTEGERS, det_bboxes.device)
+    check_tensor("mlvl_bboxes", mlvl_bboxes, (images, None, 4), FLOATS, det_bboxes.device)
+    check_tensor("mlvl_nms_scores", mlvl_nms_scores, (images, mlvl_bboxes.shape[1], None), FLOATS, det_bboxes.device)
+    if count is not None:
+        check_tensor("count", count, (images,), INDICES, det_bboxes.device)
+    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    labels = det_labels
+    if count is not None:
+        # Of no class, and behind every other label.
+        there = torch.arange(most, device=count.device) < count[:, None]
+        labels = torch.where(there, det_labels.long(), torch.iinfo(torch.int64).max)
+    tensors = det_bboxes.detach(), labels, mlvl_bboxes.detach(), mlvl_nms_scores.detach()
+    voted, labels = _ops.score_voting_padded(*tensors, score_thr, iou_thr, sigma, offset, keep_order)
+    return voted, labels if count is None else torch.where(there, labels.to(det_labels.dtype), det_labels)
 
 
 def _vote(
@@ -106,13 +149,7 @@ def _vote(
     """Check, and run the operator. `columns`: the four lists of tensors, one entry per image, whose names in errors end in
     `suffix`."""
     _check_tensors(columns, suffix)
-    check_float("score_thr", score_thr)
-    check_non_negative("iou_thr", iou_thr)
-    check_positive("sigma", sigma)
-    check_float("offset", offset)
-    if offset not in (0, 1):
-        raise ValueError(f"`offset` must be 0 or 1, got {offset}")
-    check_bool("keep_order", keep_order)
+    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
     results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     return results
@@ -129,3 +166,13 @@ def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[str]) -
         check_tensor(f"mlvl_nms_scores{end}", mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
         if classes is None:
             classes, dtypes = mlvl_nms_scores.shape[1], [(column[0].dtype,) for column in columns]
+
+
+def _check_options(score_thr: float, iou_thr: float, sigma: float, offset: float, keep_order: bool) -> None:
+    check_float("score_thr", score_thr)
+    check_non_negative("iou_thr", iou_thr)
+    check_positive("sigma", sigma)
+    check_float("offset", offset)
+    if offset not in (0, 1):
+        raise ValueError(f"`offset` must be 0 or 1, got {offset}")
+    check_bool("keep_order", keep_order)

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import _launch, assign, em, losses, mixture, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -57,8 +57,10 @@ MODULES = {
     "fit_gmm_1d": em,
     "read_mixture": mixture,
     "score_voting": voting,
+    "score_voting_padded": voting,
     "candidate_losses": losses,
     "assign_max_iou": assign,
+    "batched_nms": nms,
 }
 
 #: Settings of ptxrun for the whole pytest run: its option --ptxrun.

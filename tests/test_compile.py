@@ -27,7 +27,7 @@ from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import INITS, READOUTS, empty_fit
-from paa_gpu.kernels import assign, em, losses, mixture, reassign, topk, voting
+from paa_gpu.kernels import assign, em, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -233,6 +233,25 @@ def read(
     mixture.read_mixture(x.flatten() if lengths else x, count, lengths, parameter, parameter, parameter, what)
 
 
+def suppress(
+    dtype: torch.dtype = torch.float32,
+    scores: torch.dtype = torch.float32,
+    label: torch.dtype | None = None,
+    method: str = "hard",
+    stride: int = 1,
+    boxes: int = 40,
+    lists: bool = False,
+    pre: int = 9,
+    threshold: float | None = 0.1,
+) -> None:
+    """Without labels 80 classes."""
+    shape = (boxes,) if lists else (2, boxes)
+    columns = torch.zeros(*shape, 4, stride, dtype=dtype), torch.zeros(*shape, 1 if label else 80, stride, dtype=scores)
+    labels = torch.zeros(*shape, stride, dtype=label)[..., 0] if label else None
+    lengths = [boxes] if lists else None
+    nms.batched_nms(*(c[..., 0] for c in columns), labels, lengths, 0.5, threshold, pre, 7, method, 0.5, 1e-3, False)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -271,6 +290,10 @@ USUAL = {
         {"what": "log_likelihood", "components": 3, "width": 1500, "source": "flat"},
         {"what": "low_probability", "dtype": torch.float64},
     ],
+    "suppress": [
+        {"boxes": 5000},
+        {"dtype": torch.float64, "scores": torch.bfloat16, "label": torch.int32, "method": "gaussian", "stride": 2, "boxes": 500},
+    ],
 }
 INDICES, STRIDES = (torch.int32, torch.int64), (1, 2)
 ALL = {
@@ -302,6 +325,12 @@ ALL = {
         *product(what=READOUTS, dtype=FLOATS, precision=FLOATS[2:]),
         *product(what=READOUTS, width=WIDTHS),
     ],
+    "suppress": [
+        *product(dtype=FLOATS, scores=FLOATS),
+        *product(method=("hard", "linear", "gaussian"), boxes=(40, 500, 5000), dtype=FLOATS[2:]),
+        *product(label=INTEGERS, lists=(False, True)),
+        *product(method=("hard", "linear"), pre=(0, 9), threshold=(None, 0.1), stride=STRIDES),
+    ],
     "match": [
         *product(dtype=FLOATS, stride=STRIDES),
         *product(full=(False, True), match=(False, True), match_all=(False, True), low_quality=("gt", "anchor")),
@@ -317,6 +346,7 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     "score": score,
     "match": match,
     "read": read,
+    "suppress": suppress,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")

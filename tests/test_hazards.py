@@ -87,6 +87,15 @@ def test_assignment(mode):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", modes())
+def test_suppression(mode):
+    rng = np.random.default_rng(0)
+    corner = torch.from_numpy(rng.uniform(0, 200, (2, 150, 2))).float()
+    boxes, scores = torch.cat([corner, corner + 40], 2), torch.from_numpy(rng.random((2, 150, 5))).float()
+    for a, b in zip(*run(mode, paa_gpu.batched_nms, boxes, scores, None, 0.4, max_per_img=40), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_recorded_images(mode):

@@ -112,19 +112,12 @@ def test_levels_to_images():
 
 
 def test_torchvision_is_not_imported():
-    """Only to predict."""
     code = "import sys, paa_gpu; paa_gpu.PAAHead(1, 8, 8, norm_groups=4); print({'torchvision', 'triton', 'numba'} & set(sys.modules))"
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert got.stdout == "set()\n"
 
 
-def test_predict_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
-    with pytest.raises(ImportError, match=r"`PAAHead.predict` needs torchvision: pip install paa-gpu\[head\]"):
-        make_head().predict(make_features(1), [SIZE])
-
-
-# --- synchronisation; that of `predict`, which needs torchvision, is in tests/mmdet ---
+# --- synchronisation; that of `predict` is in test_predict ---
 
 
 @pytest.mark.parametrize("boxes", [[0], [4, 0, 2]], ids=str)

@@ -48,6 +48,8 @@ def calls(batch):
         _ops.score_voting,
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
+    padded = [torch.stack([part, part]) for part in (column[0] for column in predictions)]
+    yield _ops.score_voting_padded, (*padded, 0.05, 0.01, 0.025, 0.0, False)
     head = testing.make_head_batch([5, 0, 9], np.random.default_rng(0))
     yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016, "l1", "torchvision")
     boxes = [testing.make_boxes(number, (99, 99), np.random.default_rng(1)) for number in (4, 0, 2)]
@@ -56,6 +58,10 @@ def calls(batch):
     yield _ops.assign_max_iou, (head.anchors, boxes, [], [], False, 0.5, 0.4, 0.0, -1.0, 1e-6, False, True, "gt")
     each = [level for image in range(3) for level in (head.anchors[0][image:], head.anchors[1])]
     yield _ops.assign_max_iou, (each, boxes, [], [], True, 0.7, 0.3, 0.0, -1.0, 0.0, True, True, "anchor")
+    boxes, scores = torch.rand(2, 9, 4), torch.rand(2, 9, 3)
+    yield _ops.batched_nms, (boxes, scores, None, None, 0.5, 0.1, 5, 4, "hard", 0.5, 1e-3, False)
+    flat = boxes.flatten(0, 1).half(), scores[..., :1].flatten(0, 1), torch.arange(18) % 2, [11, 0, 7]
+    yield _ops.batched_nms, (*flat, 0.5, None, 0, 0, "gaussian", 0.5, 1e-3, True)
     image = [column[2] for column in batch.arguments[:6]]
     yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
     yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
@@ -133,6 +139,13 @@ def test_score_voting_compiles_whole(rng):
     one = torch.compile(paa_gpu.score_voting, fullgraph=True, backend="aot_eager")(*(column[0] for column in batch), 0.05)
     for a, b in zip((*got[0], *got[1], *one), (*wanted[0], *wanted[1], wanted[0][0], wanted[1][0]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_nms_compiles_whole():
+    boxes, scores = torch.rand(2, 30, 4), torch.rand(2, 30, 3)
+    wanted = paa_gpu.batched_nms(boxes, scores, None, 0.5, max_per_img=9)
+    got = torch.compile(paa_gpu.batched_nms, fullgraph=True, backend="aot_eager")(boxes, scores, None, 0.5, max_per_img=9)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_the_way_from_boxes_to_losses_compiles_whole(rng):

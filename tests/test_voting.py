@@ -336,3 +336,36 @@ def test_the_curve_of_the_voters_goes_from_neighbour_to_neighbour():
     cells = np.stack(np.unravel_index(np.argsort(CURVE, axis=None), CURVE.shape), 1)
     assert sorted(CURVE.flat) == list(range(CURVE.size))
     assert (np.abs(np.diff(cells, axis=0)).sum(1) == 1).all()
+
+
+# --- padded --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_padded_detections(dtype, keep_order, rng):
+    """Rows up to the count are those of the list, whatever is behind them, which stays as it is."""
+    det, labels, boxes, scores = testing.make_predictions([(9, 40)] * 4, rng, num_classes=3)
+    counts = [9, 0, 4, 1]
+    tensors = [torch.stack(column) for column in (det, labels, boxes, scores)]
+    tensors[1] = tensors[1].to(dtype)
+    before = [tensor.clone() for tensor in tensors]
+    got, got_labels = paa_gpu.score_voting_batch(*tensors, 0.05, keep_order=keep_order, count=torch.tensor(counts))
+    columns = [[image[:count] for image, count in zip(column, counts, strict=True)] for column in tensors[:2]]
+    wanted = paa_gpu.score_voting_batch(*columns, boxes, scores, 0.05, keep_order=keep_order)
+    assert (got.shape, got_labels.dtype) == (tensors[0].shape, dtype)
+    for image, count in enumerate(counts):
+        assert torch.equal(got_labels[image, :count], wanted[1][image])
+        torch.testing.assert_close(got[image, :count], wanted[0][image], rtol=0, atol=TOLERANCE)
+        assert torch.equal(got[image, count:], det[image][count:])
+        assert torch.equal(got_labels[image, count:], tensors[1][image, count:])
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    full = paa_gpu.score_voting_batch(*tensors, 0.05, keep_order=keep_order)
+    assert torch.equal(
+        full[0], torch.stack(paa_gpu.score_voting_batch(det, labels, boxes, scores, 0.05, keep_order=keep_order)[0])
+    )
+
+
+def test_no_padded_images():
+    tensors = torch.ones(0, 3, 5), torch.ones(0, 3).long(), torch.ones(0, 9, 4), torch.ones(0, 9, 2)
+    assert paa_gpu.score_voting_batch(*tensors, 0.05, count=torch.ones(0).long())[0].shape == (0, 3, 5)

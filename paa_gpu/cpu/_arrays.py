@@ -56,6 +56,11 @@ def tensor(values: Array, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(values)
 
 
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as torch rounds it before it compares a tensor of this dtype with it; of the usual one without a tensor."""
+    return float(np.float32(number)) if dtype == torch.float32 else torch.tensor(number, dtype=dtype).item()
+
+
 def offsets(sizes: Sequence[int]) -> Array:
     """Where each of consecutive parts begins, and where the last one ends."""
     return np.array([0, *itertools.accumulate(sizes)], np.int64)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, tensor, view
+from ._arrays import Array, array, rounded, tensor, view
 from ._loops import compiled, compiled_sums, over_slices
 from ._numeric import negative_exp2
 
@@ -273,11 +273,6 @@ def _image(
     return voted, labels[order]
 
 
-def _rounded(number: float, dtype: torch.dtype) -> float:
-    """A number as torch rounds it before it compares a tensor of this dtype with it; of the usual one without a tensor."""
-    return float(np.float32(number)) if dtype == torch.float32 else torch.tensor(number, dtype=dtype).item()
-
-
 @functools.lru_cache
 def _weights(iou_thr: float, sigma: float, dtype: Any) -> tuple[float, float]:
     """(least_iou, scale): weights are 2^-((1 - IoU) * scale)^2 above least_iou, and 0 up to it.
@@ -305,7 +300,7 @@ def score_voting(
     images, dtype = len(det_bboxes), det_bboxes[0].dtype
     wide = torch.float64 in (dtype, mlvl_bboxes[0].dtype, mlvl_nms_scores[0].dtype)
     real = np.float64 if wide else np.float32
-    rule = _rounded(score_thr, mlvl_nms_scores[0].dtype), *_weights(iou_thr, sigma, real), offset
+    rule = rounded(score_thr, mlvl_nms_scores[0].dtype), *_weights(iou_thr, sigma, real), offset
     if images == 1:
         voted, labels = _image(det_bboxes[0], det_labels[0], mlvl_bboxes[0], mlvl_nms_scores[0], rule, keep_order, real, True)
     else:
@@ -321,3 +316,13 @@ def score_voting(
     if wide and dtype != torch.float64:
         voted = voted.astype(np.float32)
     return tensor(voted, dtype), torch.from_numpy(labels)
+
+
+def score_voting_padded(
+    det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    if det_bboxes.shape[0] == 0:
+        return det_bboxes.clone(), det_labels.clone()
+    det, label, boxes, scores = (list(column.unbind()) for column in (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores))
+    voted, labels = score_voting(det, label, boxes, scores, *options)
+    return voted.view(det_bboxes.shape), labels.view(det_labels.shape)

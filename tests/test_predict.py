@@ -1,0 +1,93 @@
+"""Detections of the head: the same padded or in lists, as torchvision's NMS and voting make them; what waits; what compiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from synchronisations import Synchronisations
+from test_head import SIZE, make_features, make_head
+from test_nms import kept
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import paa_gpu
+
+SIZES = [SIZE, (50, 70), SIZE]
+#: Scores of a head of random weights are all near 0.07: half of them.
+OPTIONS = {"score_thr": 0.0707, "nms_pre": 40, "max_per_img": 20}
+
+
+def image_by_image(head, features, sizes, factors=None):
+    """From the boxes before NMS on: torchvision class by class, then the drop-in for one image."""
+    boxes, scores = head._decode(*head(features), sizes)
+    if factors is not None:
+        boxes = boxes / torch.tensor([[factor if isinstance(factor, tuple) else (factor,) * 2] for factor in factors]).repeat(
+            1, 1, 2
+        )
+    for own, score in zip(boxes, scores, strict=True):
+        flat, labels = own.repeat_interleave(3, 0), torch.arange(3).repeat(len(own))
+        index = kept(flat, score.flatten(), labels, head.iou_threshold, head.score_thr, max_per_img=head.max_per_img)
+        det, label = torch.cat([flat[index], score.flatten()[index, None]], 1), labels[index]
+        yield paa_gpu.score_voting(det, label, own, score, head.score_thr) if head.score_voting else (det, label)
+
+
+@pytest.mark.parametrize("options", [{}, {"score_voting": False}, {"max_per_img": 0, "nms_pre": 0}, {"score_thr": 0.9}], ids=str)
+@torch.no_grad()
+def test_detections(options):
+    head, features = make_head(**{**OPTIONS, **options}), make_features(3)
+    factors = [2.0, (0.5, 0.8), 1]
+    found = head.predict(features, SIZES, factors)
+    padded = head.predict(features, torch.tensor(SIZES), factors, padded=True)
+    room = head.max_per_img or padded["count"].new_tensor(head._decode(*head(features), SIZES)[1].shape[1] * 3)
+    assert padded["boxes"].shape == (3, room, 4) and padded["labels"].shape == padded["scores"].shape == (3, room)
+    for i, (bboxes, labels) in enumerate(image_by_image(head, features, SIZES, factors)):
+        number = len(labels)
+        assert (number > 0) == (head.score_thr < 0.9) and padded["count"][i] == number
+        wanted = {"boxes": bboxes[:, :4], "scores": bboxes[:, 4], "labels": labels}
+        for name, rows in wanted.items():
+            assert torch.equal(found[i][name], padded[name][i, :number])
+            # What is behind the detections of an image may change the order in which voters are summed.
+            torch.testing.assert_close(found[i][name], rows, rtol=0, atol=1e-4 * (name == "boxes"))
+        assert not padded["boxes"][i, number:].any() and not padded["scores"][i, number:].any()
+        assert (padded["labels"][i, number:] == -1).all()
+
+
+def test_padded_nothing_waits():
+    head, features = make_head(**OPTIONS), make_features(3)
+    with Synchronisations() as mode:
+        head.predict(features, SIZES, [1.5] * 3, padded=True)
+    assert mode.count == 0
+    with FakeTensorMode(), torch.device("cuda"):
+        features = [torch.empty(level.shape) for level in make_features(2)]
+        outputs = [[torch.empty(2, channels, *level.shape[2:]) for level in features] for channels in (3, 4, 1)]
+        head.forward = lambda _: outputs
+        got = head.predict(features, [SIZE, SIZE], padded=True)
+    assert {name: (tuple(rows.shape), rows.device.type) for name, rows in got.items()} == {
+        "boxes": ((2, 20, 4), "cuda"), "scores": ((2, 20), "cuda"), "labels": ((2, 20), "cuda"), "count": ((2,), "cuda"),
+    }  # fmt: skip
+
+
+def test_the_list_waits_once():
+    """For all counts."""
+    head, features = make_head(**OPTIONS), make_features(3)
+    with Synchronisations() as mode:
+        head.predict(features, SIZES)
+    assert mode.count == 1
+
+
+@pytest.mark.slow
+def test_prediction_compiles_whole():
+    head, features = make_head(**OPTIONS), make_features(3)
+
+    def predict(features):
+        return head.predict(features, SIZES, padded=True)
+
+    got, wanted = torch.compile(predict, fullgraph=True, backend="aot_eager")(features), predict(features)
+    assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
+
+
+def test_wrong_inputs():
+    head, features = make_head(), make_features(2)
+    with pytest.raises(ValueError, match=r"`image_sizes` must have shape \[2, 2\], got \[3, 2\]"):
+        head.predict(features, torch.tensor(SIZES))
+    with pytest.raises(TypeError, match="`padded` must be a bool, got int"):
+        head.predict(features, SIZES[:2], padded=1)
