@@ -18,7 +18,7 @@ def tracked(*patterns: str) -> set[str]:
 
 def on_the_map() -> list[str]:
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    table = contributing[contributing.index("## The map") : contributing.index("## Rules")]
+    table = contributing[contributing.index("## The map") : contributing.index("## Commands")]
     return re.findall(r"`((?:paa_gpu|kernels|tests|bench|docs|examples)/[\w./-]*)`", table)
 
 
