@@ -19,6 +19,11 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def address(tensor: Tensor) -> int:
+    """Where the tensor's memory begins, for a kernel that finds it in a table. Tests of what a launch touches listen here."""
+    return tensor.data_ptr()
+
+
 def stage(values: Sequence[int], like: Tensor) -> Tensor:
     """Bring host integers to the device of `like` as Tensor[len(values)] int64, in one copy that nobody waits for.
 

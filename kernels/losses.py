@@ -1,34 +1,37 @@
-"""Scores of the potential positives: focal loss over the classes plus the GIoU loss of the decoded box.
+"""Scores of the potential positives: focal loss over the classes plus the loss of the box.
 
     s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
-    focal = sum over the classes of weight * s(z) * exp(-gamma * s(-z)), weight = alpha for that class, 1 - alpha for the others
-    box   = weight * (1 - GIoU) of the decoded box, in float64: in float32, a good box far from the origin has no accurate loss
+    focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others
+    box   = weight * (1 - GIoU) of the decoded box, or weight * |delta - delta of the target| summed over the deltas
 
-The potential positives of all images stand one after the other (P of them). A program takes a block of them, a lane each, and
-reads what it needs where it lies: in the level's maps, Tensor[B, C, H, W] of any strides, the channels of one location. The
-lanes run along the locations, which mostly are neighbours, and each sums the classes of its own: no sum crosses lanes.
+The box's is float64: in float32, a good box far from the origin has no accurate loss.
+
+A program takes a block of the potential positives of one image and gathers those that exist, LANES at a time, a lane each: of a
+block without any, nothing is left to do. What they need is read where it lies: targets in the image's tensors, predictions in the
+level's maps, Tensor[B, K * C, H, W] of any strides, the channels of one anchor. Lanes mostly are neighbours there, and each sums
+the classes of its own: no sum crosses lanes.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import struct
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import empty_losses
+from paa_gpu._ops import box_numbers, empty_losses
+from paa_gpu.kernels import _launch
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
-from paa_gpu.kernels.topk import anchors as anchors_of
-from paa_gpu.kernels.topk import concatenate, image_starts, positions
+from paa_gpu.kernels.topk import image_of
 
-BLOCK_P = 32  # one warp; on AMD half of one
-# Of a level in its table: first anchor, width; address and strides of the scores, the deltas and the anchors. To choose among
-# addresses that are arguments, three for each level, would fill AMD's scalar registers.
-LEVEL_FIELDS = tl.constexpr(15)
+# Fields of a row of the table. Of a level: first anchor, anchors per location, width; address and strides of the scores, the
+# deltas and the anchors. Of an image: first position, number of positions; address and strides of each of its five tensors. To
+# choose among addresses that are arguments, several for each level, would fill AMD's scalar registers.
+LEVEL_FIELDS, IMAGE_FIELDS = tl.constexpr(16), tl.constexpr(14)
 LOG2_HIGH, LOG2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)  # the first times an exponent is exact
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -51,31 +54,33 @@ def _log1p(x):
         return tl.log(u) + (x - (u - 1)) / u
     s = x / (2 + x)
     t = s * s
-    series = 1 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13 + t * (1 / 15)))))))
+    series = 1 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13))))))
     return 2 * s * series
 
 
 @triton.jit
-def _focal(logit, is_label, gamma, positive_weight, negative_weight):
-    z = tl.where(is_label, -logit, logit)
-    log1p = _log1p(_exp(-tl.abs(z)))  # NaN of a NaN, which the maxima below may drop
-    weight = tl.where(is_label, positive_weight, negative_weight)
-    return weight * (tl.maximum(z, 0.0) + log1p) * _exp(-gamma * (tl.maximum(-z, 0.0) + log1p))
+def _focal(z, gamma, SQUARE: tl.constexpr):
+    """s(z) * sigmoid(z)^gamma; SQUARE: gamma is 2, the usual one, which needs no second exponential."""
+    e = _exp(-tl.abs(z))
+    log1p = _log1p(e)  # NaN of a NaN, which the maxima below may drop
+    if SQUARE:
+        sigmoid = tl.where(z > 0, 1.0, e) / (1 + e)
+        return (tl.maximum(z, 0.0) + log1p) * (sigmoid * sigmoid)
+    return (tl.maximum(z, 0.0) + log1p) * _exp(-gamma * (tl.maximum(-z, 0.0) + log1p))
 
 
 @triton.jit
-def _giou_loss(x1, y1, x2, y2, target_x1, target_y1, target_x2, target_y2):
-    """1 - GIoU; NaN where a corner is NaN."""
-    tiny = tl.full((), 1e-6, x1.dtype)
+def _giou_loss(x1, y1, x2, y2, target_x1, target_y1, target_x2, target_y2, least, added):
+    """1 - GIoU; NaN where a corner is NaN. `least`: of an area; `added`: to one that is divided by."""
     width = tl.maximum(tl.minimum(x2, target_x2) - tl.maximum(x1, target_x1), 0.0)
     height = tl.maximum(tl.minimum(y2, target_y2) - tl.maximum(y1, target_y1), 0.0)
     overlap = width * height
     union = (x2 - x1) * (y2 - y1) + (target_x2 - target_x1) * (target_y2 - target_y1) - overlap
-    union = tl.where(union < tiny, tiny, union)
+    union = tl.where(union < least, least, union)
     width = tl.maximum(tl.maximum(x2, target_x2) - tl.minimum(x1, target_x1), 0.0)
     height = tl.maximum(tl.maximum(y2, target_y2) - tl.minimum(y1, target_y1), 0.0)
-    enclosing = tl.maximum(width * height, tiny)
-    return 1 - (overlap / union - (enclosing - union) / enclosing)
+    enclosing = tl.maximum(width * height, least)
+    return 1 - (overlap / (union + added) - (enclosing - union) / (enclosing + added))
 
 
 @triton.jit
@@ -102,93 +107,176 @@ def _option(ptr):
 
 
 @triton.jit
-def _decode_side(low, high, shift, scale, limit):
-    """The ends of a side of the anchor, moved and scaled; `limit`: of the logarithm of the scale."""
-    scale = tl.where(scale > limit, limit, tl.where(scale < -limit, -limit, scale))  # extrema would drop a NaN
+def _decode_side(low, high, shift, scale, least, most):
+    """The ends of a side of the anchor, moved and scaled; `least`, `most`: of the logarithm of the scale."""
+    scale = tl.where(scale > most, most, tl.where(scale < least, least, scale))  # extrema would drop a NaN
     centre = (low + high) * 0.5 + (high - low) * shift
     half = (high - low) * tl.exp(scale) * 0.5
     return centre - half, centre + half
 
 
+@triton.jit
+def _side_difference(low, high, target_low, target_high, shift, scale, std_ptr, w_shift, w_scale):
+    """|delta - delta of the target|, weighted: of the shift of one side, and of the logarithm of its scale."""
+    size = high - low
+    target_shift = (target_low + target_high - low - high) * 0.5 / size
+    target_scale = tl.log((target_high - target_low) / size)
+    of_shift = w_shift * tl.abs(shift - target_shift / _option(std_ptr))
+    return of_shift + w_scale * tl.abs(scale - target_scale / _option(std_ptr + 2))
+
+
+@triton.jit
+def _box_loss(deltas, anchor, target, weights, option_ptr, OF_DELTAS: tl.constexpr):
+    """Weighted. The options: four deviations, least and most logarithm of the scale, least and added area."""
+    dx, dy, dw, dh = deltas
+    x1, y1, x2, y2 = anchor
+    w0, w1, w2, w3 = weights
+    if OF_DELTAS:
+        of_x = _side_difference(x1, x2, target[0], target[2], dx, dw, option_ptr, w0, w2)
+        return of_x + _side_difference(y1, y2, target[1], target[3], dy, dh, option_ptr + 1, w1, w3)
+    least, most = _option(option_ptr + 4), _option(option_ptr + 5)
+    x1, x2 = _decode_side(x1, x2, dx * _option(option_ptr), dw * _option(option_ptr + 2), least, most)
+    y1, y2 = _decode_side(y1, y2, dy * _option(option_ptr + 1), dh * _option(option_ptr + 3), least, most)
+    giou_loss = _giou_loss(x1, y1, x2, y2, *target, _option(option_ptr + 6), _option(option_ptr + 7))
+    return giou_loss * ((w0 + w1 + w2 + w3) * 0.25)
+
+
+@triton.jit
+def _focal_sum(score_ptr, stride, own, active, n_classes, numbers, SQUARE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Over the classes of each lane's anchor; `own`: the class of its label, or one that there is not."""
+    gamma, positive, negative = numbers
+    of_block = tl.arange(0, BLOCK_C)[:, None]
+    ptr = score_ptr[None, :] + of_block.to(tl.int64) * stride[None, :]  # [BLOCK_C, LANES], as all below
+    total = tl.zeros([BLOCK_C, score_ptr.shape[0]], gamma.dtype)
+    for first in range(0, n_classes, BLOCK_C):
+        c = first + of_block
+        counts = active[None, :] & (c < n_classes)
+        logit = tl.load(ptr, mask=counts, other=0.0).to(gamma.dtype)
+        total += tl.where(counts & (c != own[None, :]), _focal(logit, gamma, SQUARE), 0.0)
+        ptr += BLOCK_C * stride[None, :]
+    has_own = active & (own >= 0) & (own < n_classes)
+    logit = tl.load(score_ptr + own * stride, mask=has_own, other=0.0).to(gamma.dtype)
+    return negative * tl.sum(total, 0) + positive * tl.where(has_own, _focal(-logit, gamma, SQUARE), 0.0)
+
+
+@triton.jit
+def _of_image(row_ptr, like, index):
+    """Where the rows of one of an image's tensors begin, and their stride. `row_ptr`: its address, then its strides."""
+    return tl.load(row_ptr).to(like.dtype) + index * tl.load(row_ptr + 1)
+
+
 # One compiled form whatever the number of images, which decides where in the table its parts begin.
-@triton.jit(do_not_specialize=["n_images", "n_classes"], do_not_specialize_on_alignment=["level_ptr", "option_ptr"])
+@triton.jit(
+    do_not_specialize=["n_images", "n_anchors", "n_classes"],
+    do_not_specialize_on_alignment=["option_ptr", "level_ptr", "start_ptr"],
+)
 def _losses_kernel(
-    # Of each level. Read at their addresses in the table: here for their dtypes, and for whoever checks what a launch may touch.
-    anchor_ptrs,  # Tensor[H * W, 4]
-    score_ptrs,  # Tensor[B, C, H, W]
-    delta_ptrs,  # Tensor[B, 4, H, W]
-    level_ptr,  # Tensor[L, LEVEL_FIELDS]
-    start_ptr,  # Tensor[4, B + 1]: first block, position, row (there are none) and anchor of each image, and their totals
-    n_images,
-    n_classes,
-    inds,  # each of the five: the tensor of all images, Tensor[P] or Tensor[A] or Tensor[A, 4], and its strides
-    label,
-    label_weight,
-    bbox_target,
-    bbox_weight,
-    # Tensor[9], the bits of float64: deviations of dx, dy, dw, dh; limit of dw, dh; weight of the box loss; gamma; weights of the
-    # label's class and of the others
+    # One tensor of each kind. Read at the addresses in the table: here for their dtypes.
+    anchor_like,  # of each level, Tensor[H * W * K, 4]
+    score_like,  # of each level, Tensor[B, K * C, H, W]
+    delta_like,  # of each level, Tensor[B, K * 4, H, W]
+    ind_like,  # of each image, Tensor[P_n]
+    label_like,  # of each image, Tensor[A]
+    target_like,  # of each image, label_weight Tensor[A]; bbox_target and bbox_weight Tensor[A, 4]
+    # Tensor[11], the bits of float64: deviations of dx, dy, dw, dh; least and most logarithm of the scale; least and added area;
+    # gamma; weights of the label's class and of the others
     option_ptr,
+    level_ptr,  # Tensor[L, LEVEL_FIELDS]
+    start_ptr,  # Tensor[B + 1], first block of each image and their total; then Tensor[B, IMAGE_FIELDS]
+    n_images,
+    n_anchors,
+    n_classes,
+    loss_bbox_weight: tl.float64,
+    order_ptr,  # Tensor[P] int32: room for the positions that exist, block by block
     loss_ptr,  # Tensor[P]
+    N_LEVELS: tl.constexpr,
+    OF_DELTAS: tl.constexpr,
+    SQUARE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     REAL: tl.constexpr = loss_ptr.dtype.element_ty
-    image, position, inside = positions(start_ptr, n_images, BLOCK_P)
-    anchor, first, exists = anchors_of(inds[0], inds[1], start_ptr, n_images, image, position, inside)
-    anchor = tl.where(exists, anchor, 0)  # [BLOCK_P], as all below without a remark
-    row = first + anchor
-    level = tl.zeros([BLOCK_P], tl.int32)
-    for i in tl.static_range(1, len(anchor_ptrs)):
-        level += (anchor >= tl.load(level_ptr + i * LEVEL_FIELDS)).to(tl.int32)
-    row_ptr = level_ptr + level * LEVEL_FIELDS
-    cell = anchor - tl.load(row_ptr, mask=exists, other=0)
-    width = tl.load(row_ptr + 1, mask=exists, other=1).to(tl.int32)
-    y, x = (cell.to(tl.int32) // width).to(tl.int64), (cell.to(tl.int32) % width).to(tl.int64)
+    block = tl.program_id(0)
+    image = image_of(start_ptr, n_images, block)
+    image_ptr = start_ptr + n_images + 1 + image * IMAGE_FIELDS
+    in_image = (block - tl.load(start_ptr + image)) * BLOCK_P
+    in_batch = tl.load(image_ptr) + in_image
+    order_ptr += in_batch
+    loss_ptr += in_batch
+    position = tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    inside = in_image + position < tl.load(image_ptr + 1)
+    inds_ptr = _of_image(image_ptr + 2, ind_like, in_image + position)
+    anchor = tl.load(inds_ptr, mask=inside, other=-1).to(tl.int64)
+    exists = (anchor >= 0) & (anchor < n_anchors)
+    tl.store(loss_ptr + position, float("nan"), mask=inside & (exists == 0))
+    place = tl.cumsum(exists.to(tl.int32), 0)
+    n_here = tl.max(place, 0)
+    tl.store(order_ptr + place - 1, position, mask=exists)
+    tl.debug_barrier()  # other threads of this program read what one has written
 
-    delta_ptr, delta_stride = _of_map(row_ptr + 7, image, y, x, exists, delta_ptrs[0].dtype)
-    dx, dy, dw, dh = _load4(delta_ptr, delta_stride, exists)
-    anchor_ptr = tl.load(row_ptr + 12, mask=exists, other=0).to(anchor_ptrs[0].dtype)
-    anchor_ptr += cell * tl.load(row_ptr + 13, mask=exists, other=0)
-    x1, y1, x2, y2 = _load4(anchor_ptr, tl.load(row_ptr + 14, mask=exists, other=0), exists)
-    limit = _option(option_ptr + 4)
-    x1, x2 = _decode_side(x1, x2, dx * _option(option_ptr), dw * _option(option_ptr + 2), limit)
-    y1, y2 = _decode_side(y1, y2, dy * _option(option_ptr + 1), dh * _option(option_ptr + 3), limit)
-    target = _load4(bbox_target[0] + row * bbox_target[1], bbox_target[2], exists)
-    w0, w1, w2, w3 = _load4(bbox_weight[0] + row * bbox_weight[1], bbox_weight[2], exists)
-    weight = (w0 + w1 + w2 + w3) * (_option(option_ptr + 5) * 0.25)
-    loss = (_giou_loss(x1, y1, x2, y2, *target) * weight).to(REAL)
+    gamma, positive, negative = _option(option_ptr + 8), _option(option_ptr + 9), _option(option_ptr + 10)
+    for first in range(0, n_here, LANES):
+        lane = first + tl.arange(0, LANES)  # [LANES], as all below without a remark
+        active = lane < n_here
+        position = tl.load(order_ptr + lane, mask=active, other=0)
+        anchor = tl.load(_of_image(image_ptr + 2, ind_like, in_image + position), mask=active, other=0).to(tl.int64)
+        level = tl.zeros([LANES], tl.int32)
+        for i in tl.static_range(1, N_LEVELS):
+            level += (anchor >= tl.load(level_ptr + i * LEVEL_FIELDS)).to(tl.int32)
+        row_ptr = level_ptr + level * LEVEL_FIELDS
+        cell = anchor - tl.load(row_ptr, mask=active, other=0)
+        per_location = tl.load(row_ptr + 1, mask=active, other=1).to(tl.int32)
+        width = tl.load(row_ptr + 2, mask=active, other=1).to(tl.int32)
+        location, of_location = cell.to(tl.int32) // per_location, (cell.to(tl.int32) % per_location).to(tl.int64)
+        y, x = (location // width).to(tl.int64), (location % width).to(tl.int64)
 
-    score_ptr, score_stride = _of_map(row_ptr + 2, image, y, x, exists, score_ptrs[0].dtype)
-    own_label = tl.load(label[0] + row * label[1], mask=exists, other=-1)
-    gamma = _option(option_ptr + 6).to(REAL)
-    positive, negative = _option(option_ptr + 7).to(REAL), _option(option_ptr + 8).to(REAL)
-    total = tl.zeros([BLOCK_C, BLOCK_P], REAL)
-    for first_class in range(0, n_classes, BLOCK_C):
-        c = first_class + tl.arange(0, BLOCK_C).to(tl.int64)[:, None]  # [BLOCK_C, 1]
-        counts = exists[None, :] & (c < n_classes)
-        logit = tl.load(score_ptr[None, :] + c * score_stride[None, :], mask=counts, other=0.0).to(REAL)
-        total += tl.where(counts, _focal(logit, c == own_label[None, :], gamma, positive, negative), 0.0)
-    weight = tl.load(label_weight[0] + row * label_weight[1], mask=exists, other=0.0).to(REAL)
-    loss += tl.sum(total, 0) * weight
-    tl.store(loss_ptr + position, tl.where(exists, loss, float("nan")), mask=inside)
+        delta_ptr, delta_stride = _of_map(row_ptr + 8, image, y, x, active, delta_like.dtype)
+        deltas = _load4(delta_ptr + of_location * 4 * delta_stride, delta_stride, active)
+        anchor_ptr = tl.load(row_ptr + 13, mask=active, other=0).to(anchor_like.dtype)
+        anchor_ptr += cell * tl.load(row_ptr + 14, mask=active, other=0)
+        box = _load4(anchor_ptr, tl.load(row_ptr + 15, mask=active, other=0), active)
+        target = _load4(_of_image(image_ptr + 8, target_like, anchor), tl.load(image_ptr + 10), active)
+        weights = _load4(_of_image(image_ptr + 11, target_like, anchor), tl.load(image_ptr + 13), active)
+        loss = loss_bbox_weight * _box_loss(deltas, box, target, weights, option_ptr, OF_DELTAS)
+
+        score_ptr, stride = _of_map(row_ptr + 3, image, y, x, active, score_like.dtype)
+        own = tl.load(_of_image(image_ptr + 4, label_like, anchor), mask=active, other=-1)
+        numbers = gamma.to(REAL), positive.to(REAL), negative.to(REAL)
+        score_ptr += of_location * n_classes * stride
+        focal = _focal_sum(score_ptr, stride, own, active, n_classes, numbers, SQUARE, BLOCK_C)
+        weight = tl.load(_of_image(image_ptr + 6, target_like, anchor), mask=active, other=0.0).to(REAL)
+        tl.store(loss_ptr + position, loss.to(REAL) + focal * weight, mask=active)
 
 
-def launch_rule(wide: bool) -> dict[str, int]:
-    """One warp, whose threads sum the classes of their locations, some at a time; fewer where sums are float64."""
-    return {"BLOCK_P": BLOCK_P, "BLOCK_C": 2 if wide else 8, "num_warps": 1, **register_limit()}
+def launch_rule(wide: bool, sparse: bool) -> dict[str, int]:
+    """One warp, whose threads sum the classes of their anchors, some at a time; fewer where sums are float64.
+
+    `sparse`: where every anchor is given as a potential positive, most are none, and many positions make one full warp.
+    """
+    return {"BLOCK_P": 512 if sparse else 32, "LANES": 32, "BLOCK_C": 2 if wide else 8, "num_warps": 1, **register_limit()}
+
+
+def _where(tensor: Tensor) -> tuple[int, ...]:
+    return _launch.address(tensor), *tensor.stride()
 
 
 def _level_table(anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor]) -> list[int]:
     first = itertools.accumulate((level.shape[0] for level in anchors), initial=0)
-    levels = zip(first, anchors, cls_scores, bbox_preds, strict=False)
     return [
         number
-        for begin, boxes, scores, deltas in levels
-        for number in (
-            *(begin, scores.shape[3], scores.data_ptr(), *scores.stride()),
-            *(deltas.data_ptr(), *deltas.stride(), boxes.data_ptr(), *boxes.stride()),
-        )
+        for begin, boxes, scores, deltas in zip(first, anchors, cls_scores, bbox_preds, strict=False)
+        for number in (begin, deltas.shape[1] // 4, scores.shape[3], *_where(scores), *_where(deltas), *_where(boxes))
+    ]
+
+
+def _image_table(pos_inds: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> list[int]:
+    sizes = [inds.shape[0] for inds in pos_inds]
+    first = itertools.accumulate(sizes, initial=0)
+    return [
+        number
+        for begin, size, *tensors in zip(first, sizes, pos_inds, *columns, strict=False)
+        for number in (begin, size, *itertools.chain(*map(_where, tensors)))
     ]
 
 
@@ -207,32 +295,44 @@ def candidate_losses(
     loss_bbox_weight: float,
     stds: Sequence[float],
     wh_ratio_clip: float,
+    box_loss: str,
+    convention: str,
 ) -> Tensor:
-    """The operator `paa_gpu::candidate_losses`: a copy and a launch; with several images five concatenations before them."""
-    losses = empty_losses(cls_scores[0], label_weight[0], pos_inds)
+    """The operator `paa_gpu::candidate_losses`: a copy and a launch."""
+    losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
     if losses.shape[0] == 0:
         return losses
     images, total = len(label), label[0].shape[0]
-    starts = image_starts([inds.shape[0] for inds in pos_inds], [0] * images, [total] * images, BLOCK_P)
-    starts = list(itertools.chain(*starts))
+    rule = launch_rule(losses.itemsize == 8, all(inds.shape[0] == total for inds in pos_inds))
+    blocks = (triton.cdiv(inds.shape[0], rule["BLOCK_P"]) for inds in pos_inds)
+    starts = [*itertools.accumulate(blocks, initial=0)]
     # In memory and not as arguments: they are needed late, and would fill AMD's scalar registers until then.
-    weights = loss_bbox_weight, gamma, loss_cls_weight * alpha, loss_cls_weight * (1 - alpha)
-    options = struct.unpack("9q", struct.pack("9d", *stds, abs(math.log(wh_ratio_clip)), *weights))
-    table = stage([*starts, *options, *_level_table(anchors, cls_scores, bbox_preds)], losses)
+    numbers = *stds, *box_numbers(wh_ratio_clip, convention), gamma, loss_cls_weight * alpha, loss_cls_weight * (1 - alpha)
+    options = struct.unpack("11q", struct.pack("11d", *numbers))
+    levels = _level_table(anchors, cls_scores, bbox_preds)
+    rows = _image_table(pos_inds, (label, label_weight, bbox_target, bbox_weight))
+    table = stage([*options, *levels, *starts, *rows], losses)
     keep(losses, table)
-    columns = [concatenate(column) for column in (pos_inds, label, label_weight, bbox_target, bbox_weight)]
     with device_guard(losses):
         _losses_kernel[(starts[images],)](
-            tuple(anchors),
-            tuple(cls_scores),
-            tuple(bbox_preds),
-            table[len(starts) + len(options) :],
+            anchors[0],
+            cls_scores[0],
+            bbox_preds[0],
+            pos_inds[0],
+            label[0],
+            label_weight[0],
             table,
+            table[len(options) :],
+            table[len(options) + len(levels) :],
             images,
-            cls_scores[0].shape[1],
-            *((column, *column.stride()) for column in columns),
-            table[len(starts) :],
+            total,
+            cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1],
+            loss_bbox_weight,
+            losses.new_empty(losses.shape[0], dtype=torch.int32),
             losses,
-            **launch_rule(losses.itemsize == 8),
+            N_LEVELS=len(anchors),
+            OF_DELTAS=box_loss == "l1",
+            SQUARE=gamma == 2,
+            **rule,
         )
     return losses

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -249,10 +250,16 @@ def write_targets(
     return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
 
 
-def empty_losses(scores: Tensor, targets: Tensor, pos_inds: Sequence[Tensor]) -> Tensor:
+def empty_losses(scores: Tensor, deltas: Tensor, targets: Tensor, pos_inds: Sequence[Tensor]) -> Tensor:
     """Loss [P]: float64 if the maps or the targets are, else float32."""
-    wide = torch.float64 in (scores.dtype, targets.dtype)
+    wide = torch.float64 in (scores.dtype, deltas.dtype, targets.dtype)
     return scores.new_empty(sum(inds.shape[0] for inds in pos_inds), dtype=torch.float64 if wide else torch.float32)
+
+
+def box_numbers(wh_ratio_clip: float, convention: str) -> tuple[float, float, float, float]:
+    """Least and most logarithm of a decoded box's scale; the least area of the GIoU, and what is added to its denominators."""
+    most = abs(math.log(wh_ratio_clip))
+    return (-most, most, 1e-6, 0.0) if convention == "mmdet" else (-math.inf, most, -math.inf, 1e-7)
 
 
 @_operator("losses")
@@ -271,9 +278,11 @@ def candidate_losses(
     loss_bbox_weight: float,
     stds: Sequence[float],
     wh_ratio_clip: float,
+    box_loss: str,
+    convention: str,
 ) -> Tensor:
     """Loss [P] of the potential positives of all images; NaN at an index out of range. See `empty_losses`."""
-    return empty_losses(cls_scores[0], label_weight[0], pos_inds)
+    return empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
 
 
 @_operator("assign")

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_positive, check_tensor
+from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_option, check_positive, check_tensor
 
 __all__ = ["candidate_losses"]
+
+BOX_LOSSES = ("giou", "l1")
+CONVENTIONS = ("mmdet", "torchvision")
 
 
 def candidate_losses(
@@ -29,21 +32,27 @@ def candidate_losses(
     loss_bbox_weight: float = 1.3,
     stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
     wh_ratio_clip: float = 16 / 1000,
+    box_loss: str = "giou",
+    convention: str = "mmdet",
 ) -> list[Tensor]:
     """The losses by which the potential positives of N images are reassigned: `PAAHead.get_pos_loss` of mmdetection for a batch.
 
     Each is::
 
         loss_cls_weight * label_weight * (sigmoid focal loss, summed over the classes)
-        + loss_bbox_weight * mean(bbox_weight) * (1 - GIoU(decoded box, bbox_target))
+        + loss_bbox_weight * mean(bbox_weight) * (1 - GIoU(decoded box, bbox_target))  # "giou"
+        + loss_bbox_weight * sum(bbox_weight * |deltas - deltas of bbox_target|)       # or "l1"
 
-    Level l of the pyramid has H_l x W_l locations with one anchor each; the anchors of an image, A = sum(H_l * W_l) of them, are
-    numbered level by level, row by row. Only the locations of the potential positives are read, from the maps as they lie.
+    Level l of the pyramid has H_l x W_l locations with K_l anchors each; the anchors of an image, A = sum(H_l * W_l * K_l) of
+    them, are numbered level by level, row by row, location by location. The channels of a location's anchors follow one another.
+    Only the locations of the potential positives are read, from the maps as they lie.
 
     Args:
-        anchors: per level Tensor[H_l * W_l, 4]: x1, y1, x2, y2 in pixels, the same for all images.
-        cls_scores: per level Tensor[N, C, H_l, W_l], logits.
-        bbox_preds: per level Tensor[N, 4, H_l, W_l], the deltas dx, dy, dw, dh, already scaled; dtype of `cls_scores`.
+        anchors: per level Tensor[H_l * W_l * K_l, 4]: x1, y1, x2, y2 in pixels, the same for all images.
+        cls_scores: per level Tensor[N, K_l * C, H_l, W_l], logits. torchvision's heads give Tensor[N, A, C]: as one level of
+            A x 1 locations it is `[cls_logits.mT[..., None]]`, a view.
+        bbox_preds: per level Tensor[N, K_l * 4, H_l, W_l], the deltas dx, dy, dw, dh, already scaled. One dtype, which need not
+            be that of `cls_scores`: under autocast it is not.
         label: per image Tensor[A] int64, the class of each anchor; what is not in [0, C) is background.
         label_weight: per image Tensor[A], weight of the classification loss; dtype of `anchors`, as the two below.
         bbox_target: per image Tensor[A, 4], the target box in pixels.
@@ -51,22 +60,26 @@ def candidate_losses(
         pos_inds: per image Tensor[P_n] int64 or int32, the potential positives, in any order; P_n may be 0.
         gamma, alpha: of the focal loss.
         loss_cls_weight, loss_bbox_weight: of the two losses.
-        stds: deviations by which the deltas were divided.
+        stds: deviations by which the deltas were divided. torchvision multiplies by weights instead: their inverses, here 1.
         wh_ratio_clip: the decoded box is at most 1 / wh_ratio_clip times as wide or high as its anchor, and at least
             wh_ratio_clip times.
+        box_loss: `"giou"`, of the decoded box (PAA; `retinanet_resnet50_fpn_v2`); or `"l1"`, of the deltas, which are not decoded
+            then (`retinanet_resnet50_fpn`).
+        convention: details of the GIoU loss. `"mmdet"`: areas are at least 1e-6. `"torchvision"`: 1e-7 is added to the areas that
+            are divided by, and `wh_ratio_clip` does not keep a box from becoming smaller.
 
     Returns:
-        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if the maps or the targets are, else float32, in
-        which the classes of half precision are summed.
+        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if any of the maps or the targets are, else
+        float32. The classes are summed in this dtype, and half precision is taken to it before any arithmetic.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
-            weight or `gamma`; `wh_ratio_clip` not positive.
+            weight or `gamma`; `wh_ratio_clip` not positive; an unknown `box_loss` or `convention`.
 
     Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
     NaN, and `paa_reassign_batch` then leaves out its ground truth. An index out of range gives NaN and reads nothing. Inputs are
     not modified, no graph is recorded, nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU
-    loss, whose areas are at least 1e-6, and `DeltaXYWHBBoxCoder`.
+    loss and `DeltaXYWHBBoxCoder`; torchvision 0.29, `models/detection/_utils.py`, `ops/giou_loss.py`.
     """
     _check_maps(anchors, cls_scores, bbox_preds, label)
     columns = {
@@ -87,12 +100,15 @@ def candidate_losses(
     for name, number in numbers.items():
         check_non_negative(name, number)
     check_positive("wh_ratio_clip", wh_ratio_clip)
+    check_option("box_loss", box_loss, BOX_LOSSES)
     check_list("stds", stds, "delta", 4, "a box")
     for i, std in enumerate(stds):
-        check_non_negative(f"stds[{i}]", std)
+        (check_positive if box_loss == "l1" else check_non_negative)(f"stds[{i}]", std)  # the one divides by them
+    check_option("convention", convention, CONVENTIONS)
     tensors = (anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds)
     detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in tensors]
-    losses = _ops.candidate_losses(*detached, *map(float, numbers.values()), [*map(float, stds)], float(wh_ratio_clip))
+    options = (*map(float, numbers.values()), [*map(float, stds)], float(wh_ratio_clip), box_loss, convention)
+    losses = _ops.candidate_losses(*detached, *options)
     return list(losses.split_with_sizes([inds.shape[0] for inds in pos_inds]))
 
 
@@ -108,11 +124,21 @@ def _check_maps(
     for level, (boxes, scores, deltas) in enumerate(zip(anchors, cls_scores, bbox_preds, strict=True)):
         check_tensor(f"anchors[{level}]", boxes, (None, 4), (anchors[0].dtype,) if level else FLOATS, device)
         device = boxes.device
-        dtypes = (cls_scores[0].dtype,) if level else FLOATS
-        check_tensor(f"cls_scores[{level}]", scores, (len(label), classes, None, None), dtypes, device)
-        classes, (height, width) = scores.shape[1], scores.shape[2:]
-        check_tensor(f"bbox_preds[{level}]", deltas, (len(label), 4, height, width), (scores.dtype,), device)
-        if boxes.shape[0] != height * width:
+        dtypes = ((cls_scores[0].dtype,), (bbox_preds[0].dtype,)) if level else (FLOATS, FLOATS)
+        check_tensor(f"cls_scores[{level}]", scores, (len(label), None, None, None), dtypes[0], device)
+        check_tensor(f"bbox_preds[{level}]", deltas, (len(label), None, *scores.shape[2:]), dtypes[1], device)
+        per_location, rest = divmod(deltas.shape[1], 4)
+        if rest or per_location == 0:
+            raise ValueError(f"`bbox_preds[{level}]` must have 4 channels for each anchor of a location, got {deltas.shape[1]}")
+        if scores.shape[1] != per_location * (scores.shape[1] // per_location if classes is None else classes):
+            each = "as many" if classes is None else str(classes)
             raise ValueError(
-                f"`anchors[{level}]` must hold {height * width} anchors as `cls_scores[{level}]` does, got {boxes.shape[0]}"
+                f"`cls_scores[{level}]` must have {each} channels for each of the {per_location} anchors of a location, "
+                f"got {scores.shape[1]}"
+            )
+        classes, (height, width) = scores.shape[1] // per_location, scores.shape[2:]
+        if boxes.shape[0] != height * width * per_location:
+            raise ValueError(
+                f"`anchors[{level}]` must hold {height * width * per_location} anchors as `bbox_preds[{level}]` does, "
+                f"got {boxes.shape[0]}"
             )

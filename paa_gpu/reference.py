@@ -234,37 +234,61 @@ def candidate_losses(
     loss_bbox_weight: float = 1.3,
     stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
     wh_ratio_clip: float = 16 / 1000,
+    box_loss: str = "giou",
+    convention: str = "mmdet",
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """`PAAHead.get_pos_loss` of mmdetection, image by image from permuted maps, in this dtype; otherwise as
     `paa_gpu.candidate_losses`."""
-    classes, boxes, limit = cls_scores[0].shape[1], torch.cat(list(anchors)).to(dtype), abs(math.log(wh_ratio_clip))
+    classes, boxes, limit = (
+        cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1],
+        torch.cat(list(anchors)),
+        abs(math.log(wh_ratio_clip)),
+    )
     scores, deltas = (
-        torch.cat([level.to(dtype).permute(0, 2, 3, 1).flatten(1, 2) for level in maps], 1) for maps in (cls_scores, bbox_preds)
+        torch.cat([level.to(dtype).permute(0, 2, 3, 1).reshape(len(level), -1, width) for level in maps], 1)
+        for maps, width in ((cls_scores, classes), (bbox_preds, 4))
     )
     losses = []
     for image, inds in enumerate(pos_inds):
         i = inds.long()
-        logit, delta, anchor = scores[image, i], deltas[image, i] * torch.tensor(stds, dtype=dtype), boxes[i]
+        logit, delta, anchor, target = scores[image, i], deltas[image, i], boxes[i].to(dtype), bbox_target[image][i].to(dtype)
         is_label = (label[image][i][:, None] == torch.arange(classes)).to(dtype)
         p = logit.sigmoid()
         missing = (1 - p) * is_label + p * (1 - is_label)
         weight = (alpha * is_label + (1 - alpha) * (1 - is_label)) * missing**gamma
         focal = torch.nn.functional.binary_cross_entropy_with_logits(logit, is_label, weight, reduction="none").sum(1)
-        size = anchor[:, 2:] - anchor[:, :2]
-        centre = (anchor[:, :2] + anchor[:, 2:]) * 0.5 + size * delta[:, :2]
-        half = size * delta[:, 2:].clamp(-limit, limit).exp() * 0.5
-        giou = _giou(torch.cat([centre - half, centre + half], 1), bbox_target[image][i].to(dtype))
-        weights = loss_cls_weight * label_weight[image][i].to(dtype), loss_bbox_weight * bbox_weight[image][i].to(dtype).mean(1)
-        losses.append(weights[0] * focal + weights[1] * (1 - giou))
+        weight, scale = bbox_weight[image][i].to(dtype), torch.tensor(stds, dtype=dtype)
+        if box_loss == "l1":
+            of_box = (weight * (delta - _encoded(anchor, target) / scale).abs()).sum(1)
+        else:
+            least = -limit if convention == "mmdet" else -math.inf
+            of_box = weight.mean(1) * (1 - _giou(_decoded(anchor, delta * scale, least, limit), target, convention))
+        losses.append(loss_cls_weight * label_weight[image][i].to(dtype) * focal + loss_bbox_weight * of_box)
     return losses
 
 
-def _giou(boxes: Tensor, targets: Tensor) -> Tensor:
+def _encoded(anchor: Tensor, target: Tensor) -> Tensor:
+    """The deltas from anchors to targets: shifts of the centre, and logarithms of the scale."""
+    size = anchor[:, 2:] - anchor[:, :2]
+    shift = (target[:, :2] + target[:, 2:] - anchor[:, :2] - anchor[:, 2:]) * 0.5 / size
+    return torch.cat([shift, ((target[:, 2:] - target[:, :2]) / size).log()], 1)
+
+
+def _decoded(anchor: Tensor, delta: Tensor, least: float, most: float) -> Tensor:
+    size = anchor[:, 2:] - anchor[:, :2]
+    centre = (anchor[:, :2] + anchor[:, 2:]) * 0.5 + size * delta[:, :2]
+    half = size * delta[:, 2:].clamp(least, most).exp() * 0.5
+    return torch.cat([centre - half, centre + half], 1)
+
+
+def _giou(boxes: Tensor, targets: Tensor, convention: str) -> Tensor:
     size = (torch.min(boxes[:, 2:], targets[:, 2:]) - torch.max(boxes[:, :2], targets[:, :2])).clamp(min=0)
     enclosing = (torch.max(boxes[:, 2:], targets[:, 2:]) - torch.min(boxes[:, :2], targets[:, :2])).clamp(min=0)
-    union = (_area(boxes) + _area(targets) - size.prod(1)).clamp(min=1e-6)
-    whole = enclosing.prod(1).clamp(min=1e-6)
+    union, whole = _area(boxes) + _area(targets) - size.prod(1), enclosing.prod(1)
+    if convention == "torchvision":
+        return size.prod(1) / (union + 1e-7) - (whole - union) / (whole + 1e-7)
+    union, whole = union.clamp(min=1e-6), whole.clamp(min=1e-6)
     return size.prod(1) / union - (whole - union) / whole
 
 

@@ -207,12 +207,17 @@ def make_head_batch(
     shapes: Sequence[tuple[int, int]] = ((13, 17), (7, 9), (4, 5)),
     num_classes: int = 7,
     error: float = 0.5,
+    per_location: int = 1,
 ) -> HeadBatch:
     """Random float32 predictions for images with these numbers of potential positives, in random order.
 
-    Target boxes and deltas differ from the anchors by `error` of their size, more or less; labels may be background.
+    The anchors of a location, `per_location` of them, have a corner in common and are of different sizes. Target
+    boxes and deltas differ from the anchors by `error` of their size, more or less; labels may be background.
     """
-    anchors, images = make_anchors(shapes), len(potential)
+    anchors, images = [boxes.repeat_interleave(per_location, 0) for boxes in make_anchors(shapes)], len(potential)
+    for level in anchors:
+        sizes = (level[:, 2:] - level[:, :2]) * (torch.arange(len(level)) % per_location)[:, None] / per_location
+        level[:, 2:] += sizes
     boxes = torch.cat(anchors)
 
     def normal(*shape: int) -> Tensor:
@@ -221,8 +226,8 @@ def make_head_batch(
     sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     return HeadBatch(
         anchors,
-        [normal(images, num_classes, *shape) * 2 - 2 for shape in shapes],
-        [normal(images, 4, *shape) * 5 * error for shape in shapes],
+        [normal(images, num_classes * per_location, *shape) * 2 - 2 for shape in shapes],
+        [normal(images, 4 * per_location, *shape) * 5 * error for shape in shapes],
         [torch.from_numpy(rng.integers(num_classes + 1, size=len(boxes))) for _ in potential],
         [torch.from_numpy(rng.random(len(boxes))).float() for _ in potential],
         [boxes + sizes * normal(*boxes.shape) * error * 0.3 for _ in potential],

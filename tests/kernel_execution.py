@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, losses, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -74,14 +74,14 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
     elif execution == "stand-in":
         import ptxrun
 
-        with ptxrun.active(capability=90, seed=1, **SETTINGS) as session, _through_device("cpu"):
+        with ptxrun.active(capability=90, seed=1, **SETTINGS) as session, _admitted(session), _through_device("cpu"):
             session.refuse = _refuse_outside
             yield session
     else:
         import ptxrun
 
         settings = {"seed": 1, "racecheck": 2, **SETTINGS, **settings}
-        with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu():
+        with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu(), _admitted(session):
             yield session
 
 
@@ -160,6 +160,18 @@ def _map_tensors(function: Any, value: Any) -> Any:
         items = [_map_tensors(function, item) for item in value]
         return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
     return value
+
+
+@contextlib.contextmanager
+def _admitted(session: Any) -> Iterator[None]:
+    """Kernels may touch the tensors whose addresses they find in a table."""
+
+    def address(tensor: Tensor) -> int:
+        session.allow(tensor)
+        return tensor.data_ptr()
+
+    with mock.patch.object(_launch, "address", address):
+        yield
 
 
 @contextlib.contextmanager

@@ -316,7 +316,7 @@ HEAD = [
     ({"label": []}, ValueError, "`label` must have at least one entry, got an empty list"),
     ({"pos_inds": [Z]}, ValueError, "`pos_inds` must have 2 entries as `label` has, got 1"),
     (second_of_head("anchors", torch.ones(2, 5)), ValueError, "`anchors[1]` must have shape [any, 4], got [2, 5]"),
-    (second_of_head("anchors", torch.ones(3, 4)), ValueError, "`anchors[1]` must hold 2 anchors as `cls_scores[1]` does, got 3"),
+    (second_of_head("anchors", torch.ones(3, 4)), ValueError, "`anchors[1]` must hold 2 anchors as `bbox_preds[1]` does, got 3"),
     (second_of_head("anchors", torch.ones(2, 4).half()), TypeError, "`anchors[1]` must be float32, got float16"),
     (
         second_of_head("cls_scores", torch.ones(2, 3, 2)),
@@ -326,12 +326,22 @@ HEAD = [
     (
         second_of_head("cls_scores", torch.ones(2, 4, 1, 2)),
         ValueError,
-        "`cls_scores[1]` must have shape [2, 3, any, any], got [2, 4, 1, 2]",
+        "`cls_scores[1]` must have 3 channels for each of the 1 anchors of a location, got 4",
     ),
     (
         second_of_head("bbox_preds", torch.ones(2, 4, 2, 2)),
         ValueError,
-        "`bbox_preds[1]` must have shape [2, 4, 1, 2], got [2, 4, 2, 2]",
+        "`bbox_preds[1]` must have shape [2, any, 1, 2], got [2, 4, 2, 2]",
+    ),
+    (
+        second_of_head("bbox_preds", torch.ones(2, 6, 1, 2)),
+        ValueError,
+        "`bbox_preds[1]` must have 4 channels for each anchor of a location, got 6",
+    ),
+    (
+        {"bbox_preds": [torch.ones(2, 8, 2, 2), torch.ones(2, 8, 1, 2)]},
+        ValueError,
+        "`cls_scores[0]` must have as many channels for each of the 2 anchors of a location, got 3",
     ),
     (second_of_head("bbox_preds", torch.ones(2, 4, 1, 2).half()), TypeError, "`bbox_preds[1]` must be float32, got float16"),
     (second_of_head("label", Z), ValueError, "`label[1]` must have shape [6], got [3]"),
@@ -346,7 +356,10 @@ HEAD = [
     ({"loss_bbox_weight": None}, TypeError, "`loss_bbox_weight` must be a float, got NoneType"),
     ({"stds": (0.1, 0.1)}, ValueError, "`stds` must have 4 entries as a box has, got 2"),
     ({"stds": (0.1, 0.1, 0.2, -0.2)}, ValueError, "`stds[3]` must not be negative, got -0.2"),
+    ({"stds": (0.1, 0, 0.2, 0.2), "box_loss": "l1"}, ValueError, "`stds[1]` must be positive, got 0"),
     ({"wh_ratio_clip": 0}, ValueError, "`wh_ratio_clip` must be positive, got 0"),
+    ({"box_loss": "smooth_l1"}, ValueError, '`box_loss` must be "giou" or "l1", got \'smooth_l1\''),
+    ({"convention": None}, ValueError, '`convention` must be "mmdet" or "torchvision", got None'),
 ]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection._utils import BoxCoder, _box_loss
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import sigmoid_focal_loss
 
 import paa_gpu
 from paa_gpu import reference, testing
@@ -16,14 +19,14 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 def check(batch, **options):
     """Against the unfused form in float64, on the same values."""
     got, wanted = paa_gpu.candidate_losses(*batch, **options), reference.candidate_losses(*batch, **options)
-    wide = torch.float64 in (batch.cls_scores[0].dtype, batch.anchors[0].dtype)
+    wide = torch.float64 in (batch.cls_scores[0].dtype, batch.bbox_preds[0].dtype, batch.anchors[0].dtype)
     for losses, expected in zip(got, wanted, strict=True):
         assert losses.dtype == (torch.float64 if wide else torch.float32) and losses.shape == expected.shape
         torch.testing.assert_close(losses.double(), expected, rtol=TOLERANCE[losses.dtype], atol=0)
 
 
-def cast(batch, maps, targets=torch.float32):
-    dtypes = (targets, maps, maps, torch.int64, targets, targets, targets, torch.int64)
+def cast(batch, maps, targets=torch.float32, deltas=None):
+    dtypes = (targets, maps, deltas or maps, torch.int64, targets, targets, targets, torch.int64)
     return testing.HeadBatch._make([t.to(dtype) for t in column] for column, dtype in zip(batch, dtypes, strict=True))
 
 
@@ -44,6 +47,55 @@ def test_dtypes(maps, targets, rng):
     check(cast(full_images(rng), maps, targets))
 
 
+@pytest.mark.parametrize(
+    ("scores", "deltas"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float64)],
+    ids=str,
+)
+def test_maps_of_different_dtypes(scores, deltas, rng):
+    """Under autocast, scores come in half precision and boxes, which a parameter has scaled, in float32."""
+    check(cast(full_images(rng), scores, deltas=deltas))
+
+
+@pytest.mark.parametrize("box_loss", ["giou", "l1"])
+def test_several_anchors_of_a_location(box_loss, rng):
+    check(testing.make_head_batch([300, 0, 60], rng, ((7, 9), (4, 5)), per_location=3), box_loss=box_loss)
+
+
+@pytest.mark.parametrize("box_loss", ["l1", "giou"])
+def test_the_losses_of_torchvision(box_loss, rng):
+    """From its head's outputs as they lie, and from the maps before it permutes them; nine anchors a location."""
+    torch.manual_seed(0)
+    head, features = RetinaNetHead(8, 9, 5), [torch.randn(2, 8, 6, 5) * 9, torch.randn(2, 8, 3, 3) * 9]
+    maps = {name: [] for name in ("cls_logits", "bbox_reg")}
+    for module, name in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
+        getattr(module, name).register_forward_hook(lambda module, args, out, name=name: maps[name].append(out.detach()))
+        torch.nn.init.normal_(getattr(module, name).weight, std=0.5)
+    with torch.no_grad():
+        outputs = head(features)
+    logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
+    anchors = testing.make_boxes(6 * 5 * 9 + 3 * 3 * 9, (99, 99), rng)
+    targets = [anchors + torch.from_numpy(rng.uniform(-0.2, 0.2, anchors.shape)).float() for _ in range(2)]
+    label = [torch.from_numpy(rng.integers(5, size=len(anchors))) for _ in range(2)]
+    ones, inds = [torch.ones(len(anchors))] * 2, [torch.from_numpy(rng.permutation(len(anchors))[:200]) for _ in range(2)]
+    rest = (label, ones, targets, [weight[:, None].expand(-1, 4) for weight in ones], inds)
+    options = {"stds": (1, 1, 1, 1), "loss_bbox_weight": 1.0, "box_loss": box_loss, "convention": "torchvision"}
+    got = paa_gpu.candidate_losses([anchors], [logits.mT[..., None]], [deltas.mT[..., None]], *rest, **options)
+    levels = anchors.split([6 * 5 * 9, 3 * 3 * 9])
+    assert all(map(torch.equal, got, paa_gpu.candidate_losses(levels, maps["cls_logits"], maps["bbox_reg"], *rest, **options)))
+    for image, losses in enumerate(got):
+        for i, loss in zip(inds[image].tolist()[:40], losses, strict=False):
+            one = slice(i, i + 1)
+            wanted = sigmoid_focal_loss(
+                logits[image, i].double(), torch.nn.functional.one_hot(label[image][i], 5).double(), reduction="sum"
+            )
+            wanted += _box_loss(
+                box_loss, BoxCoder((1.0, 1.0, 1.0, 1.0)), anchors[one].double(), targets[image][one].double(),
+                deltas[image, one].double(),
+            )  # fmt: skip
+            torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+
 @pytest.mark.slow
 def test_half_precision_throughout(rng):
     check(cast(full_images(rng), torch.float16, torch.float16))
@@ -54,7 +106,8 @@ def test_half_precision_throughout(rng):
     "options",
     [
         {"gamma": 0.0}, {"gamma": 1.5, "alpha": 0.6}, {"loss_cls_weight": 0.0}, {"loss_bbox_weight": 0.0}, {"loss_bbox_weight": 2},
-        {"stds": (1.0, 0.5, 0.2, 3)}, {"wh_ratio_clip": 0.9, "stds": (0.1, 0.1, 1.0, 1.0)},
+        {"stds": (1.0, 0.5, 0.2, 3)}, {"box_loss": "l1", "stds": (1, 0.5, 1, 2)}, {"convention": "torchvision", "stds": (1, 1, 1, 1)},
+        {"wh_ratio_clip": 0.9, "stds": (0.1, 0.1, 1.0, 1.0)},
     ],
     ids=str,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from paa_gpu.cpu import losses as cpu
 from paa_gpu.kernels import losses as kernels
 from paa_gpu.kernels.losses import _exp, _log1p
 
-OPTIONS = (2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 16 / 1000)
+OPTIONS = (2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 16 / 1000, "giou", "mmdet")
 #: Relative. The sum over the classes is float32, the box loss float64.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -55,7 +55,7 @@ def cast(batch, maps, targets=torch.float32, index=torch.int64):
 def test_a_batch_equals_the_cpu_operator(session, maps, targets, rng):
     """Images without potential positives at the start, in the middle and at the end; blocks that are full and that are not."""
     batch = testing.make_head_batch([0, 70, 1, 0, 32, 33, 0], rng)
-    check(cast(batch, maps, targets), (1.5, 0.4, 0.7, 2.0, [0.2, 0.1, 0.3, 0.4], 0.1))
+    check(cast(batch, maps, targets), (1.5, 0.4, 0.7, 2.0, [0.2, 0.1, 0.3, 0.4], 0.1, "giou", "mmdet"))
 
 
 @pytest.mark.parametrize("num_classes", [1, 9])

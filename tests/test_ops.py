@@ -45,7 +45,7 @@ def calls(batch):
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
     head = testing.make_head_batch([5, 0, 9], np.random.default_rng(0))
-    yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016)
+    yield _ops.candidate_losses, (*map(list, head), 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016, "l1", "torchvision")
     boxes = [testing.make_boxes(number, (99, 99), np.random.default_rng(1)) for number in (4, 0, 2)]
     valid = [label == 1 for label in head.label]
     yield _ops.assign_max_iou, (head.anchors, boxes, boxes[::-1], valid, False, 0.1, 0.1, 0.0, 0.5, 1e-6, True, False, "gt")

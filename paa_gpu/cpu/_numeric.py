@@ -46,6 +46,59 @@ def log1p(x: float) -> float:
     return 2 * s * (1 + t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * (A5 + t * (A6 + t * (A7 + t * (A8 + t * high)))))))))
 
 
+def negative_exp(x: Any) -> Any:
+    """exp(-x) for x >= 0 to 2 units in the last place; that of 87 (float64: 708) above, where bits are lost."""
+    return np.exp(-x)
+
+
+# No sums in another order here either, as below.
+@overload(negative_exp, jit_options={"fastmath": {"contract"}})
+def _negative_exp(x: Any) -> Any:
+    single = x == numba.float32
+    real: Any = np.float32 if single else np.float64
+    integer: Any = np.int32 if single else np.int64
+    digits, degree, most = (23, 7, 87) if single else (52, 13, 708)  # the last term above a rounding error
+    high = real(0.693359375 if single else LOG2_HIGH)
+    low = real(math.log(2) - 0.693359375 if single else LOG2_LOW)
+    shift, places, limit, log2_e = real(1.5 * 2**digits), integer(digits), real(most), real(1 / math.log(2))
+    terms = tuple(real((-1) ** k / math.factorial(k)) for k in range(degree, -1, -1))
+
+    def power(x: Any) -> Any:
+        x = limit if x > limit else x
+        shifted = shift - x * log2_e  # its last bits are the whole number nearest to -x / log(2)
+        n = shift - shifted
+        rest = (x - n * high) - n * low
+        series = terms[0]
+        for k in range(1, len(terms)):
+            series = series * rest + terms[k]
+        return integer(real(series).view(integer) + (real(shifted).view(integer) << places)).view(real)
+
+    return power
+
+
+def log1p_of_part(x: Any) -> Any:
+    """The logarithm of 1 + x = 2 atanh(x / (2 + x)) of 0 <= x <= 1, to 3 units in the last place."""
+    return np.log1p(x)
+
+
+@overload(log1p_of_part)
+def _log1p_of_part(x: Any) -> Any:
+    single = x == numba.float32
+    real: Any = np.float32 if single else np.float64
+    terms = tuple(real(1 / (2 * k + 1)) for k in range(7 if single else 16, -1, -1))
+    two = real(2)
+
+    def logarithm(x: Any) -> Any:
+        s = x / (two + x)
+        t = s * s
+        series = terms[0]
+        for k in range(1, len(terms)):
+            series = series * t + terms[k]
+        return two * s * series
+
+    return logarithm
+
+
 def negative_exp2(x: Any) -> Any:
     """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1) units in the last place."""
     return np.exp2(-x)
