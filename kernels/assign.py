@@ -113,7 +113,10 @@ def _second_pass(boxes, box_stride, begin, end, anchor, index, counts, best_ptr,
     return assigned
 
 
-@triton.jit(do_not_specialize=["n_images", "n_anchors", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"])
+@triton.jit(
+    do_not_specialize=["n_images", "n_anchors", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"],
+    do_not_specialize_on_alignment=["counter_ptr", "best_ptr"],  # in the table, where the number of images has them begin
+)
 def _assign_kernel(
     anchor_ptr,  # Tensor[A, 4]
     anchor_stride,  # of the three boxes: over boxes and sides

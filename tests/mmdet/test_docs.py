@@ -44,4 +44,4 @@ def test_the_page_runs(page, given):
 
 
 def test_these_pages():
-    assert [page.stem for page in PAGES] == ["README", "drop-in", "head", "moving-from-scikit-learn"]
+    assert [page.stem for page in PAGES] == ["README", "drop-in", "head", "mmdetection", "moving-from-scikit-learn"]
