@@ -32,7 +32,7 @@ setup(
         "head": ["torchvision>=0.24"],
         "examples": ["paa-gpu[demo,head]", "pycocotools>=2.0.8", "tqdm>=4"],
         "test": [
-            *("paa-gpu[demo,head]", "build>=1.2.1", "ensemble-boxes>=1.0.9", "hypothesis>=6.100"),
+            *("paa-gpu[examples]", "build>=1.2.1", "ensemble-boxes>=1.0.9", "hypothesis>=6.100"),
             *("pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5"),
         ],
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8.1"],

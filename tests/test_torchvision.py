@@ -79,7 +79,9 @@ def crowd(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "matcher", [Matcher(0.5, 0.4, True), Matcher(0.7, 0.3, True), Matcher(0.5, 0.5, False), SSDMatcher(0.5)], ids=["RetinaNet", "RPN", "RoI", "SSD"]
+    "matcher",
+    [Matcher(0.5, 0.4, True), Matcher(0.7, 0.3, True), Matcher(0.5, 0.5, False), SSDMatcher(0.5)],
+    ids=["RetinaNet", "RPN", "RoI", "SSD"],
 )
 @pytest.mark.parametrize(
     ("boxes_dtype", "anchors_dtype"),
