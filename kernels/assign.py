@@ -152,8 +152,8 @@ def _counting(anchor, ignored, valid, image, index, inside, ignore_iof_thr, eps)
 
 @triton.jit
 def _first_block(images, image, anchor, index, counts, best_ptr, eps, MATCH: tl.constexpr, ALL: tl.constexpr):
-    """The best overlap of each anchor, -1 for none, and whose it is. Into `best`: the highest overlap as an ordered integer, above
-    its first anchor's place from the end where not ALL."""
+    """The best overlap of each anchor, -1 for none, and whose it is. Into `best`: the highest overlap as an ordered integer, and
+    below it, where not ALL, its first anchor's place from the end."""
     ptr, size, stride, side = _boxes_of(images, image)
     bounds = _bounds(anchor, counts)
     floor = tl.where(tl.max(counts.to(tl.int32), 0) > 0, 0.0, -1.0)

@@ -54,8 +54,8 @@ def _log1p(x):
         return tl.log(u) + (x - (u - 1)) / u
     s = x / (2 + x)
     t = s * s
-    series = 1 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13))))))
-    return 2 * s * series
+    # atanh(s) / s to 5e-9 of its value: the polynomial that differs least for t <= 1 / 9.
+    return 2 * s * (1 + t * (0.3333320915699005 + t * (0.2001076340675354 + t * (0.14000903069972992 + t * 0.1400599330663681))))
 
 
 @triton.jit
@@ -204,15 +204,14 @@ def _losses_kernel(
     in_batch = tl.load(image_ptr) + in_image
     order_ptr += in_batch
     loss_ptr += in_batch
-    position = tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    inside = in_image + position < tl.load(image_ptr + 1)
-    inds_ptr = _of_image(image_ptr + 2, ind_like, in_image + position)
-    anchor = tl.load(inds_ptr, mask=inside, other=-1).to(tl.int64)
-    exists = (anchor >= 0) & (anchor < n_anchors)
-    tl.store(loss_ptr + position, float("nan"), mask=inside & (exists == 0))
+    of_block = tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    inside = in_image + of_block < tl.load(image_ptr + 1)
+    inds = tl.load(_of_image(image_ptr + 2, ind_like, in_image + of_block), mask=inside, other=-1).to(tl.int64)
+    exists = (inds >= 0) & (inds < n_anchors)
+    tl.store(loss_ptr + of_block, float("nan"), mask=inside & (exists == 0))
     place = tl.cumsum(exists.to(tl.int32), 0)
     n_here = tl.max(place, 0)
-    tl.store(order_ptr + place - 1, position, mask=exists)
+    tl.store(order_ptr + place - 1, of_block, mask=exists)
     tl.debug_barrier()  # other threads of this program read what one has written
 
     gamma, positive, negative = _option(option_ptr + 8), _option(option_ptr + 9), _option(option_ptr + 10)
