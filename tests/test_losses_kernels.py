@@ -243,5 +243,5 @@ def test_work_grows_with_the_potential_positives_only(rng):
 
 
 def test_launch_rule():
-    assert kernels.launch_rule(False, False)["BLOCK_P"] == 32 and kernels.launch_rule(True, True)["BLOCK_C"] == 2
+    assert kernels.launch_rule(False, False)["BLOCK_P"] == 32 and kernels.launch_rule(True, True)["BLOCK_C"] == 1
     assert kernels.launch_rule(False, True)["BLOCK_P"] == 512
