@@ -1,15 +1,15 @@
 """Max-IoU assignment: anchors against the ground truths of their image, without the matrix of their overlaps.
 
-A program takes a block of anchors of one image and goes through the image's ground truths, all in float32 and rounded as torch
-rounds, operation by operation:
+Two launches. A program has a row of one image, some blocks of its anchors, and goes through the image's ground truths, all in
+float32 and rounded as torch rounds, operation by operation:
 
-    first    the best overlap of each anchor and whose it is; the block's best overlap with each ground truth goes into `best`,
-             [G], by an atomic maximum of (overlap, lower anchor first)
-    second   once all blocks of the image have done this, each block compares its anchors with `best`: the best anchors of a
-             ground truth become its own, in the order of the ground truths
+    first    the best overlap of each anchor and whose it is; the row's best overlap with each ground truth goes into `best`,
+             [R, G]. A ground truth that does not touch the bounds of a block overlaps none of its anchors, and is passed over
+    second   the rows that hold a ground truth's best overlap look for its best anchors, which become its own, in the order of the
+             ground truths, or what they themselves overlap most
 
-Which of the two a program does its ticket says, drawn when it starts: those with the first half of the tickets wait for nobody,
-and a program that waits has a ticket behind all of theirs, so that they have started. Memory is O(A + G).
+No program reads what another of its launch writes. What the host knows comes as a table, with the addresses of the images'
+tensors. Memory is O(A + G): `best` has at most MOST_ROWS rows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paa_gpu.kernels import _launch
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
-from paa_gpu.kernels.topk import concatenate
 
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
+# Fields of a row of the table. Of an image: address, number and strides of its boxes; their first among all and its first anchor;
+# address, number and strides of its boxes to ignore; address and stride of its flags. Of a level: address, size, strides.
+IMAGE_FIELDS, LEVEL_FIELDS = tl.constexpr(12), tl.constexpr(4)
+INFINITY = tl.constexpr(float("inf"))
+MOST_ROWS = 128
 
 
 @triton.jit
@@ -34,6 +39,12 @@ def _load_box(ptr, offset, stride, mask):
     y1 = tl.load(ptr + offset + stride, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(ptr + offset + 2 * stride, mask=mask, other=0.0).to(tl.float32)
     return x1, y1, x2, tl.load(ptr + offset + 3 * stride, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _boxes_of(row_ptr, like):
+    """Address, number and strides of boxes."""
+    return tl.load(row_ptr).to(like.dtype), tl.load(row_ptr + 1).to(tl.int32), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
 
 
 @triton.jit
@@ -59,135 +70,281 @@ def _overlap(box, anchor, eps, counts):
 
 
 @triton.jit
-def _candidates(anchor, ignored_ptr, ignored_stride, begin, end, valid_ptr, offset, inside, ignore_iof_thr, eps):
-    """The anchors that are there, and those among them that are not ignored."""
-    exist = inside
-    if valid_ptr is not None:
-        exist = inside & (tl.load(valid_ptr + offset, mask=inside, other=0) != 0)
-    most = tl.full(offset.shape, -1.0, tl.float32)
-    if ignored_ptr is not None:
-        for i in range(begin, end):
-            box = _load_box(ignored_ptr, i * ignored_stride[0], ignored_stride[1], i < end)
-            iof = _ratio(box, anchor, eps, True)
-            most = tl.where(iof > most, iof, most)
-    return exist, exist & (most <= ignore_iof_thr)
-
-
-@triton.jit
 def _decided(most, owner, pos_iou_thr, neg_iou_thr):
     """The ground truth from 1, 0 for background, -1 for neither."""
     return tl.where(most >= pos_iou_thr, owner, tl.where((most >= 0) & (most < neg_iou_thr), 0, -1))
 
 
 @triton.jit
-def _first_pass(boxes, box_stride, begin, end, anchor, index, exist, counts, best_ptr, eps, MATCH: tl.constexpr):
-    """Of each anchor, the ground truth that it overlaps most, from 1, and max_overlaps; into `best`: (overlap as an ordered
-    integer, place from the end), 0 for nobody."""
-    most = tl.full(index.shape, -1.0, tl.float32)
-    owner = tl.zeros(index.shape, tl.int32)
-    for g in range(begin, end):
-        iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, eps, counts)
-        owner = tl.where(iou > most, (g - begin).to(tl.int32), owner)
-        most = tl.where(iou > most, iou, most)
-        if MATCH:
-            key = ((iou.to(tl.int32, bitcast=True).to(tl.int64) + 1) << 32) | (index ^ LAST)
-            tl.atomic_max(best_ptr + g, tl.max(tl.where(iou >= 0, key, 0), 0), sem="relaxed")
-    most = tl.where((begin == end) & exist, 0.0, most)
-    owner = tl.where(most >= 0, tl.where(begin == end, 0, owner + 1), -1)
-    return owner.to(tl.int64), most
+def _least(x, counts):
+    """The least number; not one that is NaN."""
+    return tl.min(tl.where(counts & (x == x), x, INFINITY), 0)
 
 
 @triton.jit
-def _second_pass(boxes, box_stride, begin, end, anchor, index, counts, best_ptr, min_pos_iou, eps, ALL: tl.constexpr):
+def _bounds(anchor, counts):
+    """x1, y1, x2, y2 around the anchors of a block."""
+    x1, y1, x2, y2 = anchor
+    return _least(x1, counts), _least(y1, counts), -_least(-x2, counts), -_least(-y2, counts)
+
+
+@triton.jit
+def _apart(box, bounds):
+    """Whether the box overlaps no anchor within the bounds, so that each IoU is 0. Not known of one whose area is not finite."""
+    x1, y1, x2, y2 = box
+    outside = (x1 >= bounds[2]) | (y1 >= bounds[3]) | (x2 <= bounds[0]) | (y2 <= bounds[1])
+    return outside & (tl.abs((x2 - x1) * (y2 - y1)) < INFINITY)
+
+
+@triton.jit
+def _blocks(level_ptr, n_levels, BLOCK: tl.constexpr):
+    """The number of blocks of an image."""
+    n_blocks = tl.zeros((), tl.int32)
+    for i in range(n_levels):
+        n_blocks += tl.cdiv(tl.load(level_ptr + i * LEVEL_FIELDS + 1), BLOCK).to(tl.int32)
+    return n_blocks
+
+
+@triton.jit
+def _block(level_ptr, n_levels, like, block, BLOCK: tl.constexpr):
+    """The anchors of a block, which are of one level; their places in the image; and which of them there are."""
+    level, in_level, first_anchor = tl.zeros((), tl.int32), block, tl.zeros((), tl.int64)
+    size = tl.load(level_ptr + 1)
+    for i in range(1, n_levels):
+        of_level = tl.cdiv(size, BLOCK).to(tl.int32)
+        beyond = (level == i - 1) & (in_level >= of_level)
+        in_level = tl.where(beyond, in_level - of_level, in_level)
+        first_anchor = tl.where(beyond, first_anchor + size, first_anchor)
+        size = tl.where(beyond, tl.load(level_ptr + i * LEVEL_FIELDS + 1), size)
+        level = tl.where(beyond, i, level)
+    place = in_level.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    ptr, _, stride, side = _boxes_of(level_ptr + level * LEVEL_FIELDS, like)
+    return _load_box(ptr, place * stride, side, inside), (first_anchor + place).to(tl.int32), inside
+
+
+@triton.jit
+def _counting(anchor, image_ptr, box_like, valid_like, index, inside, ignore_iof_thr, eps, IGNORE: tl.constexpr):
+    """The anchors that are there, and those among them that are not ignored and that may overlap something."""
+    exist = inside
+    if valid_like is not None:
+        flag_ptr = tl.load(image_ptr + 10).to(valid_like.dtype) + index * tl.load(image_ptr + 11)
+        exist = inside & (tl.load(flag_ptr, mask=inside, other=0) != 0)
+    most = tl.full(index.shape, -1.0, tl.float32)
+    if IGNORE:
+        ptr, size, stride, side = _boxes_of(image_ptr + 6, box_like)
+        for i in range(size):
+            iof = _ratio(_load_box(ptr, i * stride, side, i < size), anchor, eps, True)
+            most = tl.where(iof > most, iof, most)
+    area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
+    return exist, exist & (most <= ignore_iof_thr) & (area == area)
+
+
+@triton.jit
+def _key(highest, at):
+    """(Overlap as an ordered integer, place from the end), 0 for nobody."""
+    key = ((highest.to(tl.int32, bitcast=True).to(tl.int64) + 1) << 32) | (at ^ LAST).to(tl.int64)
+    return tl.where(highest >= 0, key, 0)
+
+
+@triton.jit
+def _first_block(
+    image_ptr, like, anchor, index, counts, best_ptr, eps, MATCH: tl.constexpr, ALL: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """The best overlap of each anchor, -1 for none, and whose it is. Into `best`: the highest overlap, and its first anchor."""
+    ptr, size, stride, side = _boxes_of(image_ptr, like)
+    bounds = _bounds(anchor, counts)
+    first = tl.min(tl.where(counts, index, LAST), 0)
+    none = _key(tl.where(first < LAST, 0.0, -1.0), first)
+    most, owner = tl.full(index.shape, -1.0, tl.float32), tl.zeros(index.shape, tl.int32)
+    lowest_apart = size
+    for tile in range(0, size, BLOCK_G):
+        gt = tile + tl.arange(0, BLOCK_G)
+        apart = _apart(_load_box(ptr, gt * stride, side, gt < size), bounds)
+        lowest_apart = tl.minimum(lowest_apart, tl.min(tl.where(apart & (gt < size), gt, size), 0))
+        if MATCH:
+            tl.atomic_max(best_ptr + gt, tl.broadcast_to(none, [BLOCK_G]), mask=apart & (gt < size), sem="relaxed")
+        near = (gt < size) & (apart == 0)
+        for _ in range(tl.sum(near.to(tl.int32), 0)):
+            g = tl.min(tl.where(near, gt, LAST), 0)
+            near = near & (gt != g)
+            iou = _overlap(_load_box(ptr, g * stride, side, g < size), anchor, eps, counts)
+            owner = tl.where(iou > most, g, owner)
+            most = tl.where(iou > most, iou, most)
+            if MATCH:
+                highest = tl.max(iou, 0)
+                at = first
+                if not ALL:
+                    at = tl.min(tl.where(iou == highest, index, LAST), 0)
+                tl.atomic_max(best_ptr + g, _key(highest, at), sem="relaxed")
+    at_least = counts & (lowest_apart < size) & ((most < 0) | ((most == 0) & (owner > lowest_apart)))
+    return tl.where(at_least, 0.0, most), tl.where(at_least, lowest_apart, owner)
+
+
+@triton.jit
+def _second_block(
+    image_ptr,
+    like,
+    anchor,
+    index,
+    counts,
+    best_ptr,
+    n_gts,
+    row,
+    n_rows,
+    min_pos_iou,
+    eps,
+    ALL: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
     """The last ground truth of which the anchor is a best one, from 1; 0 for nobody."""
-    assigned = tl.zeros(index.shape, tl.int64)
-    for g in range(begin, end):
-        best = tl.load(best_ptr + g, cache_modifier=".cg")
+    ptr, size, stride, side = _boxes_of(image_ptr, like)
+    assigned = tl.zeros(index.shape, tl.int32)
+    for tile in range(0, size, BLOCK_G):
+        gt = tile + tl.arange(0, BLOCK_G)
+        best = tl.zeros([BLOCK_G], tl.int64)
+        for other in range(n_rows):
+            best = tl.maximum(best, tl.load(best_ptr + other * n_gts + gt, mask=gt < size, other=0))
+        own = tl.load(best_ptr + row * n_gts + gt, mask=gt < size, other=0)
         most = ((best >> 32) - 1).to(tl.int32)
-        mine = counts & (index == ((best & LAST) ^ LAST))
-        if ALL:
-            iou = _overlap(_load_box(boxes, g * box_stride[0], box_stride[1], g < end), anchor, eps, counts)
-            mine = counts & (iou.to(tl.int32, bitcast=True) == most)
-        matched = (best > 0) & (most.to(tl.float32, bitcast=True) >= min_pos_iou)
-        assigned = tl.where(mine & matched, g - begin + 1, assigned)
+        mine = (best > 0) & ((own >> 32) == (best >> 32) if ALL else own == best)
+        mine = mine & (most.to(tl.float32, bitcast=True) >= min_pos_iou)
+        n_mine = tl.sum(mine.to(tl.int32), 0)
+        for _ in range(n_mine):
+            g = tl.min(tl.where(mine, gt, LAST), 0)
+            key = tl.max(tl.where(gt == g, best, 0), 0)
+            mine = mine & (gt != g)
+            if ALL:
+                iou = _overlap(_load_box(ptr, g * stride, side, g < size), anchor, eps, counts)
+                best_one = iou.to(tl.int32, bitcast=True) == ((key >> 32) - 1).to(tl.int32)
+            else:
+                best_one = index == ((key & LAST) ^ LAST).to(tl.int32)
+            assigned = tl.where(counts & best_one, g + 1, assigned)
     return assigned
 
 
-@triton.jit(
-    do_not_specialize=["n_images", "n_anchors", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"],
-    do_not_specialize_on_alignment=["counter_ptr", "best_ptr"],  # in the table, where the number of images has them begin
-)
-def _assign_kernel(
-    anchor_ptr,  # Tensor[A, 4]
-    anchor_stride,  # of the three boxes: over boxes and sides
-    box_ptr,  # Tensor[G, 4]
-    box_stride,
-    ignored_ptr,  # Tensor[I, 4] or None
-    ignored_stride,
-    valid_ptr,  # Tensor[B * A] bool or None
-    start_ptr,  # Tensor[2, B + 1]: first ground truth and ignored box of each image, and their totals
-    n_images,
-    n_anchors,
-    counter_ptr,  # Tensor[1 + B]: zeros on entry; tickets, and the blocks of each image that are done
-    best_ptr,  # Tensor[G]: zeros on entry
+_SIZES = ["n_images", "n_levels", "level_step", "n_rows", "n_gts"]
+_NUMBERS = ["pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"]
+
+
+# One compiled form whatever the number of images, boxes and anchors.
+@triton.jit(do_not_specialize=[*_SIZES, *_NUMBERS], do_not_specialize_on_alignment=["level_ptr"])
+def _first_kernel(
+    # One tensor of each kind. Read at the addresses in the table: here for their dtypes.
+    anchor_like,
+    box_like,
+    valid_like,  # or None
+    image_ptr,  # Tensor[B, IMAGE_FIELDS]
+    level_ptr,  # Tensor[L, LEVEL_FIELDS], or of each image
+    n_levels,
+    level_step,  # from the levels of an image to those of the next: 0 where all have the same
+    n_rows,
+    n_gts,
     pos_iou_thr: tl.float32,
     neg_iou_thr: tl.float32,
-    min_pos_iou: tl.float32,
     ignore_iof_thr: tl.float32,
     eps: tl.float32,
-    gt_inds_ptr,  # Tensor[B, A], contiguous like the one below
-    overlap_ptr,  # Tensor[B, A]
+    best_ptr,  # Tensor[R, G]
+    gt_inds_ptr,  # Tensor[A], of all images, like the one below
+    overlap_ptr,  # Tensor[A]
+    IGNORE: tl.constexpr,
     MATCH: tl.constexpr,
     ALL: tl.constexpr,
     OWNER: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_anchors, BLOCK_A)
-    ticket = tl.program_id(0)
+    image, row = tl.program_id(0) // n_rows, tl.program_id(0) % n_rows
+    image_ptr += image.to(tl.int64) * IMAGE_FIELDS
+    level_ptr += image.to(tl.int64) * level_step * LEVEL_FIELDS
+    size = tl.load(image_ptr + 1)
+    best_ptr += row.to(tl.int64) * n_gts + tl.load(image_ptr + 4)
     if MATCH:
-        ticket = tl.atomic_add(counter_ptr, 1, sem="relaxed").to(tl.int32)
-    first = ticket < n_images * n_blocks
-    block = tl.where(first, ticket, ticket - n_images * n_blocks)
-    image = block // n_blocks
-    index = (block % n_blocks).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)  # [BLOCK_A], as all below
-    inside = index < n_anchors
-    offset = image.to(tl.int64) * n_anchors + index
-    start_ptr += image
-    begin, end = tl.load(start_ptr), tl.load(start_ptr + 1)
-    anchor = _load_box(anchor_ptr, index * anchor_stride[0], anchor_stride[1], inside)
-    if first:
-        ignored_begin, ignored_end = tl.load(start_ptr + n_images + 1), tl.load(start_ptr + n_images + 2)
-        exist, counts = _candidates(
-            anchor, ignored_ptr, ignored_stride, ignored_begin, ignored_end, valid_ptr, offset, inside, ignore_iof_thr, eps
-        )
-        assigned, most = _first_pass(box_ptr, box_stride, begin, end, anchor, index, exist, counts, best_ptr, eps, MATCH)
+        for first in range(0, size, BLOCK):
+            gt = first + tl.arange(0, BLOCK)
+            tl.store(best_ptr + gt, tl.zeros([BLOCK], tl.int64), mask=gt < size)
+        tl.debug_barrier()  # one thread of this program raises what another has written
+    n_blocks = _blocks(level_ptr, n_levels, BLOCK)
+    of_row = tl.cdiv(n_blocks, n_rows)
+    for block in range(row * of_row, tl.minimum((row + 1) * of_row, n_blocks)):
+        anchor, index, inside = _block(level_ptr, n_levels, anchor_like, block, BLOCK)
+        exist, counts = _counting(anchor, image_ptr, box_like, valid_like, index, inside, ignore_iof_thr, eps, IGNORE)
+        most, owner = _first_block(image_ptr, box_like, anchor, index, counts, best_ptr, eps, MATCH, ALL, BLOCK_G)
+        most = tl.where((size == 0) & exist, 0.0, most)
+        assigned = tl.where(most >= 0, owner + 1, -1)
         if not OWNER:
-            assigned = tl.where(begin == end, assigned, _decided(most, assigned, pos_iou_thr, neg_iou_thr))
-        tl.store(gt_inds_ptr + offset, assigned, mask=inside)
+            assigned = _decided(most, assigned, pos_iou_thr, neg_iou_thr)
+        assigned = tl.where((size == 0) & exist, 0, assigned)
+        offset = tl.load(image_ptr + 5) + index
+        tl.store(gt_inds_ptr + offset, assigned.to(tl.int64), mask=inside)
         tl.store(overlap_ptr + offset, most, mask=inside)
-        if MATCH:
-            tl.debug_barrier()  # all that this program wrote comes before its sign
-            tl.atomic_add(counter_ptr + 1 + image, 1, sem="release")
-    else:
-        while tl.atomic_add(counter_ptr + 1 + image, 0, sem="acquire") < n_blocks:
-            pass
-        # Past the first-level cache, which does not see what other programs write.
-        most = tl.load(overlap_ptr + offset, mask=inside, other=-1.0, cache_modifier=".cg")
-        assigned = _second_pass(box_ptr, box_stride, begin, end, anchor, index, most >= 0, best_ptr, min_pos_iou, eps, ALL)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_NUMBERS], do_not_specialize_on_alignment=["level_ptr"])
+def _second_kernel(
+    anchor_like,  # these and the others, see _first_kernel
+    box_like,
+    image_ptr,
+    level_ptr,
+    n_levels,
+    level_step,
+    n_rows,
+    n_gts,
+    pos_iou_thr: tl.float32,
+    neg_iou_thr: tl.float32,
+    min_pos_iou: tl.float32,
+    eps: tl.float32,
+    best_ptr,
+    gt_inds_ptr,
+    overlap_ptr,
+    ALL: tl.constexpr,
+    OWNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    image, row = tl.program_id(0) // n_rows, tl.program_id(0) % n_rows
+    image_ptr += image.to(tl.int64) * IMAGE_FIELDS
+    level_ptr += image.to(tl.int64) * level_step * LEVEL_FIELDS
+    best_ptr += tl.load(image_ptr + 4)
+    n_blocks = _blocks(level_ptr, n_levels, BLOCK)
+    of_row = tl.cdiv(n_blocks, n_rows)
+    for block in range(row * of_row, tl.minimum((row + 1) * of_row, n_blocks)):
+        anchor, index, inside = _block(level_ptr, n_levels, anchor_like, block, BLOCK)
+        offset = tl.load(image_ptr + 5) + index
+        most = tl.load(overlap_ptr + offset, mask=inside, other=-1.0)
+        assigned = _second_block(
+            image_ptr,
+            box_like,
+            anchor,
+            index,
+            most >= 0,
+            best_ptr,
+            n_gts,
+            row.to(tl.int64),
+            n_rows,
+            min_pos_iou,
+            eps,
+            ALL,
+            BLOCK_G,
+        )
         if OWNER:
-            owner = tl.load(gt_inds_ptr + offset, mask=inside, other=0, cache_modifier=".cg")
-            decided = tl.where(begin == end, owner, _decided(most, owner, pos_iou_thr, neg_iou_thr))
-            tl.store(gt_inds_ptr + offset, tl.where(assigned > 0, owner, decided), mask=inside)
+            owner = tl.load(gt_inds_ptr + offset, mask=inside, other=0)
+            kept = (assigned > 0) | (tl.load(image_ptr + 1) == 0)
+            tl.store(gt_inds_ptr + offset, tl.where(kept, owner, _decided(most, owner, pos_iou_thr, neg_iou_thr)), mask=inside)
         else:
-            tl.store(gt_inds_ptr + offset, assigned, mask=inside & (assigned > 0))
+            tl.store(gt_inds_ptr + offset, assigned.to(tl.int64), mask=inside & (assigned > 0))
 
 
 def launch_rule(half: bool) -> dict[str, int]:
-    """Four anchors a thread, two where rounding to half precision takes registers: one warp finds the best without shared memory.
+    """Four anchors a thread, two where half precision takes registers; and not so many together that all boxes touch them.
 
     No fused multiply-adds: the two passes, and torch, must get the same bits.
     """
-    return {"BLOCK_A": 64 if half else 128, "num_warps": 1, "enable_fp_fusion": False, **register_limit()}
+    return {"BLOCK": 256 if half else 512, "num_warps": 4, "enable_fp_fusion": False, **register_limit()}
+
+
+def _row(boxes: Tensor) -> tuple[int, ...]:
+    return _launch.address(boxes), boxes.shape[0], *boxes.stride()
 
 
 def assign_max_iou(
@@ -205,56 +362,35 @@ def assign_max_iou(
     gt_max_assign_all: bool,
     low_quality: str,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `paa_gpu::assign_max_iou`: at most four concatenations, one copy and one launch; image by image where each
-    has its own anchors."""
-    if per_image:
-        levels = len(anchors) // len(gt_bboxes)
-        numbers = (pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr, eps)
-        columns = [
-            (anchors[i * levels : (i + 1) * levels], gt_bboxes[i : i + 1], gt_bboxes_ignore[i : i + 1], valid[i : i + 1])
-            for i in range(len(gt_bboxes))
-        ]
-        options = (False, *numbers, match_low_quality, gt_max_assign_all, low_quality)
-        results = zip(*(assign_max_iou(*image, *options) for image in columns), strict=True)
-        inds, most = (torch.cat(result) for result in results)
-        return inds, most
-    priors, boxes = concatenate(anchors), concatenate(gt_bboxes)
-    images, n_anchors, rows = len(gt_bboxes), priors.shape[0], boxes.shape[0]
-    gt_inds = boxes.new_empty(images * n_anchors, dtype=torch.int64)
-    overlaps = boxes.new_empty(images * n_anchors, dtype=torch.float32)
-    if n_anchors == 0:
+    """The operator `paa_gpu::assign_max_iou`: a copy and two launches, one where nothing is matched afterwards."""
+    images, rule = len(gt_bboxes), launch_rule(2 in (anchors[0].itemsize, gt_bboxes[0].itemsize))
+    levels = len(anchors) // images if per_image else len(anchors)
+    sizes = [[level.shape[0] for level in anchors[i * levels * per_image :][:levels]] for i in range(images)]
+    first_anchor = [*itertools.accumulate(map(sum, sizes), initial=0)]
+    first_gt = [*itertools.accumulate((boxes.shape[0] for boxes in gt_bboxes), initial=0)]
+    gt_inds = gt_bboxes[0].new_empty(first_anchor[images], dtype=torch.int64)
+    overlaps = gt_bboxes[0].new_empty(first_anchor[images], dtype=torch.float32)
+    if first_anchor[images] == 0:
         return gt_inds, overlaps
-    ignored = concatenate(gt_bboxes_ignore) if gt_bboxes_ignore else None
-    starts = [[0, *itertools.accumulate(box.shape[0] for box in column)] for column in (gt_bboxes, gt_bboxes_ignore)]
-    starts[1] += [0] * (images + 1 - len(starts[1]))
-    table = stage([*itertools.chain(*starts), *[0] * (1 + images + rows)], boxes)
+    rows = [(*_row(boxes), *first) for boxes, *first in zip(gt_bboxes, first_gt, first_anchor, strict=False)]
+    some = map(_row, gt_bboxes_ignore) if gt_bboxes_ignore else [(0,) * 4] * images
+    flags = [(_launch.address(flag), flag.stride(0)) for flag in valid] or [(0, 0)] * images
+    of_images = [number for row in zip(rows, some, flags, strict=True) for number in itertools.chain(*row)]
+    table = stage([*of_images, *itertools.chain(*map(_row, anchors))], gt_inds)
     keep(gt_inds, table)
-    rule = launch_rule(boxes.itemsize == 2)
-    blocks = images * triton.cdiv(n_anchors, rule["BLOCK_A"])
-    with device_guard(boxes):
-        _assign_kernel[(2 * blocks if match_low_quality else blocks,)](
-            priors,
-            priors.stride(),
-            boxes,
-            boxes.stride(),
-            ignored,
-            (0, 0) if ignored is None else ignored.stride(),
-            concatenate(valid).contiguous() if valid else None,
-            table,
-            images,
-            n_anchors,
-            table[2 * (images + 1) :],
-            table[2 * (images + 1) + 1 + images :],
-            pos_iou_thr,
-            neg_iou_thr,
-            min_pos_iou,
-            ignore_iof_thr,
-            max(eps, 1e-45),
-            gt_inds,
-            overlaps,
-            MATCH=match_low_quality,
-            ALL=gt_max_assign_all,
-            OWNER=match_low_quality and low_quality == "anchor",
-            **rule,
-        )
+    n_rows = min(MOST_ROWS, max(sum(triton.cdiv(size, rule["BLOCK"]) for size in of_image) for of_image in sizes))
+    best = gt_inds.new_empty(n_rows * first_gt[images])
+    step = (table, table[len(of_images) :], levels, levels * per_image, n_rows, first_gt[images], pos_iou_thr, neg_iou_thr)
+    # The least union is no zero, which would make an IoU of 0 not a number.
+    eps = max(eps, 2.0**-149)
+    shape = {"OWNER": match_low_quality and low_quality == "anchor", "ALL": gt_max_assign_all, **rule}
+    with device_guard(gt_inds):
+        _first_kernel[(images * n_rows,)](
+            anchors[0], gt_bboxes[0], valid[0] if valid else None, *step, ignore_iof_thr, eps, best, gt_inds, overlaps,
+            IGNORE=len(gt_bboxes_ignore) > 0, MATCH=match_low_quality, BLOCK_G=32, **shape,
+        )  # fmt: skip
+        if match_low_quality:
+            _second_kernel[(images * n_rows,)](
+                anchors[0], gt_bboxes[0], *step, min_pos_iou, eps, best, gt_inds, overlaps, BLOCK_G=128, **shape
+            )
     return gt_inds, overlaps

@@ -194,14 +194,17 @@ def score(
     index: torch.dtype = torch.int64,
     levels: int = 5,
     stride: int = 1,
+    box_loss: str = "giou",
+    gamma: float = 2.0,
+    sparse: bool = False,
 ) -> None:
     def spread(*shape: int, dtype: torch.dtype = targets) -> torch.Tensor:
         return torch.zeros(*shape, stride, dtype=dtype)[..., 0]
 
     scores, deltas = (spread(1, channels, 3, 3, dtype=maps) for channels in (9, 4))
-    inds, label = spread(5, dtype=index), spread(9 * levels, dtype=torch.int64)
+    inds, label = spread(9 * levels if sparse else 5, dtype=index), spread(9 * levels, dtype=torch.int64)
     targets_of = [label], [spread(9 * levels)], [spread(9 * levels, 4)], [spread(9 * levels, 4)]
-    options = 2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016
+    options = gamma, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 0.016, box_loss, "mmdet"
     losses.candidate_losses([spread(9, 4)] * levels, [scores] * levels, [deltas] * levels, *targets_of, [inds], *options)
 
 
@@ -319,6 +322,7 @@ ALL = {
         *product(maps=FLOATS, targets=FLOATS),
         *product(levels=(1, 3, 9), stride=STRIDES),
         *product(maps=FLOATS[2:], index=INDICES, stride=STRIDES),
+        *product(box_loss=("giou", "l1"), gamma=(1.5, 2.0), sparse=(False, True)),
     ],
     "read": [
         *product(what=READOUTS, components=(1, 2, 8), source=("rows", "count", "flat")),

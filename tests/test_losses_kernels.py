@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from device_operations import SYNCHRONISING, profiled
+from device_operations import profiled
 from kernel_execution import assert_written, compiled_only, execute, on_device, poisoned_outputs
 
 import paa_gpu
@@ -56,6 +57,16 @@ def test_a_batch_equals_the_cpu_operator(session, maps, targets, rng):
     """Images without potential positives at the start, in the middle and at the end; blocks that are full and that are not."""
     batch = testing.make_head_batch([0, 70, 1, 0, 32, 33, 0], rng)
     check(cast(batch, maps, targets), (1.5, 0.4, 0.7, 2.0, [0.2, 0.1, 0.3, 0.4], 0.1, "giou", "mmdet"))
+
+
+@pytest.mark.parametrize(
+    ("box_loss", "convention", "gamma"), [("l1", "mmdet", 2.0), ("l1", "torchvision", 1.5), ("giou", "torchvision", 2.0)]
+)
+def test_several_anchors_of_a_location(session, box_loss, convention, gamma, rng):
+    """And scores of half precision beside deltas of float32, as under autocast."""
+    batch = testing.make_head_batch([60, 0, 20], rng, ((5, 6), (4, 3)), per_location=3)
+    scores = [level.bfloat16() for level in batch.cls_scores]
+    check(batch._replace(cls_scores=scores), (gamma, 0.25, 1.0, 1.3, [1.0, 0.5, 2.0, 1.0], 16 / 1000, box_loss, convention))
 
 
 @pytest.mark.parametrize("num_classes", [1, 9])
@@ -157,15 +168,61 @@ def test_functions_at_the_ends(session):
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    ("images", "operations"), [(1, ["stage"]), (4, ["stage", *["cat"] * 5])], ids=["one image", "four images"]
-)
-def test_device_operations(images, operations, rng):
-    """One launch, whatever the images and levels."""
+@pytest.mark.parametrize("images", [1, 4])
+def test_device_operations(images, rng):
+    """A copy and a launch, whatever the images and levels."""
     batch = testing.make_head_batch([20] * images, rng)
-    done, launches = profiled(lambda: paa_gpu.candidate_losses(*batch))
-    print(done, launches)
-    assert done == operations and launches == ["_losses_kernel"] and not SYNCHRONISING & set(done)
+    assert profiled(lambda: paa_gpu.candidate_losses(*batch)) == (["stage"], ["_losses_kernel"])
+
+
+@compiled_only
+def test_one_compiled_form_for_all_batches(rng):
+    """Whatever the number of images, which decides where in the table its parts begin."""
+    compiled, launch = [], kernels._losses_kernel.run
+
+    def watched(*args, **options):
+        compiled.append(launch(*args, **options))
+        return compiled[-1]
+
+    with execute(90), mock.patch.object(kernels._losses_kernel, "run", watched):
+        for images in (1, 2, 3, 16):
+            run(testing.make_head_batch([5] * images, rng))
+    assert len(compiled) == 4 and len({kernel.hash for kernel in compiled}) == 1
+
+
+def padded(batch):
+    """All anchors given as potential positives, with -1 where there is none, as a head does that finds none out."""
+    everywhere = [torch.full_like(label, -1).index_copy(0, i, i) for label, i in zip(batch.label, batch.pos_inds, strict=True)]
+    return batch._replace(pos_inds=everywhere)
+
+
+@pytest.mark.parametrize("potential", [[0, 40, 1], [304]], ids=str)
+def test_all_anchors_given(session, potential, rng):
+    """The losses of those that are potential positives, and NaN."""
+    batch = testing.make_head_batch(potential, rng)
+    got = run(padded(batch)).split([304] * len(potential))
+    for losses, inds, wanted in zip(got, batch.pos_inds, cpu.candidate_losses(*batch, *OPTIONS).split(potential), strict=True):
+        torch.testing.assert_close(losses[inds], wanted, rtol=1e-6, atol=0)
+        assert losses.isnan().sum() == 304 - len(inds)
+
+
+@compiled_only
+@pytest.mark.parametrize("spread", [False, True], ids=["in boxes", "anywhere"])
+def test_work_of_all_anchors_of_sixteen_images(spread, rng):
+    """Counted for one image of 800 x 1,333 pixels with 2,000 potential positives of 80 classes, in four boxes or anywhere."""
+    batch = testing.make_head_batch([2000], rng, ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11)), num_classes=80)
+    if not spread:
+        grid, boxes = (
+            torch.arange(100 * 168).view(100, 168),
+            ((5, 9, 20, 30), (50, 100, 25, 20), (80, 20, 10, 40), (40, 20, 10, 50)),
+        )
+        batch = batch._replace(pos_inds=[torch.cat([grid[y : y + h, x : x + w].flatten() for y, x, h, w in boxes])])
+    with execute(90, seed=None, racecheck=0, count=True) as session:
+        run(padded(batch))
+    (work,) = session.by_kernel().values()
+    instructions = 16 * sum(n for name, n in work.warp_classes.items() if name != "mov")
+    print(f"warp instructions of 16 images with {len(batch.pos_inds[0])} potential positives each: {instructions:,}")
+    assert instructions <= 5e6
 
 
 @compiled_only
@@ -186,4 +243,5 @@ def test_work_grows_with_the_potential_positives_only(rng):
 
 
 def test_launch_rule():
-    assert kernels.launch_rule(False)["BLOCK_P"] == 32 and kernels.launch_rule(True)["BLOCK_C"] == 2
+    assert kernels.launch_rule(False, False)["BLOCK_P"] == 32 and kernels.launch_rule(True, True)["BLOCK_C"] == 1
+    assert kernels.launch_rule(False, True)["BLOCK_P"] == 512

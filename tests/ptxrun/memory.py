@@ -53,8 +53,11 @@ class Memory:
         size, space, bt = WIDTH[ty] // 8, self.space(ins), ty if ty[0] in "su" else bits(ty)
         if space == "param":
             base = a[1][1]
-            if base[0] == "r":      # a .param scalar of a call
+            if base[0] == "r" and base[1] in self.m.call_params:
                 return self.wr(dsts[0], bt, self.rd(base, bt))
+            if base[0] == "r":      # an address that was chosen among those of parameters
+                q = f"const uint8_t*q=c->params+({base[1]}+{a[1][2]});"
+                return f"{{{q}" + "".join(self.wr(d, bt, f"*(const {ctype(bt)}*)(q+{i * size})") for i, d in enumerate(dsts)) + "}"
             off, limit = self.m.params[base[1]]
             return "".join(self.wr(d, bt, f"*(const {ctype(bt)}*)(c->params+{off + base[2] + a[1][2] + i * size})")
                            for i, d in enumerate(dsts))
