@@ -97,7 +97,9 @@ def batches(pictures: list[Picture], options: argparse.Namespace, seed: int):
 
 @torch.no_grad()
 def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
-    model.eval()
+    """What the model finds in a picture at its own size, at which the crops are in training."""
+    sides = image.shape[1:]
+    model.eval().transform.min_size, model.transform.max_size = (min(sides),), max(sides)
     (found,) = model([image])
     return found
 
