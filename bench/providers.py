@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import paa_gpu
-from paa_gpu import reference
+from paa_gpu import diagnose, reference
 
 from .cases import Call
 
@@ -24,9 +24,6 @@ Targets = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]
 # Under pytest `mmdet` also finds the folder tests/mmdet, which has no file of its own to import.
 MMDET = getattr(importlib.util.find_spec("mmdet"), "origin", None) is not None
 GMM_GPU = importlib.util.find_spec("gmm_gpu") is not None
-
-# Larger than any L2 cache: inputs that take turns over this much come from memory.
-L2_BYTES = 128 << 20
 
 
 # --- reassignment ---------------------------------------------------------------------------------------------------------------
@@ -237,23 +234,8 @@ def on_cuda(value: Any) -> Any:
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
-def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any], rounds: int = 100) -> list[float]:
-    """Times of `run(*arguments)` on the GPU between two events, warm, with copies of the arguments that take turns past L2."""
-    sizes = [
-        tensor.nbytes
-        for value in arguments
-        for tensor in (value if isinstance(value, list) else [value])
-        if torch.is_tensor(tensor)
-    ]
-    copies = [on_cuda(list(arguments)) for _ in range(min(L2_BYTES // max(sum(sizes), 1) + 2, 50))]
-    for copy in copies[:10]:
-        run(*copy)
-    times = []
-    for i in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(*copies[i % len(copies)])
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return times
+def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, float]:
+    """Medians of `run(*arguments)` on the GPU, its caches cold, and on the host that launches it."""
+    there = on_cuda(list(arguments))
+    on_device, on_host = diagnose.Cuda().seconds(lambda: run(*there))
+    return {"event_seconds": on_device, "host_seconds": on_host}

@@ -91,9 +91,9 @@ def _peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _work(call: cases.Call) -> dict[str, float]:
-    import ptxrun
+    from kernel_execution import execute
 
-    with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+    with execute(CAPABILITY, seed=None, racecheck=0, count=True) as session:
         providers.library(call)
     classes = session.counters.warp_classes
     return {

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import ptxrun
 import torch
+from kernel_execution import execute
 
 import paa_gpu
 from paa_gpu import data, testing
@@ -48,7 +48,7 @@ def main() -> None:
 
 def count(function: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Run a public function on the compiled kernels, and print what each did."""
-    with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+    with execute(CAPABILITY, seed=None, racecheck=0, count=True) as session:
         function(*args, **options)
     for kernel, counters in session.by_kernel().items():
         sectors = counters.load_sectors / max(counters.load_bytes / 32, 1)
@@ -65,7 +65,7 @@ def em_iteration(precision: str) -> Counter[str]:
     """The difference between 13 and 3 iterations of 20 rows, for one."""
     x, counted = cases.losses(20, 45), []
     for max_iter in (3, 13):
-        with ptxrun.active(capability=CAPABILITY, count=True) as session, testing.triton_on_cpu():
+        with execute(CAPABILITY, seed=None, racecheck=0, count=True) as session:
             paa_gpu.fit_gmm_1d(x, tol=0.0, max_iter=max_iter, precision=precision)
         counted.append(session.counters.warp_classes)
     return Counter({name: (counted[1][name] - counted[0][name]) / 200 for name in counted[1]})

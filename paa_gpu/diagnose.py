@@ -35,6 +35,8 @@ _cuda: Any = torch.cuda  # parts of it have no types
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: In a report: passed, failed, could not be checked here.
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
+#: Larger than any second-level cache, and the clock of no GPU is faster.
+L2_BYTES, CYCLES_A_SECOND = 256 << 20, 3_000_000_000
 #: Of a checkout's recordings: scikit-learn takes seconds for more.
 RECORDINGS = 8
 #: Where results need not be equal: voted boxes in pixels and losses by their value, in float32; parameters of a fit in float64.
@@ -156,7 +158,7 @@ class Cuda:
 
     def __init__(self, device: str = "cuda") -> None:
         self.device = torch.device(device)
-        self.name = torch.cuda.get_device_name(self.device)
+        self.name = _cuda.get_device_name(self.device)
 
     def move(self, value: Any) -> Any:
         """Copies on the device that lie as their originals do."""
@@ -167,33 +169,33 @@ class Cuda:
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
+        _cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def nothing_waits(self) -> Iterator[None]:
         """Whatever waits for the device raises."""
-        torch.cuda.set_sync_debug_mode("error")
+        _cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            _cuda.set_sync_debug_mode("default")
 
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """The result of a captured call, and what replays it."""
         stream = _cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(_cuda.current_stream(self.device))
+        with _cuda.stream(stream):
             call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        _cuda.current_stream(self.device).wait_stream(stream)
+        graph = _cuda.CUDAGraph()
+        with _cuda.graph(graph):
             result = call()
         return result, graph.replay
 
     def beside_a_busy_stream(self, call: Callable[[], Any], prepare: Callable[[], None]) -> Any:
         """The call's result on a stream of its own that is busy: `prepare` is the last of what it has to do before."""
         stream = _cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        with _cuda.stream(stream):
             _cuda._sleep(200_000_000)
             prepare()
             result = call()
@@ -201,19 +203,29 @@ class Cuda:
         return result
 
     def seconds(self, call: Callable[[], Any], repeats: int = 30) -> tuple[float, float]:
-        """Medians of a call's time on the device and on the host. The device is busy before: it does not wait for the host."""
-        on_device, on_host = [], []
+        """Medians of a warm call's time between two events on the device, and on the host that launches it.
+
+        Before each the device is kept busy for longer than the host takes, so that it does not wait for the host, and what it
+        writes meanwhile puts the inputs out of its caches.
+        """
+        on_device, on_host = [], [self._host_seconds(call) for _ in range(3)][1:]
+        large = torch.empty(L2_BYTES, dtype=torch.uint8, device=self.device)
         for _ in range(repeats):
             start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
-            _cuda._sleep(2_000_000)
+            _cuda._sleep(int(CYCLES_A_SECOND * 3 * max(on_host)))
+            large.zero_()
             start.record()
-            begun = time.perf_counter()
-            call()
-            on_host.append(time.perf_counter() - begun)
+            on_host.append(self._host_seconds(call))
             end.record()
             end.synchronize()
             on_device.append(start.elapsed_time(end) / 1e3)
         return statistics.median(on_device), statistics.median(on_host)
+
+    @staticmethod
+    def _host_seconds(call: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
 
 
 # --- the checks -----------------------------------------------------------------------------------------------------------------

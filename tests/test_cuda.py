@@ -114,13 +114,94 @@ def test_another_device_than_the_current_one(batch):
     assert_equal(got, paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options))
 
 
-def test_work_on_a_stream_of_its_own(batch):
+def test_work_on_a_busy_stream(batch):
+    """The inputs are written behind a wait on the stream: a kernel, a copy or a fill that does not queue behind it reads zeros."""
     on_device, stream = batch.to("cuda"), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    sources = [[tensor.clone() for tensor in column] for column in on_device[:6]]
+    for column in on_device[:6]:
+        for tensor in column:
+            tensor.zero_()
+    paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)  # compiles
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+        for column, source in zip(on_device[:6], sources, strict=True):
+            for tensor, values in zip(column, source, strict=True):
+                tensor.copy_(values)
         got = paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
+    assert not stream.query(), "the stream was not busy long enough to show anything"
     stream.synchronize()
     assert_equal(got, paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options))
+
+
+def capture(call):
+    """The graph of a call and what it gives, after a first call that compiles."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+def churn_memory():
+    """Other calls take what pinned and device memory is free, and write into it."""
+    for size in (1, 3, 17, 200):
+        values = torch.full((size * 64,), -1, dtype=torch.int64).pin_memory()
+        values.to("cuda", non_blocking=True)
+        paa_gpu.fit_gmm_1d([torch.rand(n + 2, device="cuda") for n in range(size)])
+    torch.cuda.synchronize()
+
+
+def test_captured_graphs_of_assignment_and_losses():
+    rng = np.random.default_rng(0)
+    head = testing.make_head_batch([40, 0, 9], rng).to("cuda")
+    boxes = [testing.make_boxes(number, (130, 100), rng).cuda() for number in (4, 0, 2)]
+    for call, changed in (
+        (lambda: paa_gpu.assign_max_iou(head.anchors, boxes), boxes[0]),
+        (lambda: paa_gpu.candidate_losses(*head), head.cls_scores[0]),
+    ):
+        graph, captured = capture(call)
+        changed.mul_(0.5)
+        wanted = call()
+        for _ in range(3):
+            churn_memory()
+            graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(flat(captured), flat(wanted), strict=True):
+            assert torch.equal(a, b)
+
+
+def flat(value):
+    return [value] if isinstance(value, torch.Tensor) else [tensor for item in value for tensor in flat(item)]
+
+
+def test_a_captured_training_step_of_the_head():
+    """Losses and their gradients, replayed with other features while memory is taken and given back."""
+    head = paa_gpu.PAAHead(3, 8, 8, 1, norm_groups=4, strides=(8, 16)).to("cuda")
+    features = [torch.randn(2, 8, 8 // level, 12 // level, device="cuda") for level in (1, 2)]
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 50.0], [20.0, 8.0, 90.0, 60.0]], device="cuda")
+    targets = [{"boxes": boxes[:count], "labels": torch.ones(count, dtype=torch.int64, device="cuda")} for count in (2, 0)]
+
+    def train():
+        losses = head.loss(features, targets, [(64, 96), (60, 80)])
+        return losses, torch.autograd.grad(sum(losses.values()), list(head.parameters()))
+
+    graph, (losses, gradients) = capture(train)
+    for level in features:
+        level.normal_()
+    wanted, wanted_gradients = train()
+    for _ in range(3):
+        churn_memory()
+        graph.replay()
+    torch.cuda.synchronize()
+    for name, value in wanted.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def assert_voted(got: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:

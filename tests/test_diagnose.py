@@ -112,6 +112,39 @@ def test_layouts_that_differ(two):
     assert diagnose.check_layouts(careless).status == FAILED
 
 
+def test_a_time_on_the_device_begins_behind_work_and_a_flushed_cache(monkeypatch):
+    """The order of what a GPU is asked to do, on a stand-in for torch's part."""
+    done, memory = [], torch.empty(0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    class Large:
+        def zero_(self):
+            done.append("flush")
+
+    cuda = type(
+        "cuda",
+        (),
+        {"Event": Event, "_sleep": lambda cycles: done.append("sleep" if cycles > 0 else "nothing"), "get_device_name": str},
+    )
+    monkeypatch.setattr(diagnose, "_cuda", cuda)
+    monkeypatch.setattr(diagnose.torch, "empty", lambda size, **_: Large() if size == diagnose.L2_BYTES else memory)
+    on_device, on_host = diagnose.Cuda("cuda:0").seconds(lambda: done.append("call"), repeats=2)
+    assert on_device == 3e-3 and 0 < on_host < 1e-2
+    assert done == ["call"] * 3 + ["sleep", "flush", "event", "call", "event", "wait"] * 2
+
+
 @pytest.mark.slow
 def test_the_report(capsys, monkeypatch):
     """Without a GPU: the CPU's findings, and what could not be checked; 1 if something fails."""
