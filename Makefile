@@ -4,17 +4,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
-# mmdetection and what it needs, on top of what $(VENV) has.
+# mmdetection and what it needs, on top of what $(VENV) has: 3.3.0, and other versions each in an environment of its own.
 MMDET_VENV ?= .venv-mmdet
+MMDET_OTHERS = 2.14.0 2.11.0 onedl
 MMDET_BIN = $(MMDET_VENV)/bin
 MMDET_READY = $(MMDET_VENV)/.installed
+
+# The same for DeepForest, and what measures AP.
+TORCHVISION_VENV ?= .venv-torchvision
+TORCHVISION_BIN = $(TORCHVISION_VENV)/bin
+TORCHVISION_READY = $(TORCHVISION_VENV)/.installed
 
 # The lower bounds of setup.py.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs gpu test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -48,8 +54,24 @@ test-long: $(READY)
 	for way in 75 80 86 89 90 100 120; do \
 	  $(BIN)/python -m pytest -n 2 -m "not long" --execution $$way $(PUBLIC) || exit 1; \
 	done
+	# The kernels again, with stores that other programs see late and in any order.
+	$(BIN)/python -m pytest -n 2 -m "not long" --ptxrun weak=1 $(KERNELS)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
+
+# On the day a GPU is there: the report, the tests on it, four sanitizers over a selection, the benchmarks. DRY=echo prints what would run.
+SANITIZED = tests/test_reassign_kernels.py tests/test_assign_kernels.py tests/test_voting_kernels.py tests/test_losses_kernels.py
+gpu: $(READY)
+	$(DRY) mkdir -p bench/results/gpu
+	$(DRY) $(BIN)/python -m paa_gpu check --device cuda $(if $(DRY),,> bench/results/gpu/check.md)
+	$(DRY) $(BIN)/python -m pytest -m "not long" tests/test_cuda.py
+	$(DRY) $(BIN)/python -m pytest -m "not long" --execution cuda $(PUBLIC) tests/test_layouts.py
+	$(DRY) $(BIN)/python -m pytest -m "not long" -k cuda $(KERNELS)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  if ! command -v compute-sanitizer > /dev/null; then echo "compute-sanitizer is not installed: no $$tool"; continue; fi; \
+	  $(DRY) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x -m "not long and not slow" -k cuda $(SANITIZED) || exit 1; \
+	done
+	$(DRY) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu/suite.json
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
@@ -60,8 +82,17 @@ fuzz: $(READY)
 	$(BIN)/python -m pytest -s tests/test_properties.py --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
 # More threads than one make scikit-learn slower and erratic.
-test-mmdet: $(MMDET_READY)
+test-mmdet: $(MMDET_READY) .venv-mmdet-2.28.2/.installed
 	OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m pytest -n 2 tests/mmdet
+	OMP_NUM_THREADS=1 .venv-mmdet-2.28.2/bin/python -m pytest -n 2 tests/mmdet
+
+test-mmdet-all: test-mmdet $(MMDET_OTHERS:%=.venv-mmdet-%/.installed)
+	for version in $(MMDET_OTHERS); do \
+	  OMP_NUM_THREADS=1 .venv-mmdet-$$version/bin/python -m pytest -n 2 tests/mmdet || exit 1; \
+	done
+
+test-torchvision: $(TORCHVISION_READY)
+	$(TORCHVISION_BIN)/python -m pytest -n 2 tests/torchvision
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -106,12 +137,28 @@ $(OLDEST_READY): setup.py
 	$(OLDEST_BIN)/python -m pip install --quiet --editable ".[test]" --constraint $(OLDEST_VENV)/constraints.txt
 	touch $@
 
-$(MMDET_READY): tests/mmdet/requirements.txt $(READY)
-	$(PYTHON) -m venv $(MMDET_VENV)
+# mmcv 1.x builds with setuptools below 81, and without its operators, which stand_in.py replaces.
+define mmdet_environment
+	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > $$($(MMDET_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
-	$(MMDET_BIN)/python -m pip install --quiet --no-deps --requirement tests/mmdet/requirements.txt
+	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(@D)/bin/python -m pip install --quiet --upgrade "setuptools>=77,<81" wheel
+	MMCV_WITH_OPS=0 $(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --requirement $<
+	touch $@
+endef
+
+$(MMDET_READY): tests/mmdet/requirements.txt $(READY)
+	$(mmdet_environment)
+
+.venv-mmdet-%/.installed: tests/mmdet/requirements-%.txt $(READY)
+	$(mmdet_environment)
+
+$(TORCHVISION_READY): tests/torchvision/requirements.txt $(READY)
+	$(PYTHON) -m venv $(TORCHVISION_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(TORCHVISION_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	$(TORCHVISION_BIN)/python -m pip install --quiet --requirement tests/torchvision/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MMDET_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png
+	rm -rf $(VENV) $(MMDET_VENV) .venv-mmdet-* $(TORCHVISION_VENV) $(OLDEST_VENV) .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo.png demo_voting.png

@@ -32,8 +32,8 @@ setup(
         "head": ["torchvision>=0.24"],
         "examples": ["paa-gpu[demo,head]", "tqdm>=4"],
         "test": [
-            *("paa-gpu[demo]", "pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5", "hypothesis>=6.100"),
-            "build>=1.2.1",
+            *("paa-gpu[demo,head]", "build>=1.2.1", "hypothesis>=6.100"),
+            *("pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5"),
         ],
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8.1"],
         "dev": ["paa-gpu[test,docs]", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9", "twine>=6.1"],

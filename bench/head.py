@@ -22,7 +22,7 @@ import sklearn
 import torch
 
 import paa_gpu
-from paa_gpu import reference
+from paa_gpu import reference, targets
 from paa_gpu.integrations import mmdet as integration
 
 SIZE = (320, 512)
@@ -58,9 +58,9 @@ def loss(head: Any, features: list[torch.Tensor], samples: list[Any]) -> None:
     for name, each in (("published", published), ("accelerated", accelerated)):
         each.loss, each.loss_by_feat = watches[name][0].around(each.loss), watches[name][1].around(each.loss_by_feat)
     published.paa_reassign = watches["published"][2].around(published.paa_reassign)
-    batch = watches["accelerated"][2].around(integration.paa_reassign_batch)
+    batch = watches["accelerated"][2].around(targets.paa_reassign_batch)
     differ = int((heads.step(published, features, samples).labels != got.labels).sum())
-    with mock.patch.object(integration, "paa_reassign_batch", batch):
+    with mock.patch.object(targets, "paa_reassign_batch", batch):
         rows = interleaved({
             name: (functools.partial(heads.step, each, features, samples), *watches[name])
             for name, each in (("published", published), ("accelerated", accelerated))

@@ -43,6 +43,6 @@ def keep(result: Tensor, staged: Tensor) -> None:
     storage.staged = (*getattr(storage, "staged", ()), staged)  # type: ignore[attr-defined]
 
 
-def register_limit() -> dict[str, int]:
-    """Launch option: at most 96 registers a thread, where Triton has such an option (NVIDIA)."""
-    return {} if torch.version.hip else {"maxnreg": 96}
+def register_limit(most: int = 96) -> dict[str, int]:
+    """Launch option: at most so many registers a thread, where Triton has such an option (NVIDIA)."""
+    return {} if torch.version.hip else {"maxnreg": most}

@@ -22,13 +22,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit
+from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._targets import give_back
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
@@ -291,7 +295,7 @@ def _separate(foreground, inside, position, threshold, best_background, SCHEME: 
     return positive, ignored
 
 
-@triton.jit(do_not_specialize=["width", "max_iter"])
+@triton.jit(do_not_specialize=["width", "n_images", "max_iter"])
 def _fit_candidates_kernel(
     loss_ptr,  # Tensor[G, K], contiguous like all [G, K] here
     count_ptr,  # Tensor[G]
@@ -302,6 +306,11 @@ def _fit_candidates_kernel(
     index_ptr,  # Tensor[G, K] or None
     positive_ptr,  # Tensor[P] or None
     ignored_ptr,  # Tensor[P] or None
+    image_ptr,  # Tensor[G]: the row's image, or None: no targets are written
+    table_ptr,  # the images, see `_batch`
+    n_images,
+    targets,  # see `_targets`
+    num_pos_ptr,  # Tensor[B]
     tol: tl.float64,
     reg_covar: tl.float64,
     max_iter,
@@ -309,6 +318,7 @@ def _fit_candidates_kernel(
     SCHEME: tl.constexpr,
     SINGLETON_POSITIVE: tl.constexpr,
     TIE: tl.constexpr,
+    INDS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG: tl.constexpr,
 ):
@@ -346,17 +356,24 @@ def _fit_candidates_kernel(
             index = _load_pairs(index_ptr + g * width, position, inside, -1)
             _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
+            if image_ptr is not None:
+                images, image = (table_ptr, n_images), tl.load(image_ptr + g)
+                first_index, second_index = tl.split(index - field(images, image, FIRST_POSITION))
+                first_positive, second_positive = tl.split(positive)
+                first_ignored, second_ignored = tl.split(ignored)
+                give_back(images, targets, num_pos_ptr, image, first_index, first_positive, first_ignored, INDS)
+                give_back(images, targets, num_pos_ptr, image, second_index, second_positive, second_ignored, INDS)
 
 
 def launch_rule(width: int) -> dict[str, int]:
     """Two values per thread, in at most 512 threads; wider rows are LONG: read tile by tile, in every pass.
 
     ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
-    kernel gets the 80 to 94 it needs, and would spill under the limit.
+    kernel takes the 72 to 94 it needs, and would spill under the usual limit.
     """
     block = min(max(triton.next_power_of_2(width), 64), 1024)
     if width > block:
-        return {"BLOCK_K": block, "LONG": True, "num_warps": 16}
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
 
 
@@ -424,6 +441,8 @@ def launch_fit(
     ignored: Tensor | None = None,
     separation: str | None = None,
     singleton: str = "background",
+    targets: tuple[Any, ...] = (None, None, 0, None, None),
+    inds: torch.dtype = torch.int64,
 ) -> None:
     """Fit the candidates of every ground truth in one launch, and separate them.
 
@@ -438,6 +457,9 @@ def launch_fit(
             stand in `positive` and `ignored` (what is negative is left out), and these two, Tensor[P] bool, zeroed by the
             caller: they become True where a candidate is positive or ignored, and are not touched elsewhere.
         singleton: "background" or "positive", what the only candidate of a row becomes (with `separation`).
+        targets: with `separation`, the image of each row, the table of the images and their number, the targets that are given
+            back to the positives, and the counted positives of each image.
+        inds: dtype of the potential positives' anchors in the table.
     """
     rows, width = loss.shape
     if rows == 0:
@@ -453,6 +475,7 @@ def launch_fit(
             index,
             positive,
             ignored,
+            *targets,
             1e-3,
             1e-6,
             100,
@@ -460,5 +483,6 @@ def launch_fit(
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",
             TIE=tie_tolerance(fit[0].dtype),
+            INDS=DTYPES[inds],
             **launch_rule(width),
         )

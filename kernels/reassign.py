@@ -1,9 +1,17 @@
-"""Reassignment: potential positives that are not positive become background.
+"""Reassignment: the potential positives become background, and those that turn out positive get their targets back.
 
-The outputs start as concatenated copies of `label`, `label_weight` and `bbox_weight` (A anchors over all images). After the
-candidates were selected (`topk`) and fitted and separated (`em`), one program per block of potential positives writes, at the
-anchor of each: label = num_classes and bbox_weight = 0 unless it is positive, label_weight = 0 where it is ignored. A
-potential positive outside its image's anchors writes nothing; one without a ground truth is not positive.
+    stage     the table of the images, their levels, and zeros for the buckets (see `_batch`, `topk`)
+    copy      the targets into the outputs, and beside it: count the potential positives of each row
+    scatter   the potential positives into the rows' buckets; their anchors become background
+    select    the candidates of each row (see `topk`)
+    fit       separate the candidates, and give the positives their targets back (see `em`)
+
+Five operations, whatever the batch and the widths of its rows. Programs of a launch meet in three places, and none waits for
+another. Counting: each place in a bucket is drawn by an atomic, and whoever draws the last ticket sums the counts (see `topk`).
+In the background launch, and where targets are given back, programs that meet at an anchor write the same values (see
+`_targets`). Positives of an image are counted by atomics. Everything else is ordered by the launches, one after the other.
+
+A potential positive outside its image's anchors writes nothing; one without a ground truth is not positive.
 """
 
 from __future__ import annotations
@@ -16,102 +24,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import PRECISIONS, count_gts, empty_fit
+from paa_gpu._ops import PRECISIONS, count_gts, empty_fit, empty_masks, empty_targets
+from paa_gpu.kernels._batch import BLOCK, DTYPES, FIRST_POSITION, anchors_at, field, image_fields, image_of, potential, sizes_of
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._targets import copy_targets, give_back, make_background
 from paa_gpu.kernels.em import launch_fit
-from paa_gpu.kernels.topk import (
-    BLOCK_P,
-    anchors,
-    concatenate,
-    gather_batch,
-    image_starts,
-    launch_select,
-    positions,
-)
+from paa_gpu.kernels.topk import count_block, gather_batch, launch_select, scatter_block, select
 
 
-@triton.jit(do_not_specialize=["n_images", "num_classes"])
-def _write_kernel(
-    inds_ptr,  # Tensor[P]
-    stride_inds,
-    start_ptr,  # Tensor[4, B + 1]: first block, position, row and anchor of each image, and their totals
+@triton.jit(do_not_specialize=["n_images", "n_blocks", "n_rows"], do_not_specialize_on_alignment=["bucket_ptr"])
+def _copy_kernel(
+    table_ptr,  # the images, see `_batch`
     n_images,
-    num_classes,
-    positive_ptr,  # Tensor[P]
-    ignored_ptr,  # Tensor[P]
-    label_ptr,  # Tensor[A], contiguous like the two below
-    label_weight_ptr,  # Tensor[A]
-    bbox_weight_ptr,  # Tensor[A, 4]
-    num_pos_ptr,  # Tensor[B]: zeros on entry
+    n_blocks,  # of potential positives; the programs behind them take anchors
+    n_rows,
+    bucket_ptr,  # Tensor[G + 2], see `count_block`; None: nobody counts
+    rank_ptr,  # Tensor[P]
+    positive_ptr,  # Tensor[P]: becomes False
+    ignored_ptr,  # Tensor[P]: becomes False
+    targets,  # see `_targets`
+    num_pos_ptr,  # Tensor[B]: becomes 0
+    INDS: tl.constexpr,
+    GT_INDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, position, inside = positions(start_ptr, n_images, BLOCK)
-    anchor, first, exists = anchors(inds_ptr, stride_inds, start_ptr, n_images, image, position, inside)
-    positive = tl.load(positive_ptr + position, mask=exists, other=0) != 0
-    ignored = tl.load(ignored_ptr + position, mask=exists, other=0) != 0
-    background = exists & (positive == 0)
-    tl.store(label_ptr + first + anchor, num_classes, mask=background)
-    tl.store(label_weight_ptr + first + anchor, 0.0, mask=background & ignored)
-    side = tl.arange(0, 4)[None, :]  # [1, 4]
-    bbox_weight = bbox_weight_ptr + (first + anchor)[:, None] * 4 + side  # [BLOCK, 4]
-    tl.store(bbox_weight, 0.0, mask=background[:, None])
-    tl.atomic_add(num_pos_ptr + image, tl.sum((exists & positive).to(tl.int64), 0), sem="relaxed")
+    images, block = (table_ptr, n_images), tl.program_id(0)
+    if block == 0:
+        for first in range(0, n_images, BLOCK):
+            image = first + tl.arange(0, BLOCK)
+            tl.store(num_pos_ptr + image, 0, mask=image < n_images)
+    if block < n_blocks:
+        image, position, inside = potential(images, block, BLOCK)
+        position += field(images, image, FIRST_POSITION)
+        tl.store(positive_ptr + position, False, mask=inside)
+        tl.store(ignored_ptr + position, False, mask=inside)
+        if bucket_ptr is not None:
+            count_block(images, n_rows, bucket_ptr, rank_ptr, block, INDS, GT_INDS, BLOCK)
+    else:
+        copy_targets(images, targets, block - n_blocks, BLOCK)
 
 
-@triton.jit(do_not_specialize=["n_candidates", "n_potential"])
-def _mark_kernel(
+@triton.jit(do_not_specialize=["n_images", "num_classes"], do_not_specialize_on_alignment=["bucket_ptr"])
+def _background_kernel(
+    table_ptr,  # the images, see `_batch`
+    n_images,
+    num_classes,
+    bucket_ptr,  # Tensor[G + 1]: first places of the rows; None: nothing is scattered
+    rank_ptr,  # Tensor[P]
+    key_ptr,  # Tensor[P], bucket after bucket
+    tie_ptr,  # Tensor[P], bucket after bucket
+    targets,  # see `_targets`
+    LOSS: tl.constexpr,
+    INDS: tl.constexpr,
+    GT_INDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    images = (table_ptr, n_images)
+    image, position, inside = potential(images, tl.program_id(0), BLOCK)
+    anchor, exists = anchors_at(images, image, position, inside, INDS)
+    make_background(images, targets, num_classes, image, anchor, exists)
+    if bucket_ptr is not None:
+        scatter_block(images, bucket_ptr, rank_ptr, key_ptr, tie_ptr, image, position, exists, anchor, LOSS, GT_INDS)
+
+
+@triton.jit(do_not_specialize=["n_images", "n_candidates"])
+def _give_back_kernel(
+    table_ptr,  # the images, see `_batch`
+    n_images,
+    n_candidates,
     index_ptr,  # Tensor[N]
     candidate_positive_ptr,  # Tensor[N]
     candidate_ignored_ptr,  # Tensor[N]
     positive_ptr,  # Tensor[P]: False on entry
     ignored_ptr,  # Tensor[P]: False on entry
-    n_candidates,
-    n_potential,
+    targets,  # see `_targets`
+    num_pos_ptr,  # Tensor[B]
+    INDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    images = (table_ptr, n_images)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = offset < n_candidates
     index = tl.load(index_ptr + offset, mask=inside, other=-1)
-    exists = (index >= 0) & (index < n_potential)
-    positive = tl.load(candidate_positive_ptr + offset, mask=inside, other=0) != 0
-    ignored = tl.load(candidate_ignored_ptr + offset, mask=inside, other=0) != 0
-    tl.store(positive_ptr + index, True, mask=exists & positive)
-    tl.store(ignored_ptr + index, True, mask=exists & ignored & (positive == 0))
-
-
-def _write(
-    targets: tuple[Tensor, Tensor, Tensor],
-    num_pos: Tensor,
-    inds: Tensor,
-    starts: Tensor,
-    blocks: int,
-    positive: Tensor,
-    ignored: Tensor,
-    num_classes: int,
-) -> None:
-    if blocks == 0:
-        return
-    with device_guard(inds):
-        _write_kernel[(blocks,)](
-            inds,
-            inds.stride(0),
-            starts,
-            num_pos.shape[0],
-            num_classes,
-            positive,
-            ignored,
-            *targets,
-            num_pos,
-            BLOCK=BLOCK_P,
-            **register_limit(),
-        )
-
-
-def _copy_targets(
-    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets of all images, one after the other; also with one image never an alias of the inputs."""
-    return torch.cat(list(label)), torch.cat(list(label_weight)), torch.cat(list(bbox_weight))
+    exists = (index >= 0) & (index < field(images, n_images, FIRST_POSITION))
+    positive = exists & (tl.load(candidate_positive_ptr + offset, mask=inside, other=0) != 0)
+    ignored = exists & (tl.load(candidate_ignored_ptr + offset, mask=inside, other=0) != 0) & (positive == 0)
+    tl.store(positive_ptr + index, True, mask=positive)
+    tl.store(ignored_ptr + index, True, mask=ignored)
+    image = image_of(table_ptr + FIRST_POSITION * (n_images + 1), n_images, tl.where(exists, index, 0))
+    give_back(images, targets, num_pos_ptr, image, index - field(images, image, FIRST_POSITION), positive, ignored, INDS)
 
 
 def paa_reassign_batch(
@@ -130,15 +131,24 @@ def paa_reassign_batch(
     singleton: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """The operator `paa_gpu::paa_reassign_batch`: at most six concatenations (three with one image), a copy and five launches."""
-    batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    targets = _copy_targets(label, label_weight, bbox_weight)
-    positive = batch.inds.new_empty(batch.inds.shape[0], dtype=torch.bool)
-    ignored = torch.empty_like(positive)
-    # The selection clears it, but where there is nothing to select from.
-    num_pos = (batch.inds.new_empty if batch.blocks else batch.inds.new_zeros)(len(label), dtype=torch.int64)
-    fit = empty_fit(batch.losses, batch.rows, precision)
-    loss, index, count, image, gt = launch_select(batch, topk, positive, ignored, num_pos)
+    """The operator `paa_gpu::paa_reassign_batch`: a copy and four launches."""
+    like = pos_losses[0]
+    batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, (label, label_weight, bbox_weight))
+    *targets, num_pos = empty_targets(label, label_weight, bbox_weight)
+    positive, ignored = empty_masks(pos_inds)
+    fit = empty_fit(like, batch.rows, precision)
+    images, buckets = (batch.table, batch.images), (batch.buckets, batch.rank)
+    options = {"BLOCK": BLOCK, **register_limit()}
+    inds = {name: batch.dtypes[name] for name in ("INDS", "GT_INDS")}
+    with device_guard(like):
+        _copy_kernel[(batch.blocks + batch.anchor_blocks or 1,)](
+            *images, batch.blocks, batch.rows, *buckets, positive, ignored, tuple(targets), num_pos, **inds, **options
+        )
+        if batch.blocks:
+            _background_kernel[(batch.blocks,)](
+                *images, num_classes, *buckets, batch.key, batch.tie, tuple(targets), **batch.dtypes, **options
+            )
+        loss, index, count, image, gt = launch_select(batch, topk, like)
     launch_fit(
         loss,
         count,
@@ -149,8 +159,9 @@ def paa_reassign_batch(
         ignored=ignored,
         separation=separation,
         singleton=singleton,
+        targets=(image, *images, tuple(targets), num_pos),
+        inds=pos_inds[0].dtype,
     )
-    _write(targets, num_pos, batch.inds, batch.starts, batch.blocks, positive, ignored, num_classes)
     keep(num_pos, batch.table)
     return *targets, num_pos, *fit, image, gt, positive, ignored
 
@@ -182,9 +193,9 @@ def fit_candidates(
     covariance_type: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """The operator `paa_gpu::fit_candidates`: at most three concatenations, one copy and four launches."""
+    """The operator `paa_gpu::fit_candidates`: a copy and four launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    loss, index, count, image, gt = launch_select(batch, topk)
+    loss, index, count, image, gt = select(batch, topk, pos_losses[0])
     assignment = torch.empty_like(index, dtype=torch.bool)
     score = torch.empty_like(loss, dtype=PRECISIONS[precision])
     fit = empty_fit(loss, batch.rows, precision)
@@ -202,28 +213,27 @@ def write_targets(
     candidate_positive: Tensor,
     candidate_ignored: Tensor,
     num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator `paa_gpu::write_targets`: at most four concatenations, one copy, three fills and two launches."""
-    starts = image_starts([inds.shape[0] for inds in pos_inds], [0] * len(label), [image.shape[0] for image in label])
-    inds = concatenate(pos_inds)
-    table = stage([value for numbers in starts for value in numbers], inds)
-    targets = _copy_targets(label, label_weight, bbox_weight)
-    positive = inds.new_zeros(inds.shape[0], dtype=torch.bool)
-    ignored = torch.zeros_like(positive)
-    num_pos = inds.new_zeros(len(label), dtype=torch.int64)
-    if index.numel():
-        with device_guard(index):
-            _mark_kernel[(triton.cdiv(index.numel(), BLOCK_P),)](
-                index.contiguous(),
-                candidate_positive.contiguous(),
-                candidate_ignored.contiguous(),
-                positive,
-                ignored,
-                index.numel(),
-                inds.shape[0],
-                BLOCK=BLOCK_P,
-                **register_limit(),
+) -> tuple[Tensor, ...]:
+    """The operator `paa_gpu::write_targets`: a copy and three launches."""
+    images, nothing = len(label), (None, None)
+    fields = (pos_inds, pos_inds, pos_inds, label, label_weight, bbox_weight)  # no ground truths and losses are read
+    numbers, blocks, anchor_blocks = image_fields(sizes_of(pos_inds), [0] * images, sizes_of(label), *fields)
+    table = stage(numbers, index)
+    *targets, num_pos = empty_targets(label, label_weight, bbox_weight)
+    masks = empty_masks(pos_inds)
+    inds, options = DTYPES[pos_inds[0].dtype], {"BLOCK": BLOCK, **register_limit()}
+    with device_guard(index):
+        _copy_kernel[(blocks + anchor_blocks or 1,)](
+            table, images, blocks, 0, *nothing, *masks, tuple(targets), num_pos, INDS=inds, GT_INDS=inds, **options
+        )
+        if blocks:
+            _background_kernel[(blocks,)](
+                *(table, images, num_classes, *nothing, *nothing, tuple(targets)), LOSS=inds, INDS=inds, GT_INDS=inds, **options
             )
-    _write(targets, num_pos, inds, table, starts[0][-1], positive, ignored, num_classes)
+        if index.numel():
+            candidates = (tensor.contiguous() for tensor in (index, candidate_positive, candidate_ignored))
+            _give_back_kernel[(triton.cdiv(index.numel(), BLOCK),)](
+                table, images, index.numel(), *candidates, *masks, tuple(targets), num_pos, INDS=inds, **options
+            )
     keep(num_pos, table)
-    return *targets, num_pos, positive, ignored
+    return *targets, num_pos, *masks

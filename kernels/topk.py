@@ -1,7 +1,7 @@
 """Candidates: the `topk` smallest losses of every (image, ground truth, level), each ground truth's in ascending order.
 
-The potential positives of all images stand one after the other (P of them), and so do the ground truths: the rows. Three
-launches, whose cost grows with P + G:
+The images of the batch are those of a table (see `_batch`); each ground truth is a row. Three launches, whose cost grows with
+P + G:
 
     count     how many potential positives each row has, by atomics that also give each its rank in the row's bucket;
               the program that finishes last turns the counts into the buckets' starts
@@ -10,39 +10,41 @@ launches, whose cost grows with P + G:
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
 it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31
-potential positives. What the host knows comes as one integer tensor, `Batch.table`.
+potential positives.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import max_candidates
+from paa_gpu.kernels._batch import (
+    BLOCK,
+    DTYPES,
+    FIRST_BLOCK,
+    FIRST_POSITION,
+    FIRST_ROW,
+    LOSSES,
+    anchors_at,
+    field,
+    image_fields,
+    image_of,
+    potential,
+    rows_at,
+    sizes_of,
+    vector,
+)
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels._numeric import ordered_key, smallest_integer, sort_pairs
 
-BLOCK_P = 512  # potential positives per program of the kernels that go over all of them
 LOG_SLOTS = 7  # four slots a thread: one warp sorts without shared memory or barriers, and its registers last
-
-
-@triton.jit
-def image_of(start_ptr, n_images, value):
-    """The image that owns `value`: the last of those that start at or before it (empty ones share their start with the next)."""
-    first = tl.full((), 0, tl.int32)
-    last = first + n_images
-    while last - first > 1:
-        middle = (first + last) // 2
-        begun = tl.load(start_ptr + middle) <= value
-        first = tl.where(begun, middle, first)
-        last = tl.where(begun, last, middle)
-    return first
 
 
 @triton.jit
@@ -67,15 +69,6 @@ def anchors(inds_ptr, stride_inds, start_ptr, n_images, image, position, inside)
 
 
 @triton.jit
-def _rows(gt_ptr, stride_gt, start_ptr, n_images, image, position, inside):
-    """The rows [BLOCK], and which of them exist."""
-    gt = tl.load(gt_ptr + position * stride_gt, mask=inside, other=-1).to(tl.int64)
-    first = tl.load(start_ptr + 2 * (n_images + 1) + image)
-    n_gts = tl.load(start_ptr + 2 * (n_images + 1) + image + 1) - first
-    return first + gt, inside & (gt >= 0) & (gt < n_gts)
-
-
-@triton.jit
 def _counts_to_starts(bucket_ptr, n_rows, BLOCK: tl.constexpr):
     """Exclusive prefix sums in place, the total behind them."""
     total = tl.full((), 0, tl.int64)
@@ -87,63 +80,69 @@ def _counts_to_starts(bucket_ptr, n_rows, BLOCK: tl.constexpr):
         total += tl.sum(size, 0)
 
 
-@triton.jit(do_not_specialize=["n_images", "n_rows"])
-def _count_kernel(
-    inds_ptr,  # Tensor[P]
-    stride_inds,
-    gt_ptr,  # Tensor[P]
-    stride_gt,
-    start_ptr,  # Tensor[4, B + 1]: first block, position, row and anchor of each image, and their totals
-    n_images,
-    n_rows,
-    bucket_ptr,  # Tensor[G + 2]: zeros on entry; first places of the rows on exit, and a ticket behind them
-    rank_ptr,  # Tensor[P]: each potential positive's rank in its bucket
-    positive_ptr,  # Tensor[P] or None: becomes False
-    ignored_ptr,  # Tensor[P] or None: becomes False
-    num_pos_ptr,  # Tensor[B] or None: becomes 0
-    BLOCK: tl.constexpr,
-):
-    image, position, inside = positions(start_ptr, n_images, BLOCK)
-    if positive_ptr is not None:
-        tl.store(positive_ptr + position, False, mask=inside)
-        tl.store(ignored_ptr + position, False, mask=inside)
-    _, _, exists = anchors(inds_ptr, stride_inds, start_ptr, n_images, image, position, inside)
-    row, has_row = _rows(gt_ptr, stride_gt, start_ptr, n_images, image, position, exists)
+@triton.jit
+def count_block(images, n_rows, bucket_ptr, rank_ptr, block, INDS: tl.constexpr, GT_INDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Count a block of potential positives into their rows.
+
+    bucket_ptr: Tensor[G + 2], zeros on entry; when all blocks are done, first places of the rows, their total, and behind it how
+    many blocks drew a ticket. rank_ptr: Tensor[P], each potential positive's rank in its bucket.
+    """
+    image, position, inside = potential(images, block, BLOCK)
+    _, exists = anchors_at(images, image, position, inside, INDS)
+    row, has_row = rows_at(images, image, position, exists, GT_INDS)
     rank = tl.atomic_add(bucket_ptr + row, 1, mask=has_row, sem="relaxed")
-    tl.store(rank_ptr + position, rank.to(tl.int32), mask=has_row)
+    tl.store(rank_ptr + field(images, image, FIRST_POSITION) + position, rank.to(tl.int32), mask=has_row)
 
     tl.debug_barrier()  # all of this program's atomics come before its ticket
-    if tl.atomic_add(bucket_ptr + n_rows + 1, 1) == tl.num_programs(0) - 1:
+    if tl.atomic_add(bucket_ptr + n_rows + 1, 1) == field(images, images[1], FIRST_BLOCK) - 1:
         _counts_to_starts(bucket_ptr, n_rows, BLOCK)
-        if num_pos_ptr is not None:
-            for first in range(0, n_images, BLOCK):
-                image_block = first + tl.arange(0, BLOCK)
-                tl.store(num_pos_ptr + image_block, 0, mask=image_block < n_images)
 
 
-@triton.jit(do_not_specialize=["n_images"])
+@triton.jit
+def scatter_block(
+    images, bucket_ptr, rank_ptr, key_ptr, tie_ptr, image, position, inside, anchor, LOSS: tl.constexpr, GT_INDS: tl.constexpr
+):
+    """Put potential positives into their buckets: keys and ties Tensor[P], bucket after bucket."""
+    row, has_row = rows_at(images, image, position, inside, GT_INDS)
+    loss_ptr, stride = vector(images, image, LOSSES, LOSS)
+    loss = tl.load(loss_ptr + position * stride, mask=has_row, other=0.0)
+    position += field(images, image, FIRST_POSITION)
+    place = tl.load(bucket_ptr + row, mask=has_row, other=0) + tl.load(rank_ptr + position, mask=has_row, other=0)
+    tl.store(key_ptr + place, ordered_key(loss), mask=has_row)
+    tl.store(tie_ptr + place, (anchor << 32) | position, mask=has_row)
+
+
+@triton.jit(do_not_specialize=["n_images", "n_rows"], do_not_specialize_on_alignment=["bucket_ptr"])
+def _count_kernel(
+    table_ptr,  # the images, see `_batch`
+    n_images,
+    n_rows,
+    bucket_ptr,  # see count_block
+    rank_ptr,  # Tensor[P]
+    INDS: tl.constexpr,
+    GT_INDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    count_block((table_ptr, n_images), n_rows, bucket_ptr, rank_ptr, tl.program_id(0), INDS, GT_INDS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n_images"], do_not_specialize_on_alignment=["bucket_ptr"])
 def _scatter_kernel(
-    loss_ptr,  # Tensor[P]
-    stride_loss,
-    inds_ptr,  # Tensor[P]
-    stride_inds,
-    gt_ptr,  # Tensor[P]
-    stride_gt,
-    start_ptr,  # Tensor[4, B + 1], see _count_kernel
+    table_ptr,  # the images, see `_batch`
     n_images,
     bucket_ptr,  # Tensor[G + 1]: first places of the rows
     rank_ptr,  # Tensor[P]
     key_ptr,  # Tensor[P], bucket after bucket
     tie_ptr,  # Tensor[P], bucket after bucket
+    LOSS: tl.constexpr,
+    INDS: tl.constexpr,
+    GT_INDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, position, inside = positions(start_ptr, n_images, BLOCK)
-    anchor, _, exists = anchors(inds_ptr, stride_inds, start_ptr, n_images, image, position, inside)
-    row, has_row = _rows(gt_ptr, stride_gt, start_ptr, n_images, image, position, exists)
-    loss = tl.load(loss_ptr + position * stride_loss, mask=has_row, other=0.0)
-    place = tl.load(bucket_ptr + row, mask=has_row, other=0) + tl.load(rank_ptr + position, mask=has_row, other=0)
-    tl.store(key_ptr + place, ordered_key(loss), mask=has_row)
-    tl.store(tie_ptr + place, (anchor << 32) | position, mask=has_row)
+    images = (table_ptr, n_images)
+    image, position, inside = potential(images, tl.program_id(0), BLOCK)
+    anchor, exists = anchors_at(images, image, position, inside, INDS)
+    scatter_block(images, bucket_ptr, rank_ptr, key_ptr, tie_ptr, image, position, exists, anchor, LOSS, GT_INDS)
 
 
 @triton.jit
@@ -174,18 +173,14 @@ def _take(anchor, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
     return taken
 
 
-# One compiled form whatever the numbers: the selection is the largest kernel, and its loads of the losses are few and scattered.
 @triton.jit(
-    do_not_specialize=["stride_loss", "n_images", "n_levels", "topk", "width"],
-    do_not_specialize_on_alignment=["loss_ptr", "level_end_ptr"],
+    do_not_specialize=["n_images", "n_levels", "topk", "width"], do_not_specialize_on_alignment=["bucket_ptr", "level_end_ptr"]
 )
 def _select_kernel(
     key_ptr,  # Tensor[P], bucket after bucket
     tie_ptr,  # Tensor[P], bucket after bucket
     bucket_ptr,  # Tensor[G + 1]: first places of the rows
-    loss_ptr,  # Tensor[P]
-    stride_loss,
-    start_ptr,  # Tensor[4, B + 1], see _count_kernel
+    table_ptr,  # the images, see `_batch`
     level_end_ptr,  # Tensor[B, L]: anchors of the image up to and including each level
     n_images,
     n_levels,
@@ -196,14 +191,18 @@ def _select_kernel(
     count_ptr,  # Tensor[G]
     image_ptr,  # Tensor[G]: the row's image
     gt_ptr,  # Tensor[G]: its ground truth within the image
+    LOSS: tl.constexpr,
     LEVELS: tl.constexpr,
     LOG_SLOTS: tl.constexpr,
 ):
     SLOTS: tl.constexpr = 1 << LOG_SLOTS  # at most half of them hold candidates, the others what is compared with them
     row = tl.program_id(0).to(tl.int64)
-    image = image_of(start_ptr + 2 * (n_images + 1), n_images, row)
+    images = (table_ptr, n_images)
+    image = image_of(table_ptr + FIRST_ROW * (n_images + 1), n_images, row)
     tl.store(image_ptr + row, image.to(tl.int64))
-    tl.store(gt_ptr + row, row - tl.load(start_ptr + 2 * (n_images + 1) + image))
+    tl.store(gt_ptr + row, row - field(images, image, FIRST_ROW))
+    first_position = field(images, image, FIRST_POSITION)
+    loss_ptr, stride_loss = vector(images, image, LOSSES, LOSS)
     end_ptr = level_end_ptr + image.to(tl.int64) * n_levels
     begin = tl.load(bucket_ptr + row)
     end = tl.load(bucket_ptr + row + 1)
@@ -240,7 +239,8 @@ def _select_kernel(
         position = tie & 0xFFFFFFFF
         out = row * width + rank
         inside = kept & (rank < width)  # anchors that occur twice may be more than there is room for
-        tl.store(candidate_loss_ptr + out, tl.load(loss_ptr + position * stride_loss, mask=inside), mask=inside)
+        loss = tl.load(loss_ptr + (position - first_position) * stride_loss, mask=inside)
+        tl.store(candidate_loss_ptr + out, loss, mask=inside)
         tl.store(candidate_index_ptr + out, position, mask=inside)
 
         count = tl.minimum(count + found, width)
@@ -260,21 +260,29 @@ def _select_kernel(
 
 
 class Batch(NamedTuple):
-    """The potential positives of a batch, one image after the other, and what the host knows about them.
+    """What the launches know of the images of a batch, and memory that they share."""
 
-    With one image the three are its own tensors, however strided.
-    """
-
-    losses: Tensor  #: Tensor[P]
-    inds: Tensor  #: Tensor[P] anchors within the image
-    gt_inds: Tensor  #: Tensor[P] ground truths within the image
-    table: Tensor  #: Tensor[n] int64: the other three in one, as it was copied
-    starts: Tensor  #: Tensor[4, B + 1]: first block, position, row and anchor of each image, and their totals
-    buckets: Tensor  #: Tensor[G + 2]: zeros that become the rows' first places, and a ticket
-    level_ends: Tensor  #: Tensor[B, L]
-    blocks: int  #: programs of a kernel that goes over the potential positives
-    rows: int
+    table: Tensor  #: Tensor[n] int64, the images (see `_batch`) first
+    images: int  #: B
+    level_ends: Tensor  #: Tensor[B, L], in the table
+    buckets: Tensor  #: Tensor[G + 2], in the table: zeros that become the rows' first places, and a ticket
+    rank: Tensor  #: Tensor[P]
+    key: Tensor  #: Tensor[P]
+    tie: Tensor  #: Tensor[P]
+    blocks: int  #: of potential positives
+    anchor_blocks: int
+    rows: int  #: G
     width: int  #: K
+    dtypes: dict[str, Any]  #: of the elements of tensors in the table, as the kernels take them
+
+
+@functools.lru_cache(1024)
+def levels_of(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[list[int], list[int], list[int]]:
+    """Of each image: the anchors up to and including each level, all anchors, the most candidates of a ground truth."""
+    levels = len(level_sizes) // images
+    sizes = [level_sizes[image * levels : (image + 1) * levels] for image in range(images)]
+    ends = [end for image in sizes for end in itertools.accumulate(image)]
+    return ends, [sum(image) for image in sizes], [sum(min(topk, size) for size in image) for image in sizes]
 
 
 def gather_batch(
@@ -284,32 +292,32 @@ def gather_batch(
     level_sizes: Sequence[int],
     num_gts: Sequence[int],
     topk: int,
+    targets: Sequence[Sequence[Tensor]] = (),
 ) -> Batch:
-    """One copy of host integers and, with several images, three concatenations."""
-    images, levels = len(pos_inds), len(level_sizes) // len(pos_inds)
-    sizes = [level_sizes[image * levels : (image + 1) * levels] for image in range(images)]
-    starts = image_starts([inds.shape[0] for inds in pos_inds], num_gts, [sum(size) for size in sizes])
-    level_ends = [end for size in sizes for end in itertools.accumulate(size)]
-    rows = sum(num_gts)
-    table = stage([*itertools.chain(*starts), *[0] * (rows + 2), *level_ends], pos_losses[0])
-    starts_share, buckets, ends_share = table.split([4 * (images + 1), rows + 2, images * levels])
+    """One copy of host integers. `targets`: label, label_weight, bbox_weight of the images, where kernels read them."""
+    images, rows, sizes, like = len(pos_inds), sum(num_gts), sizes_of(pos_inds), pos_losses[0]
+    level_ends, anchors, room = levels_of(tuple(level_sizes), images, topk)
+    numbers, blocks, anchor_blocks = image_fields(sizes, num_gts, anchors, pos_inds, pos_gt_inds, pos_losses, *targets)
+    begin = len(numbers), len(numbers) + len(level_ends)
+    table = stage([*numbers, *level_ends, *[0] * (rows + 2)], like)
+    potential, wide = sum(sizes), like.dtype == torch.float64
     return Batch(
-        concatenate(pos_losses),
-        concatenate(pos_inds),
-        concatenate(pos_gt_inds),
         table,
-        starts_share.view(4, images + 1),
-        buckets,
-        ends_share.view(images, levels),
-        blocks=starts[0][-1],
-        rows=rows,
-        width=max_candidates(pos_inds, level_sizes, topk),
+        images,
+        table[begin[0] : begin[1]].view(images, -1),
+        table[begin[1] :],
+        like.new_empty(potential, dtype=torch.int32),
+        like.new_empty(potential, dtype=torch.int64 if wide else torch.int32),
+        like.new_empty(potential, dtype=torch.int64),
+        blocks,
+        anchor_blocks,
+        rows,
+        max(map(min, sizes, room)),
+        {"LOSS": DTYPES[like.dtype], "INDS": DTYPES[pos_inds[0].dtype], "GT_INDS": DTYPES[pos_gt_inds[0].dtype]},
     )
 
 
-def image_starts(
-    potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int], block: int = BLOCK_P
-) -> list[list[int]]:
+def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int], block: int = BLOCK) -> list[list[int]]:
     """First block, position, row and anchor of each image, and their totals."""
     blocks = [triton.cdiv(number, block) for number in potential]
     return [[0, *itertools.accumulate(numbers)] for numbers in (blocks, potential, num_gts, anchors)]
@@ -330,58 +338,44 @@ class Selection(NamedTuple):
     gt: Tensor  #: Tensor[G] within the image
 
 
-def launch_select(
-    batch: Batch,
-    topk: int,
-    positive: Tensor | None = None,
-    ignored: Tensor | None = None,
-    num_pos: Tensor | None = None,
-) -> Selection:
-    """At most three launches.
-
-    Args:
-        batch: fresh from `gather_batch`; its buckets are used up.
-        topk: candidates per level.
-        positive, ignored, num_pos: Tensor[P] bool and Tensor[B] int64, cleared if there is any potential positive; all or none.
-    """
-    shape, empty = (batch.rows, batch.width), batch.losses.new_empty
-    numbers = [empty(batch.rows, dtype=torch.int64) for _ in range(3)]
-    selection = Selection(empty(shape), empty(shape, dtype=torch.int64), *numbers)
-    potential, (images, levels) = batch.inds.shape[0], batch.level_ends.shape
-    inds = (batch.inds, batch.inds.stride(0), batch.gt_inds, batch.gt_inds.stride(0), batch.starts, images)
-    wide = batch.losses.dtype == torch.float64
-    key = batch.losses.new_empty(potential, dtype=torch.int64 if wide else torch.int32)
-    tie = batch.losses.new_empty(potential, dtype=torch.int64)
-    rank = batch.losses.new_empty(potential, dtype=torch.int32)
-    with device_guard(batch.losses):
-        if batch.blocks:
-            _count_kernel[(batch.blocks,)](
-                *inds, batch.rows, batch.buckets, rank, positive, ignored, num_pos, BLOCK=BLOCK_P, **register_limit()
-            )
-        if batch.blocks and batch.rows:
-            _scatter_kernel[(batch.blocks,)](
-                batch.losses, batch.losses.stride(0), *inds, batch.buckets, rank, key, tie, BLOCK=BLOCK_P, **register_limit()
-            )
-        if batch.rows:
-            _select_kernel[(batch.rows,)](
-                key,
-                tie,
-                batch.buckets,
-                batch.losses,
-                batch.losses.stride(0),
-                batch.starts,
-                batch.level_ends,
-                images,
-                levels,
-                min(topk, potential),
-                batch.width,
-                *selection,
-                LEVELS=triton.next_power_of_2(max(levels, 8)),
-                LOG_SLOTS=LOG_SLOTS,
-                num_warps=1,
-                **register_limit(),
-            )
+def launch_select(batch: Batch, topk: int, like: Tensor) -> Selection:
+    """Select from the filled buckets: one launch. `like`: of the dtype of the losses."""
+    shape = (batch.rows, batch.width)
+    numbers = [like.new_empty(batch.rows, dtype=torch.int64) for _ in range(3)]
+    selection = Selection(like.new_empty(shape), like.new_empty(shape, dtype=torch.int64), *numbers)
+    levels = batch.level_ends.shape[1]
+    if batch.rows:
+        _select_kernel[(batch.rows,)](
+            batch.key,
+            batch.tie,
+            batch.buckets,
+            batch.table,
+            batch.level_ends,
+            batch.images,
+            levels,
+            min(topk, batch.tie.shape[0]),
+            batch.width,
+            *selection,
+            LOSS=batch.dtypes["LOSS"],
+            LEVELS=triton.next_power_of_2(max(levels, 8)),
+            LOG_SLOTS=LOG_SLOTS,
+            num_warps=1,
+            **register_limit(),
+        )
     return selection
+
+
+def select(batch: Batch, topk: int, like: Tensor) -> Selection:
+    """Count, scatter and select: at most three launches. `batch`: fresh from `gather_batch`; its buckets are used up."""
+    images, dtypes = (batch.table, batch.images), batch.dtypes
+    with device_guard(batch.table):
+        if batch.blocks and batch.rows:
+            inds = {"INDS": dtypes["INDS"], "GT_INDS": dtypes["GT_INDS"], "BLOCK": BLOCK, **register_limit()}
+            _count_kernel[(batch.blocks,)](*images, batch.rows, batch.buckets, batch.rank, **inds)
+            _scatter_kernel[(batch.blocks,)](
+                *images, batch.buckets, batch.rank, batch.key, batch.tie, LOSS=dtypes["LOSS"], **inds
+            )
+        return launch_select(batch, topk, like)
 
 
 def select_candidates(
@@ -392,8 +386,8 @@ def select_candidates(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `paa_gpu::select_candidates`: at most three concatenations, one copy and three launches."""
+    """The operator `paa_gpu::select_candidates`: a copy and three launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    loss, index, count, _, _ = launch_select(batch, topk)
+    loss, index, count, _, _ = select(batch, topk, pos_losses[0])
     keep(count, batch.table)
     return loss, index, count

@@ -3,12 +3,19 @@
     weight = exp(-(1 - IoU)^2 / sigma) * score  where score > score_thr and IoU > iou_thr, else 0
     box = detection + sum(weight * (candidate - detection)) / sum(weight)
 
-The detections of all images stand one after the other (D of them), and so do the boxes (N) that may be candidates. Their scores
-are turned around, Tensor[C, N], so that those of a class lie side by side. One program per detection goes through the boxes of
-its image in tiles: the scores of its class, then the boxes of the candidates among them, a box in one access. Each thread sums
-what it meets, tile after tile, and the threads' sums are added once: the order never changes, so neither does the result. Offsets
-from the detection lose nothing to the size of the image. The program finds the place of its detection by counting: the
-detections of its image with a smaller label, and those before it with its own.
+The boxes of all images (N) and their detections (D) count as standing one after the other; each image's tensors are read where
+they lie. Two launches:
+
+    gather    one program per block of an image's boxes copies them, and turns their scores around, Tensor[C, N], so that those of
+              a class lie side by side: of the classes that a detection of the image has, which are all that anybody reads
+    vote      one program per detection goes through the boxes of its image in tiles: the scores of its class, then the boxes of
+              the candidates among them, a box in one access
+
+Each thread of a vote sums what it meets, tile after tile, and the threads' sums are added once: the order never changes, so
+neither does the result. Offsets from the detection lose nothing to the size of the image. The program finds the place of its
+detection by counting: the detections of its image with a smaller label, and those before it with its own.
+
+A batch has a table (see `_batch`); one image is its own, and needs no copy of integers.
 """
 
 from __future__ import annotations
@@ -21,27 +28,119 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paa_gpu._ops import empty_voted
+from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
-from paa_gpu.kernels.topk import concatenate, image_of
+
+# In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
+FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
+DETECTIONS, LABELS, BOXES, SCORES = (tl.constexpr(field) for field in (3, 6, 8, 11))
+
+BLOCK_N = 32  # boxes of a program that gathers: four numbers each, one a thread
+BLOCK_C = tl.constexpr(32)
 
 
 @triton.jit
-def _place(label_ptr, stride_label, begin, end, detection, label, BLOCK: tl.constexpr):
-    """The detection's rank among those from `begin` to `end` by (label, position)."""
+def _matrix(images, image, own, FIELD: tl.constexpr, ptr_dtype: tl.constexpr):
+    """Address and two strides of one of the image's tensors; what came as an argument, `own`, without a table."""
+    if images[0] is None:
+        ptr, stride, stride_side = own
+    else:
+        ptr = field(images, image, FIELD).to(ptr_dtype)
+        stride, stride_side = field(images, image, FIELD + 1), field(images, image, FIELD + 2)
+    return ptr, stride, stride_side
+
+
+@triton.jit
+def _labels(images, image, own, DTYPE: tl.constexpr):
+    if images[0] is None:
+        ptr, stride = own
+    else:
+        ptr, stride = vector(images, image, LABELS, DTYPE)
+    return ptr, stride
+
+
+@triton.jit
+def _span(images, image, total, FIELD: tl.constexpr):
+    """Where the boxes or detections of an image begin and end; all of them are those of one image without a table."""
+    begin, end = tl.full((), 0, tl.int64), total.to(tl.int64)
+    if images[0] is not None:
+        begin, end = field(images, image, FIELD), field(images, image + 1, FIELD)
+    return begin, end
+
+
+@triton.jit
+def _wanted(labels, n_detections, c, BLOCK: tl.constexpr):
+    """Which of the classes [BLOCK_C] a detection of the image has."""
+    wanted = tl.zeros([BLOCK_C], tl.int32)
+    for first in range(0, n_detections, BLOCK):
+        detection = first + tl.arange(0, BLOCK).to(tl.int64)
+        label = tl.load(labels[0] + detection * labels[1], mask=detection < n_detections, other=0).to(tl.int64)
+        same = (label[:, None] == c[None, :]) & (detection < n_detections)[:, None]
+        wanted = wanted | tl.max(same.to(tl.int32), 0)
+    return wanted != 0
+
+
+@triton.jit(do_not_specialize=["n_images", "n_detections", "n_boxes", "n_classes"])
+def _gather_kernel(
+    table_ptr,  # the images, see above; None: one image, whose tensors and strides the next three are
+    labels,  # Tensor[D_b]
+    boxes,  # Tensor[N_b, 4]
+    scores,  # Tensor[N_b, C]
+    n_images,
+    n_detections,
+    n_boxes,
+    n_classes,
+    box_ptr,  # Tensor[N, 4]: filled
+    score_ptr,  # Tensor[C, N]: filled where it is read
+    LABEL: tl.constexpr,
+    UNIT: tl.constexpr,  # the scores of a box lie side by side
+    BLOCK_N: tl.constexpr,
+):
+    images, block = (table_ptr, n_images), tl.program_id(0)
+    image = tl.full((), 0, tl.int32)
+    if table_ptr is not None:
+        image = image_of(table_ptr + FIRST_BOX_BLOCK * (n_images + 1), n_images, block)
+        block -= field(images, image, FIRST_BOX_BLOCK)
+    first, end = _span(images, image, n_boxes, FIRST_BOX)
+    begin = block.to(tl.int64) * BLOCK_N
+
+    source = _matrix(images, image, boxes, BOXES, box_ptr.dtype)
+    number = 4 * begin + tl.arange(0, 4 * BLOCK_N)
+    inside = number < 4 * (end - first)
+    corner = tl.load(source[0] + (number >> 2) * source[1] + (number & 3) * source[2], mask=inside)
+    tl.store(box_ptr + 4 * first + number, corner, mask=inside)
+
+    source = _matrix(images, image, scores, SCORES, score_ptr.dtype)
+    label = _labels(images, image, labels, LABEL)
+    first_detection, last_detection = _span(images, image, n_detections, FIRST_DETECTION)
+    box = begin + tl.arange(0, BLOCK_N)
+    for first_class in range(0, n_classes, BLOCK_C):
+        c = first_class + tl.arange(0, BLOCK_C).to(tl.int64)
+        wanted = _wanted(label, last_detection - first_detection, c, BLOCK_N) & (c < n_classes)
+        offset = c if UNIT else c * source[2]
+        here = (box < end - first)[:, None] & wanted[None, :]  # [BLOCK_N, BLOCK_C]
+        score = tl.load(source[0] + box[:, None] * source[1] + offset[None, :], mask=here)
+        tl.store(score_ptr + c[None, :] * n_boxes + (first + box)[:, None], score, mask=here)
+
+
+@triton.jit
+def _place(labels, n_detections, detection, label, BLOCK: tl.constexpr):
+    """The detection's rank among those of its image by (label, position)."""
     before = tl.zeros([BLOCK], tl.int32)
-    for first in range(begin, end, BLOCK):
+    for first in range(0, n_detections, BLOCK):
         other = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
-        other_label = tl.load(label_ptr + other * stride_label, mask=other < end, other=0).to(tl.int64)
+        other_label = tl.load(labels[0] + other * labels[1], mask=other < n_detections, other=0).to(tl.int64)
         smaller = (other_label < label) | ((other_label == label) & (other < detection))
-        before += ((other < end) & smaller).to(tl.int32)
+        before += ((other < n_detections) & smaller).to(tl.int32)
     return tl.sum(before, 0)
 
 
 @triton.jit
-def _load_boxes(box_ptr, box, mask, STRIDE_N: tl.constexpr, STRIDE_SIDE: tl.constexpr, REAL: tl.constexpr):
+def _load_boxes(box_ptr, box, mask, REAL: tl.constexpr):
     """The corners x1, y1, x2, y2 of the boxes [BLOCK], zeros outside the mask."""
     side = tl.arange(0, 4)[None, :]  # [1, 4]
-    corners = tl.load(box_ptr + box[:, None] * STRIDE_N + side * STRIDE_SIDE, mask=mask[:, None], other=0.0)  # [BLOCK, 4]
+    corners = tl.load(box_ptr + box[:, None] * 4 + side, mask=mask[:, None], other=0.0)  # [BLOCK, 4]
     x, y = tl.split(tl.reshape(corners, [box.shape[0], 2, 2]))
     x1, x2 = tl.split(x)
     y1, y2 = tl.split(y)
@@ -72,19 +171,16 @@ def _narrow(x, ptr):
     return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["stride_detection", "stride_side", "stride_label", "n_images", "n_boxes", "n_classes"])
+@triton.jit(do_not_specialize=["n_images", "n_boxes", "n_classes"])
 def _vote_kernel(
-    detection_ptr,  # Tensor[D, 5]
-    stride_detection,
-    stride_side,
-    label_ptr,  # Tensor[D]
-    stride_label,
-    box_ptr,  # Tensor[N, 4]
-    score_ptr,  # Tensor[C, N], contiguous
-    start_ptr,  # Tensor[2, B + 1]: first detection and box of each image, and their totals; None with one image
+    table_ptr,  # the images, see above; None: one image, whose tensors and strides the next two are
+    detections,  # Tensor[D_b, 5]
+    labels,  # Tensor[D_b]
     n_images,
     n_boxes,
     n_classes,
+    box_ptr,  # Tensor[N, 4]
+    score_ptr,  # Tensor[C, N]
     score_thr: tl.float64,
     iou_thr: tl.float64,
     decay: tl.float64,  # 1 / sigma
@@ -92,26 +188,25 @@ def _vote_kernel(
     voted_ptr,  # Tensor[D, 5], contiguous like the one below
     voted_label_ptr,  # Tensor[D]
     KEEP_ORDER: tl.constexpr,
-    # Known to the compiler: a box of four numbers side by side is one access.
-    STRIDE_N: tl.constexpr,
-    STRIDE_SIDE: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    detection = tl.program_id(0).to(tl.int64)
-    begin, end = tl.full((), 0, tl.int64), tl.num_programs(0).to(tl.int64)
-    box_begin, box_end = begin, begin + n_boxes
-    if start_ptr is not None:
-        image_ptr = start_ptr + image_of(start_ptr, n_images, detection)
-        begin, end = tl.load(image_ptr), tl.load(image_ptr + 1)
-        box_begin, box_end = tl.load(image_ptr + n_images + 1), tl.load(image_ptr + n_images + 2)
-    label = tl.load(label_ptr + detection * stride_label)
+    images, detection = (table_ptr, n_images), tl.program_id(0).to(tl.int64)
+    image = tl.full((), 0, tl.int32)
+    if table_ptr is not None:
+        image = image_of(table_ptr + FIRST_DETECTION * (n_images + 1), n_images, detection)
+    first, last = _span(images, image, tl.num_programs(0), FIRST_DETECTION)
+    box_begin, box_end = _span(images, image, n_boxes, FIRST_BOX)
+    detection -= first
+    own_labels = _labels(images, image, labels, voted_label_ptr.dtype.element_ty)
+    label = tl.load(own_labels[0] + detection * own_labels[1])
     c = label.to(tl.int64)
-    place = detection
+    place = first + detection
     if not KEEP_ORDER:
-        place = begin + _place(label_ptr, stride_label, begin, end, detection, c, BLOCK)
+        place = first + _place(own_labels, last - first, detection, c, BLOCK)
 
-    own_ptr = detection_ptr + detection * stride_detection
+    own = _matrix(images, image, detections, DETECTIONS, voted_ptr.dtype)
+    own_ptr, stride_side = own[0] + detection * own[1], own[2]
     own_x1, own_y1 = tl.load(own_ptr).to(REAL), tl.load(own_ptr + stride_side).to(REAL)
     own_x2, own_y2 = tl.load(own_ptr + 2 * stride_side).to(REAL), tl.load(own_ptr + 3 * stride_side).to(REAL)
     # As torch rounds a number before it compares a tensor with it.
@@ -126,7 +221,7 @@ def _vote_kernel(
         inside = box < box_end
         score = tl.load(score_ptr + c * n_boxes + box, mask=inside, other=0.0).to(REAL)
         candidate = inside & (score > score_limit)
-        x1, y1, x2, y2 = _load_boxes(box_ptr, box, candidate, STRIDE_N, STRIDE_SIDE, REAL)
+        x1, y1, x2, y2 = _load_boxes(box_ptr, box, candidate, REAL)
         iou = _iou(x1, y1, x2, y2, own_x1, own_y1, own_x2, own_y2, margin)
         voter = candidate & (iou > iou_limit)
         weight = tl.where(voter, tl.exp((1 - iou) * (1 - iou) * slope) * score, 0.0)
@@ -155,9 +250,12 @@ def launch_rule(wide: bool) -> dict[str, int]:
     return {"BLOCK": 256 if wide else 512, "num_warps": 8 if wide else 4, **register_limit()}
 
 
-def _by_class(scores: Sequence[Tensor]) -> Tensor:
-    """The images' scores Tensor[N_b, C] as one Tensor[C, N], contiguous: one copy."""
-    return scores[0].t().contiguous() if len(scores) == 1 else torch.cat([image.t() for image in scores], 1)
+def _table(*columns: Sequence[Tensor]) -> tuple[list[int], int]:
+    """The table of several images, from det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores; the number of blocks of boxes."""
+    boxes = sizes_of(columns[2])
+    blocks = starts_of([triton.cdiv(size, BLOCK_N) for size in boxes])
+    starts = (blocks, starts_of(boxes), starts_of(sizes_of(columns[1])))
+    return [*itertools.chain(*starts), *itertools.chain(*map(addresses, columns))], blocks[-1]
 
 
 def score_voting(
@@ -171,29 +269,32 @@ def score_voting(
     offset: float,
     keep_order: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `paa_gpu::score_voting`: a copy and a launch; with several images four concatenations, a copy and a launch."""
-    detections, labels, boxes = concatenate(det_bboxes), concatenate(det_labels), concatenate(mlvl_bboxes)
-    voted, voted_labels = detections.new_empty(detections.shape), labels.new_empty(labels.shape)
-    if labels.shape[0] == 0:
+    """The operator `paa_gpu::score_voting`: two launches; with several images a copy before them."""
+    columns = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
+    own = [(tensor, *tensor.stride()) if len(det_labels) == 1 else None for tensor, *_ in columns]
+    images, detections, n_boxes = len(det_labels), sum(sizes_of(det_labels)), sum(sizes_of(mlvl_bboxes))
+    classes = mlvl_nms_scores[0].size(1)
+    voted, voted_labels = empty_voted(det_bboxes, det_labels)
+    if detections == 0:
         return voted, voted_labels
-    scores, starts = _by_class(mlvl_nms_scores), None
-    if len(det_bboxes) > 1:
-        sizes = ([image.shape[0] for image in images] for images in (det_labels, mlvl_bboxes))
-        starts = stage([start for size in sizes for start in (0, *itertools.accumulate(size))], labels)
-        keep(voted, starts)
-    wide = torch.float64 in (detections.dtype, boxes.dtype, scores.dtype)
-    with device_guard(labels):
-        _vote_kernel[(labels.shape[0],)](
-            detections,
-            *detections.stride(),
-            labels,
-            labels.stride(0),
-            boxes,
-            scores,
-            starts,
-            len(det_bboxes),
-            boxes.shape[0],
-            scores.shape[0],
+    boxes, scores = mlvl_bboxes[0].new_empty((n_boxes, 4)), mlvl_nms_scores[0].new_empty((classes, n_boxes))
+    table, blocks = None, triton.cdiv(n_boxes, BLOCK_N)
+    if images > 1:
+        numbers, blocks = _table(*columns)
+        table = stage(numbers, voted)
+        keep(voted, table)
+    wide = torch.float64 in (voted.dtype, boxes.dtype, scores.dtype)
+    with device_guard(voted):
+        if blocks:
+            _gather_kernel[(blocks,)](
+                *(table, *own[1:], images, detections, n_boxes, classes, boxes, scores),
+                LABEL=DTYPES[voted_labels.dtype],
+                UNIT=all(image.stride(1) == 1 for image in mlvl_nms_scores),
+                BLOCK_N=BLOCK_N,
+                **register_limit(),
+            )
+        _vote_kernel[(detections,)](
+            *(table, *own[:2], images, n_boxes, classes, boxes, scores),
             score_thr,
             iou_thr,
             min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 1 weighs 1
@@ -201,8 +302,6 @@ def score_voting(
             voted,
             voted_labels,
             KEEP_ORDER=keep_order,
-            STRIDE_N=boxes.stride(0),
-            STRIDE_SIDE=boxes.stride(1),
             REAL=tl.float64 if wide else tl.float32,
             **launch_rule(wide),
         )

@@ -174,10 +174,10 @@ def paa_reassign_batch(
     """Label [A], label_weight [A], bbox_weight [A, 4], num_pos [B]; the fit; fit_image, fit_gt [G]; positive, ignored [P]."""
     rows = sum(num_gts)
     return (
-        *_empty_targets(label, label_weight, bbox_weight),
+        *empty_targets(label, label_weight, bbox_weight),
         *empty_fit(pos_losses[0], rows, precision),
         *_empty_rows(label[0], rows),
-        *_empty_masks(pos_inds),
+        *empty_masks(pos_inds),
     )
 
 
@@ -200,7 +200,7 @@ def paa_reassign(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The targets of one image, without what only a caller of `paa_reassign_batch` sees: label [A], label_weight [A],
     bbox_weight [A, 4], num_pos [1]. Their sizes do not depend on `num_gt`, so None, see `count_gts`, is left to the operator."""
-    return _empty_targets([label], [label_weight], [bbox_weight])
+    return empty_targets([label], [label_weight], [bbox_weight])
 
 
 @_operator("reassign")
@@ -247,7 +247,7 @@ def write_targets(
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Label [A], label_weight [A], bbox_weight [A, 4], num_pos [B], positive, ignored [P], from the masks [G, K] of `index`."""
-    return (*_empty_targets(label, label_weight, bbox_weight), *_empty_masks(pos_inds))
+    return (*empty_targets(label, label_weight, bbox_weight), *empty_masks(pos_inds))
 
 
 def empty_losses(scores: Tensor, deltas: Tensor, targets: Tensor, pos_inds: Sequence[Tensor]) -> Tensor:
@@ -312,6 +312,12 @@ def assign_max_iou(
     )
 
 
+def empty_voted(det_bboxes: Sequence[Tensor], det_labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """det_bboxes [D, 5] and det_labels [D]."""
+    detections = sum(image.shape[0] for image in det_labels)
+    return det_bboxes[0].new_empty((detections, 5)), det_labels[0].new_empty(detections)
+
+
 @_operator("voting")
 def score_voting(
     det_bboxes: Sequence[Tensor],
@@ -325,11 +331,10 @@ def score_voting(
     keep_order: bool,
 ) -> tuple[Tensor, Tensor]:
     """The voted det_bboxes [D, 5] and det_labels [D] of all images; within an image by class, or in the order of the inputs."""
-    detections = sum(image.shape[0] for image in det_bboxes)
-    return det_bboxes[0].new_empty((detections, 5)), det_labels[0].new_empty(detections)
+    return empty_voted(det_bboxes, det_labels)
 
 
-def _empty_targets(
+def empty_targets(
     label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     anchors = sum(image.shape[0] for image in label)
@@ -345,6 +350,6 @@ def _empty_rows(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return like.new_empty(rows, dtype=torch.int64), like.new_empty(rows, dtype=torch.int64)
 
 
-def _empty_masks(pos_inds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def empty_masks(pos_inds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     potential = sum(inds.shape[0] for inds in pos_inds)
     return pos_inds[0].new_empty(potential, dtype=torch.bool), pos_inds[0].new_empty(potential, dtype=torch.bool)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ._checks import (
@@ -32,12 +31,12 @@ from ._checks import (
     check_tensor,
 )
 from ._ops import PRECISIONS
-from .boxes import decode, focal_loss, giou_loss, iou_and_union
+from .boxes import decode, focal_loss
 from .distributed import reduce_mean
 from .em import COVARIANCE_TYPES
 from .reassign import SINGLETONS, Separation
 from .separation import SCHEMES
-from .targets import Targets, assign_targets, on_device
+from .targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
 from .voting import score_voting_batch
 
 __all__ = ["PAAHead", "levels_to_images"]
@@ -64,7 +63,7 @@ def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
     """
     check_list("mlvl_tensor", mlvl_tensor, "level")
     _check_levels("mlvl_tensor", mlvl_tensor, None)
-    return list(_flatten(mlvl_tensor).unbind())
+    return list(flatten_levels(mlvl_tensor).unbind())
 
 
 class PAAHead(nn.Module):
@@ -257,23 +256,13 @@ class PAAHead(nn.Module):
         cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
         anchors = self._anchors(cls_scores)
         assigned = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
-        all_anchors, positive, found = torch.cat(anchors), assigned.positive, assigned.found
-        bbox_pred = decode(
-            all_anchors[positive % len(all_anchors)],
-            _flatten(bbox_preds).flatten(0, 1).index_select(0, positive),
-            self.target_stds,
-        )
-        bbox_target = assigned.bbox_target[positive]
-        iou = torch.where(found, iou_and_union(bbox_pred.detach(), bbox_target)[0], 0)
+        giou, cross_entropy, iou = positive_losses(assigned, torch.cat(anchors), bbox_preds, iou_preds, self.target_stds)
         num_pos, images, iou_sum = reduce_mean(torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()]))
-        loss_cls = focal_loss(_flatten(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
-        loss_bbox = giou_loss(bbox_pred, bbox_target) * iou.clamp(min=LEAST_WEIGHT) * found
-        iou_pred = _flatten(iou_preds).flatten().index_select(0, positive)
-        loss_iou = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none") * found
+        loss_cls = focal_loss(flatten_levels(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
         return {
             "loss_cls": (loss_cls * assigned.label_weight).sum() / (torch.maximum(num_pos, images) + EPS),
-            "loss_bbox": self.bbox_loss_weight * loss_bbox.sum() / (iou_sum + EPS),
-            "loss_iou": self.iou_loss_weight * loss_iou.sum() / (num_pos + EPS),
+            "loss_bbox": self.bbox_loss_weight * (giou * iou.clamp(min=LEAST_WEIGHT)).sum() / (iou_sum + EPS),
+            "loss_iou": self.iou_loss_weight * cross_entropy.sum() / (num_pos + EPS),
         }
 
     @torch.no_grad()
@@ -368,7 +357,7 @@ class PAAHead(nn.Module):
         limits = _pairs([(width, height) for height, width in image_sizes], anchors[0])
         boxes, scores = [], []
         for *outputs, priors in zip(cls_scores, bbox_preds, iou_preds, anchors, strict=True):
-            cls_score, bbox_pred, iou_pred = (_flatten([level.float()]) for level in outputs)
+            cls_score, bbox_pred, iou_pred = (flatten_levels([level.float()]) for level in outputs)
             score = (cls_score.sigmoid() * iou_pred.sigmoid()).sqrt()
             priors = priors.expand(len(score), -1, -1)
             if 0 < self.nms_pre < score.shape[1]:
@@ -439,11 +428,6 @@ def _tower(in_channels: int, feat_channels: int, stacked_convs: int, groups: int
         )
         for i in range(stacked_convs)
     )
-
-
-def _flatten(levels: Sequence[Tensor]) -> Tensor:
-    """Tensor[N, A, channels] from Tensor[N, channels, H_l, W_l] of each level."""
-    return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
 
 
 def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:

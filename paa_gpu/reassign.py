@@ -99,7 +99,9 @@ def paa_reassign(
 
     Ties: equal losses by anchor index, scores within 1e-9 by (loss, anchor index). A ground truth with a non-finite loss among
     its candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out
-    of range is left out. Inputs are not modified and no graph is recorded. Source: PAA (arXiv 2007.08103), section 3.2.
+    of range is left out; an anchor that occurs twice becomes background where none of its potential positives is positive, and
+    has label_weight 0 where any is ignored, as published. Inputs are not modified and no graph is recorded. Source: PAA (arXiv
+    2007.08103), section 3.2.
     """
     columns, sizes = _checked(
         [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],

@@ -60,16 +60,18 @@ def paa_reassign(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """`PAAHead.paa_reassign` of mmdetection; arguments and results as `paa_gpu.paa_reassign`."""
     label, label_weight, bbox_weight = label.clone(), label_weight.clone(), bbox_weight.clone()
-    negative = np.ones(len(pos_inds), bool)
+    positive = np.zeros(len(pos_inds), bool)
     for gt in ground_truths(
         pos_losses, pos_inds, pos_gt_inds, anchors, topk=topk, covariance_type=covariance_type,
         separation=separation, singleton=singleton, published=published,
     ):  # fmt: skip
-        negative[gt.positive] = False
+        positive[gt.positive] = True
         label_weight[pos_inds[gt.ignored]] = 0
-    label[pos_inds[negative]] = num_classes
-    bbox_weight[pos_inds[negative]] = 0
-    return label, label_weight, bbox_weight, int((~negative).sum())
+    # By anchor, as published: one that occurs twice is background where it is never positive.
+    negative = pos_inds[~torch.isin(pos_inds, pos_inds[positive])]
+    label[negative] = num_classes
+    bbox_weight[negative] = 0
+    return label, label_weight, bbox_weight, int(positive.sum())
 
 
 def ground_truths(

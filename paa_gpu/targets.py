@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .assign import assign_max_iou
+from .boxes import decode, giou_loss, iou_and_union
 from .losses import candidate_losses
 from .reassign import Reassignment, paa_reassign_batch
 
-__all__ = ["Targets", "assign_targets", "on_device"]
+__all__ = ["Targets", "assign_targets", "flatten_levels", "on_device", "positive_losses"]
 
 
 class Targets(NamedTuple):
@@ -111,6 +113,31 @@ def assign_targets(
         label, torch.cat(reassigned.label_weight), bbox_target, index.clamp(min=0), index >= 0,
         reassigned.num_pos, gt_inds.flatten(), reassigned,
     )  # fmt: skip
+
+
+def positive_losses(
+    targets: Targets, anchors: Tensor, bbox_preds: Sequence[Tensor], iou_preds: Sequence[Tensor], stds: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the positives cost, with gradients: GIoU loss [S], cross entropy of the predicted IoU [S], and their IoU [S], without.
+
+    Args:
+        targets: of the batch; what its list of S positives has behind them costs 0 and has IoU 0.
+        anchors: Tensor[A, 4].
+        bbox_preds, iou_preds: per level Tensor[N, 4, H_l, W_l] and Tensor[N, 1, H_l, W_l].
+        stds: deviations by which the offsets were divided.
+    """
+    index, found = targets.positive, targets.found
+    boxes = decode(anchors[index % len(anchors)], flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index), stds)
+    bbox_target = targets.bbox_target[index]
+    iou = torch.where(found, iou_and_union(boxes.detach(), bbox_target)[0], 0)
+    iou_pred = flatten_levels(iou_preds).flatten().index_select(0, index)
+    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou.to(iou_pred.dtype), reduction="none")
+    return giou_loss(boxes, bbox_target) * found, cross_entropy * found, iou
+
+
+def flatten_levels(levels: Sequence[Tensor]) -> Tensor:
+    """Tensor[N, A, channels] from Tensor[N, channels, H_l, W_l] of each level; cells row after row."""
+    return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

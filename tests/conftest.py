@@ -24,6 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what the operators run for CPU tensors in the whole run: cpu (default, numba); interpreter (with TRITON_INTERPRET=1); "
         "a compute capability such as 90, for the kernels as compiled; or cuda, for a GPU",
     )
+    parser.addoption("--ptxrun", default="", help="settings of ptxrun for kernels as compiled: weak=1,seed=5")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if text := config.getoption("--ptxrun"):
+        import ptxrun
+        from kernel_execution import SETTINGS
+
+        SETTINGS.update(ptxrun.settings(text))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -127,34 +127,44 @@ def fit_rows(
 
 
 def fit_candidates(
-    width: int = 45,
-    dtype: torch.dtype = torch.float32,
-    covariance_type: str = "diag",
-    precision: str = "float64",
-    **options: Any,
+    width: int = 45, dtype: torch.dtype = torch.float32, covariance_type: str = "diag", precision: str = "float64"
 ) -> None:
     loss, count = torch.zeros(3, width, dtype=dtype), torch.ones(3, dtype=torch.int64)
     fit = empty_fit(loss, 3, precision)
-    mask = torch.zeros(3, width, dtype=torch.bool)
-    if options:
-        masks = {"positive": mask.view(-1), "ignored": mask.view(-1)}
-        em.launch_fit(loss, count, fit, covariance_type, index=torch.zeros(3, width, dtype=torch.int64), **masks, **options)
-    else:
-        em.launch_fit(loss, count, fit, covariance_type, assignment=mask, score=torch.zeros(3, width, dtype=fit[0].dtype))
+    assignment, score = torch.zeros(3, width, dtype=torch.bool), torch.zeros(3, width, dtype=fit[0].dtype)
+    em.launch_fit(loss, count, fit, covariance_type, assignment=assignment, score=score)
 
 
-def select(
-    dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int = 1, levels: int = 5, masks: bool = True
+def reassign_batch(
+    width: int = 45,
+    dtype: torch.dtype = torch.float32,
+    index: torch.dtype = torch.int64,
+    weights: torch.dtype = torch.float32,
+    covariance_type: str = "diag",
+    precision: str = "float64",
+    separation: str = "mmdet",
+    singleton: str = "background",
 ) -> None:
-    losses, inds = torch.zeros(stride * 9, dtype=dtype)[::stride], torch.zeros(stride * 9, dtype=index)[::stride]
-    batch = topk.gather_batch([losses], [inds], [inds], [9] * levels, [3], 9)
-    flat = [torch.zeros(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)]
-    topk.launch_select(batch, 9, *flat if masks else ())
+    """The kernels of the usual reassignment, for rows of this width."""
+    inds, label_weight = torch.zeros(width, dtype=index), torch.zeros(width, dtype=weights)
+    columns = (
+        torch.zeros(width, dtype=dtype),
+        torch.zeros(width, dtype=torch.int64),
+        label_weight,
+        label_weight[:, None].expand(-1, 4),
+    )
+    options = 80, width, covariance_type, separation, singleton, precision
+    reassign.paa_reassign_batch(*([tensor] for tensor in (*columns, inds, inds)), [width], [3], *options)
 
 
-def write(dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, stride: int = 1) -> None:
+def select(dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64, levels: int = 5) -> None:
+    losses, inds = torch.zeros(9, dtype=dtype), torch.zeros(9, dtype=index)
+    topk.select(topk.gather_batch([losses], [inds], [inds], [9] * levels, [3], 9), 9, losses)
+
+
+def write(dtype: torch.dtype = torch.float32, index: torch.dtype = torch.int64) -> None:
     targets = torch.zeros(9, dtype=torch.int64), torch.zeros(9, dtype=dtype), torch.zeros(9, 4, dtype=dtype)
-    inds, masks = torch.zeros(stride * 9, dtype=index)[::stride], torch.zeros(2, 3, dtype=torch.bool)
+    inds, masks = torch.zeros(9, dtype=index), torch.zeros(2, 3, dtype=torch.bool)
     reassign.write_targets(*([t] for t in targets), [inds], torch.zeros(2, 3, dtype=torch.int64), masks, masks, 80)
 
 
@@ -167,7 +177,7 @@ def vote(
     keep_order: bool = False,
 ) -> None:
     det, boxes = torch.zeros(3, 5, stride, dtype=dtype)[..., 0], torch.zeros(9, 4, stride, dtype=dtype)[..., 0]
-    columns = det, torch.zeros(3 * stride, dtype=label)[::stride], boxes, torch.zeros(9, 4, dtype=scores)
+    columns = det, torch.zeros(3 * stride, dtype=label)[::stride], boxes, torch.zeros(9, 4, stride, dtype=scores)[..., 0]
     voting.score_voting(*([tensor] * images for tensor in columns), 0.05, 0.01, 0.025, 0.0, keep_order)
 
 
@@ -222,14 +232,14 @@ USUAL = {
         {"width": 1500, "source": "flat"},
         {"precision": "float32", "source": "count", "inits": True},
     ],
-    "fit_candidates": [
+    "fit_candidates": [{}],
+    "reassign_batch": [
         {},
-        {"separation": "mmdet"},
-        {"separation": "b", "singleton": "positive", "width": 500},
+        {"separation": "b", "singleton": "positive", "width": 500, "index": torch.int32, "weights": torch.bfloat16},
         {"separation": "b", "width": 1500, "precision": "float32"},
     ],
-    "select": [{}, {"dtype": torch.float64, "index": torch.int32, "stride": 2}],
-    "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32, "stride": 2}],
+    "select": [{}, {"dtype": torch.float64, "index": torch.int32}],
+    "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32}],
     "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
     "score": [{}, {"maps": torch.float64, "targets": torch.bfloat16, "index": torch.int32, "levels": 2, "stride": 2}],
     "match": [{}, {"dtype": torch.float16, "stride": 2, "match": False}],
@@ -240,14 +250,14 @@ ALL = {
         *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied"), dtype=FLOATS[2:]),
         *product(dtype=FLOATS, source=("rows", "count", "flat"), inits=(False, True)),
     ],
-    "fit_candidates": [
-        *product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied")),
+    "fit_candidates": [*product(width=WIDTHS, precision=("float64", "float32"), covariance_type=("diag", "tied"))],
+    "reassign_batch": [
         *product(width=WIDTHS, precision=("float64", "float32"), separation=tuple(SCHEMES)),
         *product(separation=tuple(SCHEMES), singleton=("positive",)),
-        *product(dtype=FLOATS, separation=("mmdet",)),
+        *product(dtype=FLOATS, index=INDICES, weights=FLOATS),
     ],
-    "select": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES), *product(levels=(1, 9, 17), masks=(True, False))],
-    "write": [*product(dtype=FLOATS, index=INDICES, stride=STRIDES)],
+    "select": [*product(dtype=FLOATS, index=INDICES), *product(levels=(1, 9, 17))],
+    "write": [*product(dtype=FLOATS, index=INDICES)],
     "vote": [
         *product(dtype=FLOATS, scores=FLOATS),
         *product(dtype=FLOATS, images=(1, 2), stride=STRIDES),
@@ -267,6 +277,7 @@ ALL = {
 LAUNCHES: dict[str, Callable[..., None]] = {
     "fit_rows": fit_rows,
     "fit_candidates": fit_candidates,
+    "reassign_batch": reassign_batch,
     "select": select,
     "write": write,
     "vote": vote,

@@ -136,11 +136,28 @@ def test_training_never_waits(boxes):
     assert mode.count == 0
 
 
-def test_the_count_can_fail():
+WAITS = [
+    (lambda x, mask: x.sum().item(), 1), (lambda x, mask: x.nonzero(), 1), (lambda x, mask: x[mask], 1),
+    (lambda x, mask: bool(mask.any()), 1), (lambda x, mask: x.tolist(), 1), (lambda x, mask: x.cpu(), 1),
+    (lambda x, mask: x.numpy(), 1), (lambda x, mask: x.new_tensor([1, 2]), 1), (lambda x, mask: torch.tensor([1, 2]), 1),
+    (lambda x, mask: x.index_put_((mask,), torch.zeros_like(x)[:2]), 1), (lambda x, mask: x.unique(), 1), (lambda x, mask: x.repeat_interleave(x), 1),
+    (lambda x, mask: list(range(x[0])), 1),
+    # what does not wait
+    (lambda x, mask: nn.functional.one_hot(x, 4), 0), (lambda x, mask: x.masked_fill(mask, 7), 0),
+    (lambda x, mask: x.__setitem__(mask, 7), 0), (lambda x, mask: torch.where(mask, x, 0), 0),
+    (lambda x, mask: torch.nonzero_static(mask, size=2), 0), (lambda x, mask: torch.tensor([1, 2], device="cpu"), 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "count"), WAITS)
+def test_what_is_counted(call, count):
+    """By this test, as it is the one that asks."""
     x = torch.arange(4)
+    mask = x > 1
     with Synchronisations() as mode:
-        x.sum().item(), x.nonzero(), x[x > 1], bool(x.any())
-    assert mode.count == 4
+        call(x, mask)
+    assert mode.count == count
+    assert set(mode.by) <= {("tests/test_head.py", "<lambda>")}
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.9 asks CUDA's driver to pad fake tensors, 2.14 does not")

@@ -8,11 +8,14 @@ import weakref
 import pytest
 import torch
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, poison
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops
-from paa_gpu.kernels import em
+from paa_gpu import _ops, assign_max_iou, candidate_losses
+from paa_gpu._ops import kernels_on_cpu
+from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import device_guard, keep, stage
-from paa_gpu.testing import make_predictions, triton_on_cpu
+from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -73,7 +76,7 @@ def test_starts_of_images_live_as_long_as_the_voted_boxes(rng):
     with execute(EXECUTIONS[0] if INTERPRETER else 90):
         bboxes, _ = _ops.score_voting(*predictions, 0.05, 0.01, 0.025, 0.0, False)
     (starts,) = bboxes[1:].untyped_storage().staged
-    assert starts.tolist() == [0, 2, 5, 0, 5, 12]
+    assert starts[:9].tolist() == [0, 1, 2, 0, 5, 12, 0, 2, 5]  # blocks of boxes, boxes, detections
 
 
 def test_cpu_tensors_reach_the_kernels_inside_the_context_only(monkeypatch):
@@ -111,3 +114,55 @@ def test_poison_shows_what_nobody_wrote():
             assert_written(tensor)
         tensor[1] = 0
         assert_written(tensor)
+
+
+# --- one compiled form ---------------------------------------------------------------------------------------------------------
+
+
+def _reassign(images: int, rng) -> None:
+    batch = make_batch([images + i % 3 for i in range(images)], rng, level_sizes=(200, 40 + images), sizes=(5, 9))
+    columns, options = batch[:6], (batch.num_classes, 9, "diag", "mmdet", "background", "float64")
+    sizes = [size for levels in batch.anchors for size in levels]
+    reassign.paa_reassign_batch(*columns, sizes, batch.num_gts, *options)
+    losses = batch.pos_losses, batch.pos_inds, batch.pos_gt_inds, sizes, batch.num_gts, 9
+    index = torch.zeros(sum(batch.num_gts), 18, dtype=torch.int64)
+    reassign.fit_candidates(*losses, "diag", "float64")
+    reassign.write_targets(*batch[1:5], index, index == 0, index > 0, batch.num_classes)
+
+
+def _vote(images: int, rng) -> None:
+    """One image needs no table, and is a form of its own."""
+    voting.score_voting(*make_predictions([(i + 1, 20 + i) for i in range(images + 1)], rng), 0.05, 0.01, 0.025, 0.0, False)
+
+
+def _losses(images: int, rng) -> None:
+    batch = make_head_batch([7 + images] * images, rng, ((6, 5), (3, 2)), num_classes=5)
+    candidate_losses(*batch)
+
+
+def _assign(images: int, rng) -> None:
+    anchors, boxes = make_anchors([(20, 30), (10, 15)]), [make_boxes(i + 1, (160, 240), rng) for i in range(images)]
+    assign_max_iou(anchors, boxes)
+
+
+def _forms() -> dict[str, int]:
+    """How many forms of each kernel were compiled for the current device."""
+    kernels = [value for module in (topk, reassign, em, voting, losses, assign) for value in vars(module).values()]
+    caches = {kernel.fn.__name__: kernel.device_caches for kernel in kernels if isinstance(kernel, JITFunction)}
+    device = driver.active.get_current_device()
+    return {name: len(cache[device][0]) for name, cache in caches.items() if device in cache and cache[device][0]}
+
+
+@pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("call", [_reassign, _vote, _losses, _assign], ids=["reassign", "vote", "losses", "assign"])
+def test_one_compiled_form_for_all_batch_sizes(call, rng):
+    """Another form would be compiled in the middle of training, or inside a capture: by a size of 1, or by where in a table a part
+    begins."""
+    from test_compile import TARGETS, compiling
+
+    with compiling(TARGETS["sm_90"]), kernels_on_cpu():
+        call(1, rng)
+        first = _forms()
+        for images in (2, 3, 4, 5, 16):
+            call(images, rng)
+        assert first and _forms() == first

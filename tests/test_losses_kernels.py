@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from device_operations import profiled
-from kernel_execution import assert_written, compiled_only, execute, poisoned_outputs
+from kernel_execution import assert_written, compiled_only, execute, on_device, poisoned_outputs
 
 import paa_gpu
 from paa_gpu import _ops, reference, testing
@@ -152,7 +151,7 @@ def test_functions(session, dtype, tolerance):
     """Each within the stated part of its value; a GPU's `ex2.approx` may differ by another 1.2e-7."""
     x = torch.cat([torch.linspace(0, 87, 700, dtype=torch.float64), torch.logspace(-30, 0, 300, dtype=torch.float64)]).to(dtype)
     exp, log1p = torch.empty_like(x), torch.empty_like(x)
-    _functions_kernel[(1,)](x, exp, log1p, len(x), BLOCK=1024)
+    on_device(_functions_kernel[(1,)])(x, exp, log1p, len(x), BLOCK=1024)
     torch.testing.assert_close(exp.double(), (-x.double()).exp(), rtol=tolerance, atol=0)
     torch.testing.assert_close(log1p.double(), x.double().clamp(max=1).log1p(), rtol=tolerance, atol=0)
 
@@ -160,7 +159,7 @@ def test_functions(session, dtype, tolerance):
 def test_functions_at_the_ends(session):
     x = torch.tensor([0.0, math.inf, math.nan, 200.0])
     exp, log1p = torch.empty_like(x), torch.empty_like(x)
-    _functions_kernel[(1,)](x, exp, log1p, 4, BLOCK=4)
+    on_device(_functions_kernel[(1,)])(x, exp, log1p, 4, BLOCK=4)
     assert exp[0] == 1 and exp[1] < 1e-37 and exp[3] < 1e-37 and exp[2].isnan() and log1p[0] == 0
 
 
@@ -173,21 +172,6 @@ def test_device_operations(images, rng):
     """A copy and a launch, whatever the images and levels."""
     batch = testing.make_head_batch([20] * images, rng)
     assert profiled(lambda: paa_gpu.candidate_losses(*batch)) == (["stage"], ["_losses_kernel"])
-
-
-@compiled_only
-def test_one_compiled_form_for_all_batches(rng):
-    """Whatever the number of images, which decides where in the table its parts begin."""
-    compiled, launch = [], kernels._losses_kernel.run
-
-    def watched(*args, **options):
-        compiled.append(launch(*args, **options))
-        return compiled[-1]
-
-    with execute(90), mock.patch.object(kernels._losses_kernel, "run", watched):
-        for images in (1, 2, 3, 16):
-            run(testing.make_head_batch([5] * images, rng))
-    assert len(compiled) == 4 and len({kernel.hash for kernel in compiled}) == 1
 
 
 def padded(batch):

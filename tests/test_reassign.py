@@ -130,6 +130,17 @@ def test_where_scikit_learn_raises_in_float32(losses):
     assert_equal(paa_gpu.paa_reassign(*arguments, num_classes=1), reference.paa_reassign(*arguments, num_classes=1))
 
 
+@pytest.mark.parametrize("separation", SCHEMES)
+def test_anchors_that_occur_twice(separation, rng):
+    """As in the published loop, by anchor: background where none of its potential positives is positive."""
+    batch = testing.make_batch([6], rng, ["bimodal"], (8, 20))
+    arguments, options = image_of(batch, 0)
+    arguments[4][::2] = arguments[4][torch.from_numpy(rng.permutation(len(arguments[4])))[: len(arguments[4][::2])]]
+    assert len(arguments[4].unique()) < len(arguments[4])
+    got = paa_gpu.paa_reassign(*arguments, **options, separation=separation)
+    assert_equal(got, reference.paa_reassign(*arguments, num_classes=80, separation=separation))
+
+
 @pytest.mark.parametrize("topk", [1, 2, 25, 10**12])
 @pytest.mark.parametrize("sizes", [(13343,), (0, 9000, 4343, 0), (100,) * 30], ids=["1 level", "empty levels", "30 levels"])
 def test_any_topk_and_levels(topk, sizes, rng):

@@ -10,10 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, on_device, poisoned_outputs, slow_interpreted
 
 from paa_gpu import _ops
 from paa_gpu.kernels import topk as kernels
+from paa_gpu.kernels._batch import BLOCK, image_fields
 from paa_gpu.kernels._numeric import ordered_key, sort_pairs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -236,11 +237,9 @@ def test_any_schedule_gives_the_same_bits(rng):
 def test_a_ticket_comes_after_all_counts(capability):
     """Programs run one by one here, so that only the code can show it: a barrier between the last count and the ticket."""
     inds, bucket, rank = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
-    starts = torch.tensor(kernels.image_starts([5], [1], [1]))
     with execute(capability):
-        compiled = kernels._count_kernel[(1,)](
-            inds, 1, inds, 1, starts, 1, 1, bucket, rank, None, None, None, BLOCK=kernels.BLOCK_P
-        )
+        table = torch.tensor(image_fields([5], [1], [1], [inds], [inds])[0])
+        compiled = kernels._count_kernel[(1,)](table, 1, 1, bucket, rank, INDS=tl.int64, GT_INDS=tl.int64, BLOCK=BLOCK)
     assert bucket.tolist() == [0, 5, 1] and sorted(rank.tolist()) == [0, 1, 2, 3, 4]
     atomics = [m.start() for m in re.finditer(r"\batom\.global", compiled.asm["ptx"])]
     assert "acq_rel" in compiled.asm["ptx"][atomics[-1] :].partition("\n")[0]
@@ -280,7 +279,7 @@ def test_ordered_keys(session, dtype):
     x = torch.cat([x, payload.view(dtype)])
     place = [i for i, group in enumerate(groups) for _ in group] + [len(groups) - 1] * 2
     key = torch.empty(len(x), dtype=torch.int64 if dtype == torch.float64 else torch.int32)
-    _key_kernel[(1,)](x, key, len(x), BLOCK=32, num_warps=1)
+    on_device(_key_kernel[(1,)])(x, key, len(x), BLOCK=32, num_warps=1)
     assert np.unique(key.numpy(), return_inverse=True)[1].tolist() == place
 
 
@@ -293,7 +292,7 @@ def test_sort_pairs(session, log_block, rng):
         tie = torch.from_numpy(rng.permutation(2**log_block)) - 3
         order = np.lexsort((tie[:n], key[:n]))
         wanted = key[:n][order].tolist(), tie[:n][order].tolist()
-        _sort_kernel[(1,)](key, tie, n, LOG_BLOCK=log_block, num_warps=1)
+        on_device(_sort_kernel[(1,)])(key, tie, n, LOG_BLOCK=log_block, num_warps=1)
         assert (key[:n].tolist(), tie[:n].tolist()) == wanted
         assert (key[n:] == ends.max).all() and (tie[n:] == 2**63 - 1).all()
 
@@ -322,6 +321,11 @@ def test_work_grows_with_the_potential_positives(rng):
     assert max(*sectors_few.values(), *sectors_many.values()) <= 1.5
 
 
-def test_image_starts():
-    starts = kernels.image_starts([0, 5, 513], [2, 0, 1], [7, 8, 9])
-    assert starts == [[0, 0, 1, 3], [0, 0, 5, 518], [0, 2, 2, 3], [0, 7, 15, 24]]
+def test_fields_of_images():
+    """The block of an image's potential positives or anchors begins with it; the last column holds the totals."""
+    first, second = torch.zeros(2, 8)[:, ::2], torch.zeros(3, 4)
+    fields, blocks, anchor_blocks = image_fields([0, 5, BLOCK + 1], [2, 0, 1], [7, 8, 8 * BLOCK + 1], [first, second, second])
+    rows = torch.tensor(fields).view(-1, 4).tolist()
+    assert rows[:5] == [[0, 0, 1, 3], [0, 0, 5, BLOCK + 6], [0, 2, 2, 3], [0, 7, 15, 8 * BLOCK + 16], [0, 1, 2, 4]]
+    assert rows[5:] == [[first.data_ptr(), second.data_ptr(), second.data_ptr(), 0], [8, 4, 4, 0], [2, 1, 1, 0]]
+    assert (blocks, anchor_blocks) == (3, 4)

@@ -16,7 +16,7 @@ from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, over_slices
 from .em import SERIAL_ROWS as FIT_SERIAL_ROWS
 from .em import empty_fit, fit, fit_options, fit_rows
-from .topk import SERIAL_IMAGES, empty_candidates, empty_groups, flatten, group_images, select, select_rows
+from .topk import INSERTION_LIMIT, SERIAL_IMAGES, empty_candidates, empty_groups, flatten, keep_smallest, select, select_rows
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 0.3 us, handing over 100.
 SERIAL_ROWS = 2048
@@ -108,17 +108,31 @@ def _write_images(
     bbox_weight: Any,
     num_pos: Any,
 ) -> None:
+    """Background at all potential positives; then the positives get back what their anchors had, in whatever order two of them
+    that share an anchor come."""
     for image in range(first, last):
-        num_pos[image] = 0
-        for p in range(pos_offset[image], pos_offset[image + 1]):
+        begin, end, first_anchor = pos_offset[image], pos_offset[image + 1], anchor_offset[image]
+        anchors = anchor_offset[image + 1] - first_anchor
+        kept = 0
+        for p in range(begin, end):
+            kept += positive[p]
+        anchor_of = np.empty(kept, np.int64)
+        labels, box_weights = np.empty(kept, label.dtype), np.empty((kept, bbox_weight.shape[1]), bbox_weight.dtype)
+        num_pos[image], kept = kept, 0
+        for p in range(begin, end):
             if positive[p]:
-                num_pos[image] += 1
-            elif 0 <= pos_inds[p] < anchor_offset[image + 1] - anchor_offset[image]:
-                anchor = anchor_offset[image] + pos_inds[p]
+                anchor = first_anchor + pos_inds[p]
+                anchor_of[kept], labels[kept], box_weights[kept] = anchor, label[anchor], bbox_weight[anchor]
+                kept += 1
+        for p in range(begin, end):
+            if 0 <= pos_inds[p] < anchors:
+                anchor = first_anchor + pos_inds[p]
                 label[anchor] = num_classes
                 bbox_weight[anchor] = 0
                 if ignored[p]:
                     label_weight[anchor] = 0
+        for i in range(kept):
+            label[anchor_of[i]], bbox_weight[anchor_of[i]] = labels[i], box_weights[i]
 
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
@@ -152,11 +166,10 @@ def _reassign_few(losses: Any, options: Any, rule: Any, targets: Any) -> Any:
     does between them would take longer than they do."""
     loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, width = losses
     levels, rows = level_bounds.shape[1] - 1, gt_offset[-1]
-    groups = empty_groups(rows, levels, len(loss))
-    bits = loss.astype(np.float64).view(np.int64)
-    group_images(0, 1, bits, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, *groups)
+    groups = empty_groups(rows * levels, rows * levels * topk)
+    keep_smallest(0, 1, loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, *groups)
     candidates = empty_candidates(rows, width, loss.dtype)
-    select_rows(0, rows, levels, topk, loss, *groups, *candidates)
+    select_rows(0, rows, levels, loss, *groups, *candidates)
     fitted = empty_fit(rows, width, options[0].dtype)
     fit_rows(0, rows, candidates[0].reshape(-1), np.arange(rows) * width, candidates[2], *options, *fitted)
     positive, ignored = np.zeros(len(loss), np.bool_), np.zeros(len(loss), np.bool_)
@@ -167,15 +180,16 @@ def _reassign_few(losses: Any, options: Any, rule: Any, targets: Any) -> Any:
 
 
 def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
-    """The images' targets one after the other, in memory of their own, as a tensor and as the bytes of each anchor: zero has the
-    same bytes in every dtype, so that one compiled loop writes all."""
+    """The images' targets one after the other, in memory of their own, as a tensor and as integers, of each anchor its bytes or,
+    where these are four numbers, words of eight: zero has the same bits in every dtype, so that one compiled loop writes all."""
     dtype = images[0].dtype
     # Half precision as int16: numpy has no bfloat16.
     values = [(image.view(torch.int16) if dtype.itemsize == 2 else image).numpy() for image in images]
     # numpy would keep the order of transposed images, whose bytes are not those of an anchor.
     copy = values[0].copy() if len(values) == 1 else np.ascontiguousarray(np.concatenate(values))
     tensor = torch.from_numpy(copy)
-    return tensor.view(dtype) if dtype.itemsize == 2 else tensor, (copy if copy.ndim == 2 else copy[:, None]).view(np.uint8)
+    words = copy.view(np.int64) if copy.ndim == 2 else copy[:, None].view(np.uint8)
+    return tensor.view(dtype) if dtype.itemsize == 2 else tensor, words
 
 
 def _targets(
@@ -184,9 +198,9 @@ def _targets(
     """Copies of the targets: the tensors, and what `_write` takes."""
     labels = label[0].numpy().copy() if len(label) == 1 else np.concatenate([image.numpy() for image in label])
     weights, weight_bytes = _copied(label_weight)
-    box_weights, box_weight_bytes = _copied(bbox_weight)
+    box_weights, box_weight_words = _copied(bbox_weight)
     anchor_offset = offsets(lengths(label))
-    return (torch.from_numpy(labels), weights, box_weights), (anchor_offset, num_classes, labels, weight_bytes, box_weight_bytes)
+    return (torch.from_numpy(labels), weights, box_weights), (anchor_offset, num_classes, labels, weight_bytes, box_weight_words)
 
 
 @functools.cache
@@ -212,7 +226,7 @@ def paa_reassign(
     num_gt = _largest(flat([pos_gt_inds], np.int64)) + 1 if num_gt is None else num_gt
     losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
     tensors, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
-    if num_gt < FIT_SERIAL_ROWS:
+    if num_gt < FIT_SERIAL_ROWS and topk <= INSERTION_LIMIT:
         num_pos = _reassign_few(losses, *_rules(*options), targets)
     else:
         num_pos = _reassign(losses, *_rules(*options), targets)[0]

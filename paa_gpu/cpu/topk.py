@@ -1,7 +1,8 @@
-"""Candidate selection for CPU tensors: group the potential positives by (ground truth, level), keep the smallest losses.
+"""Candidates for CPU tensors: of every (ground truth, level), a group, the smallest losses; then a row merges its groups.
 
-Grouping is a stable counting sort, so the cost grows with P + G, not with their product. Potential positives are taken in
-the order of their anchors; everything after that keeps the order of equal losses, which is all that ties need.
+Potential positives are taken in the order of their anchors, and everything keeps the order of equal losses, which is all that
+ties need. Usually each group keeps its smallest losses so far, in order, and most losses are seen once and refused. For a `topk`
+that would make this quadratic, a stable counting sort brings the groups together, and each is sorted. Both cost P + G.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ops import max_candidates
 from ._arrays import Array, flat, lengths, offsets, tensor
 from ._loops import compiled, over_slices, shared
 
@@ -25,13 +25,14 @@ SERIAL_ROWS = 512
 SERIAL_IMAGES = 4
 
 
-# Up to this many candidates are kept in order by insertion, which beats a merge sort there; more would make it quadratic.
+# Up to this many candidates of a group are kept in order by insertion, which beats sorting there; more would make it quadratic.
 INSERTION_LIMIT = 64
 
 
 @compiled
-def _ordered_key(bits: int) -> int:
-    """An integer that orders like the float64 with these bits: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign."""
+def _ordered_key(loss: Any) -> Any:
+    """An integer that orders like the loss: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign."""
+    bits = np.float64(loss).view(np.int64)
     magnitude = bits & 0x7FFFFFFFFFFFFFFF
     if magnitude > 0x7FF0000000000000:
         return 0x7FFFFFFFFFFFFFFF
@@ -45,140 +46,124 @@ def _stable_order(values: Any) -> Any:
 
 
 @compiled
-def group_images(
-    first: int,
-    last: int,
-    loss_bits: Any,
-    anchor: Any,
-    gt: Any,
-    pos_offset: Any,
-    gt_offset: Any,
-    level_bounds: Any,
-    group_start: Any,
-    group_stop: Any,
-    member: Any,
-    key: Any,
-) -> None:
-    """member[group_start[g]:group_stop[g]] = the potential positives of group g by anchor index, key = their losses."""
+def _anchor_order(anchor: Any) -> Any:
+    """The positions in the order of the anchors; none where they ascend already."""
+    for i in range(1, len(anchor)):
+        if anchor[i] < anchor[i - 1]:
+            return _stable_order(anchor)
+    return np.arange(0)
+
+
+@compiled
+def _insert(loss_key: int, p: int, start: int, stop: int, key: Any, member: Any) -> None:
+    """Insert behind those of [start, stop) with the same key or a smaller one; what stood at `stop` is lost."""
+    while stop > start and loss_key < key[stop - 1]:
+        key[stop], member[stop] = key[stop - 1], member[stop - 1]
+        stop -= 1
+    key[stop], member[stop] = loss_key, p
+
+
+@compiled
+def keep_smallest(
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any, topk: int,
+    group_start: Any, group_stop: Any, member: Any, key: Any,
+) -> None:  # fmt: skip
+    """member[group_start[g]:group_stop[g]] = the `topk` potential positives of group g with the smallest losses, in order."""
     levels = level_bounds.shape[1] - 1
     for image in range(first, last):
         start, stop = pos_offset[image], pos_offset[image + 1]
-        row, num_gt = gt_offset[image], gt_offset[image + 1] - gt_offset[image]
-        bounds = level_bounds[image]
-        ascending, previous, level = True, -1, 0
-        group = np.empty(stop - start, np.int64)
-        group_stop[row * levels : (row + num_gt) * levels] = 0
-        for p in range(start, stop):
-            if anchor[p] < previous:
-                ascending, level = False, 0
-            previous = anchor[p]
-            group[p - start] = -1  # an index out of range
-            if 0 <= gt[p] < num_gt and 0 <= previous < bounds[levels]:
-                while previous >= bounds[level + 1]:
-                    level += 1
-                g = (row + gt[p]) * levels + level
-                group[p - start] = g
-                group_stop[g] += 1
-        place = start
+        row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
         for g in range(row * levels, (row + num_gt) * levels):
+            group_start[g] = group_stop[g] = g * topk
+        order, level = _anchor_order(anchor[start:stop]), 0
+        for i in range(stop - start):
+            p = start + (order[i] if len(order) > 0 else i)
+            if not (0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]):
+                continue
+            while anchor[p] >= bounds[level + 1]:
+                level += 1
+            g = (row + gt[p]) * levels + level
+            begin, end, loss_key = group_start[g], group_stop[g], _ordered_key(loss[p])
+            if end - begin < topk:
+                _insert(loss_key, p, begin, end, key, member)
+                group_stop[g] = end + 1
+            elif loss_key < key[end - 1]:
+                _insert(loss_key, p, begin, end - 1, key, member)
+
+
+@compiled
+def sort_groups(
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any, topk: int,
+    group_start: Any, group_stop: Any, member: Any, key: Any,
+) -> None:  # fmt: skip
+    """As `keep_smallest`, with room for all potential positives: those of a group come together, then it is sorted."""
+    levels = level_bounds.shape[1] - 1
+    for image in range(first, last):
+        start, stop = pos_offset[image], pos_offset[image + 1]
+        row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
+        groups = range(row * levels, (row + num_gt) * levels)
+        order, level = _anchor_order(anchor[start:stop]), 0
+        group = np.full(stop - start, -1)  # an index out of range
+        group_stop[row * levels : (row + num_gt) * levels] = 0
+        for i in range(stop - start):
+            p = start + (order[i] if len(order) > 0 else i)
+            if 0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]:
+                while anchor[p] >= bounds[level + 1]:
+                    level += 1
+                group[i] = (row + gt[p]) * levels + level
+                group_stop[group[i]] += 1
+        place = start
+        for g in groups:
             size = group_stop[g]
             group_start[g] = group_stop[g] = place
             place += size
-        order = np.arange(0) if ascending else _stable_order(anchor[start:stop])
         for i in range(stop - start):
-            at = i if ascending else order[i]
-            g = group[at]
+            g = group[i]
             if g >= 0:
-                place = group_stop[g]
-                member[place], key[place] = start + at, _ordered_key(loss_bits[start + at])
+                p = start + (order[i] if len(order) > 0 else i)
+                member[group_stop[g]], key[group_stop[g]] = p, _ordered_key(loss[p])
                 group_stop[g] += 1
-
-
-@compiled
-def _insert(slot: int, key: Any, chosen: Any, place: int) -> None:
-    """Insert a slot behind those of chosen[:place] with the same key or a smaller one; what stood at `place` is lost."""
-    while place > 0 and key[slot] < key[chosen[place - 1]]:
-        chosen[place] = chosen[place - 1]
-        place -= 1
-    chosen[place] = slot
-
-
-@compiled
-def _smallest(start: int, stop: int, key: Any, chosen: Any) -> None:
-    """Make chosen the len(chosen) smallest of the slots [start, stop), in order; of equal ones the first."""
-    size = len(chosen)
-    if size > INSERTION_LIMIT:
-        order = _stable_order(key[start:stop])
-        for place in range(size):
-            chosen[place] = start + order[place]
-        return
-    for place in range(size):
-        _insert(start + place, key, chosen, place)
-    if size == 0:
-        return
-    largest = key[chosen[size - 1]]
-    for slot in range(start + size, stop):
-        if key[slot] < largest:
-            _insert(slot, key, chosen, size - 1)
-            largest = key[chosen[size - 1]]
-
-
-@compiled
-def _sort(key: Any, chosen: Any) -> None:
-    """Put the slots in the order of their keys, equal ones as they stand."""
-    if len(chosen) > INSERTION_LIMIT:
-        slots, keys = chosen.copy(), np.empty(len(chosen), np.int64)
-        for place in range(len(slots)):
-            keys[place] = key[slots[place]]
-        order = _stable_order(keys)
-        for place in range(len(slots)):
-            chosen[place] = slots[order[place]]
-        return
-    for place in range(len(chosen)):
-        _insert(chosen[place], key, chosen, place)
+        for g in groups:
+            begin, end = group_start[g], group_stop[g]
+            by_key = _stable_order(key[begin:end])
+            key[begin:end], member[begin:end] = key[begin:end][by_key], member[begin:end][by_key]
+            group_stop[g] = min(end, begin + topk)
 
 
 @compiled
 def select_rows(
-    first: int,
-    last: int,
-    levels: int,
-    topk: int,
-    loss: Any,
-    group_start: Any,
-    group_stop: Any,
-    member: Any,
-    key: Any,
-    row_loss: Any,
-    row_index: Any,
-    row_count: Any,
-) -> None:
+    first: int, last: int, levels: int, loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any,
+    row_loss: Any, row_index: Any, row_count: Any,
+) -> None:  # fmt: skip
+    """Merge the groups of each row; of equal losses that of the lower level comes first."""
+    head = np.empty(levels, np.int64)
+    width = row_index.shape[1]
     for row in range(first, last):
-        count = 0
-        for group in range(row * levels, (row + 1) * levels):
-            start, stop = group_start[group], group_stop[group]
-            # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
-            size = min(topk, stop - start, row_index.shape[1] - count)
-            _smallest(start, stop, key, row_index[row, count : count + size])
-            count += size
-        _sort(key, row_index[row, :count])
-        for i in range(count):
-            row_index[row, i] = member[row_index[row, i]]
-            row_loss[row, i] = loss[row_index[row, i]]
+        count, total = 0, 0
+        for level in range(levels):
+            head[level] = group_start[row * levels + level]
+            total += group_stop[row * levels + level] - head[level]
+        # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
+        total = min(total, width)
+        while count < total:
+            best, smallest = -1, 0
+            for level in range(levels):
+                at = head[level]
+                if at < group_stop[row * levels + level] and (best < 0 or key[at] < smallest):
+                    best, smallest = level, key[at]
+            p = member[head[best]]
+            row_index[row, count], row_loss[row, count] = p, loss[p]
+            head[best] += 1
+            count += 1
         row_loss[row, count:] = np.inf
         row_index[row, count:] = -1
         row_count[row] = count
 
 
 @shared
-def empty_groups(rows: int, levels: int, potential: int) -> tuple[Array, ...]:
-    """group_start, group_stop [G * L]; member, key [P]."""
-    return (
-        np.empty(rows * levels, np.int64),
-        np.empty(rows * levels, np.int64),
-        np.empty(potential, np.int64),
-        np.empty(potential, np.int64),
-    )
+def empty_groups(groups: int, room: int) -> tuple[Array, ...]:
+    """group_start, group_stop; member, key."""
+    return np.empty(groups, np.int64), np.empty(groups, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
 
 
 @shared
@@ -189,24 +174,25 @@ def empty_candidates(rows: int, width: int, dtype: Any) -> tuple[Array, ...]:
 
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
-    loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, width = losses
-    images, levels, rows = level_bounds.shape[0], level_bounds.shape[1] - 1, gt_offset[-1]
-    groups = empty_groups(rows, levels, len(loss))
-    bits = loss.astype(np.float64).view(np.int64)
-    over_slices(
-        group_images, images, SERIAL_IMAGES, bits, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, *groups
-    )  # fmt: skip
+    loss, *images, gt_offset, level_bounds, topk, width = losses
+    levels, rows = level_bounds.shape[1] - 1, int(gt_offset[-1])
+    few = topk <= INSERTION_LIMIT
+    groups = empty_groups(rows * levels, rows * levels * topk if few else len(loss))
+    grouped = keep_smallest if few else sort_groups
+    over_slices(grouped, len(level_bounds), SERIAL_IMAGES, loss, *images, gt_offset, level_bounds, topk, *groups)
     candidates = empty_candidates(rows, width, loss.dtype)
-    over_slices(select_rows, rows, SERIAL_ROWS, levels, topk, loss, *groups, *candidates)
+    over_slices(select_rows, rows, SERIAL_ROWS, levels, loss, *groups, *candidates)
     return candidates
 
 
-@functools.lru_cache
-def _level_bounds(level_sizes: tuple[int, ...], images: int) -> Array:
-    """Where each level of each image begins, and where its last one ends [B, L + 1]."""
+@functools.lru_cache(1024)
+def _levels(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array, list[int]]:
+    """Where each level of each image begins, and where its last one ends [B, L + 1]; the most candidates of a ground truth of
+    each image."""
     levels = len(level_sizes) // images
-    starts = [[0, *itertools.accumulate(level_sizes[image * levels : (image + 1) * levels])] for image in range(images)]
-    return np.array(starts, np.int64)
+    sizes = [level_sizes[image * levels : (image + 1) * levels] for image in range(images)]
+    bounds = np.array([[0, *itertools.accumulate(image)] for image in sizes], np.int64)
+    return bounds, [sum(min(topk, size) for size in image) for image in sizes]
 
 
 def flatten(
@@ -218,15 +204,17 @@ def flatten(
     topk: int,
 ) -> tuple[Any, ...]:
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
+    sizes = lengths(pos_inds)
+    level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
         flat(pos_inds, np.int64),
         flat(pos_gt_inds, np.int64),
-        offsets(lengths(pos_inds)),
+        offsets(sizes),
         offsets(num_gts),
-        _level_bounds(tuple(level_sizes), len(pos_inds)),
-        topk,
-        max_candidates(pos_inds, level_sizes, topk),
+        level_bounds,
+        min(topk, sum(sizes)),
+        max(map(min, sizes, room)),
     )
 
 

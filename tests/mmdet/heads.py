@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmdet
-import stand_in  # noqa: F401  # before mmcv's operators
+import api
 import torch
-from mmdet.models.dense_heads import LADHead, PAAHead
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmengine.config import Config
-from mmengine.structures import InstanceData
+from api import LADHead, PAAHead
 from torch import Tensor
 
 from paa_gpu.integrations.mmdet import accelerate
 from paa_gpu.reference import TIE
 
-CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
-PAA = CONFIGS / "paa" / "paa_r50_fpn_1x_coco.py"
-LAD = CONFIGS / "lad" / "lad_r50-paa-r101_fpn_2xb8_coco_1x.py"
+PAA = "paa/paa_r50_fpn_1x_coco.py"
+LAD = "lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py"
 STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -61,12 +54,13 @@ class TieRulePAAHead(TieRule, PAAHead):
     pass
 
 
-class Float64LADHead(Float64, LADHead):
-    pass
+if LADHead is not None:
 
+    class Float64LADHead(Float64, LADHead):
+        pass
 
-class TieRuleLADHead(TieRule, LADHead):
-    pass
+    class TieRuleLADHead(TieRule, LADHead):
+        pass
 
 
 class Heads(NamedTuple):
@@ -78,14 +72,14 @@ class Heads(NamedTuple):
     accelerated: Any
 
 
-def build(config: Path = PAA, part: str = "bbox_head", **changes: Any) -> Any:
+def build(config: str = PAA, part: str = "bbox_head", **changes: Any) -> Any:
     """The head of a published configuration, with changes."""
-    model = Config.fromfile(config).model
-    return MODELS.build({**model[part], "train_cfg": model.train_cfg, "test_cfg": model.test_cfg, **changes})
+    model = api.model_of(config)
+    return api.build_head({**model[part], "train_cfg": model.train_cfg, "test_cfg": model.test_cfg, **changes})
 
 
 def variants(head: Any) -> Heads:
-    kind = "LADHead" if isinstance(head, LADHead) else "PAAHead"
+    kind = "LADHead" if LADHead is not None and isinstance(head, LADHead) else "PAAHead"
     return Heads(
         copy.deepcopy(head),
         as_class(head, globals()[f"Float64{kind}"]),
@@ -109,7 +103,7 @@ def make_features(images: int, size: tuple[int, int], channels: int, generator: 
     return [torch.randn(images, channels, *shape, generator=generator) for shape in shapes]
 
 
-def make_samples(boxes: list[int], size: tuple[int, int], classes: int, generator: torch.Generator) -> list[DetDataSample]:
+def make_samples(boxes: list[int], size: tuple[int, int], classes: int, generator: torch.Generator) -> list[Any]:
     """One sample per image with this many random boxes; `size` is (height, width)."""
     samples = []
     for number in boxes:
@@ -118,12 +112,9 @@ def make_samples(boxes: list[int], size: tuple[int, int], classes: int, generato
         extent = 8 + torch.rand(number, 2, generator=generator) ** 2 * torch.tensor([width, height]) * 0.7
         sides = torch.tensor([width, height, width, height])
         shapes = dict.fromkeys(("img_shape", "pad_shape", "batch_input_shape"), size)
-        sample = DetDataSample(metainfo={**shapes, "scale_factor": (1.0, 1.0)})
-        sample.gt_instances = InstanceData(
-            bboxes=torch.cat([corner, corner + extent], 1).minimum(sides),
-            labels=torch.randint(classes, (number,), generator=generator),
-        )
-        samples.append(sample)
+        bboxes = torch.cat([corner, corner + extent], 1).minimum(sides)
+        labels = torch.randint(classes, (number,), generator=generator)
+        samples.append(api.make_sample({**shapes, "scale_factor": (1.0, 1.0)}, bboxes, labels))
     return samples
 
 
@@ -142,7 +133,7 @@ def step(head: Any, features: list[Tensor], samples: list[Any], assignment: Any 
     hook = head.loss_cls.register_forward_pre_hook(lambda module, args: seen.append(args))
     features = [level.clone().requires_grad_() for level in features]
     head.zero_grad()
-    losses = head.loss(features, *assignment, samples)
+    losses = api.loss(head, features, samples, assignment)
     hook.remove()
     sum(losses.values()).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in head.named_parameters() if parameter.grad is not None}
@@ -182,7 +173,7 @@ def assert_same_outside(tied: Tensor, ties: int, got: Tensor, wanted: Tensor) ->
     print(f"{ties} ties, {int(differs.sum())} labels differ there")
 
 
-def assert_same_detections(got: InstanceData, wanted: InstanceData) -> None:
+def assert_same_detections(got: Any, wanted: Any) -> None:
     """The same detections in the same order; boxes, which are weighted means of up to a thousand, within float32 rounding."""
     assert torch.equal(got.labels, wanted.labels)
     assert torch.equal(got.scores, wanted.scores)

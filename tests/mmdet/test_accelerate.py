@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -13,20 +14,20 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import api
 import pytest
 import torch
+from api import LADHead, PAAHead
 from heads import PAA, Float64PAAHead, TieRulePAAHead, as_class, assert_same_step, build, make_features, make_samples, step
-from mmdet.models.dense_heads import LADHead, PAAHead
-from mmdet.registry import MODELS
-from mmengine.config import Config
 from torch import nn
 
-from paa_gpu import reference
-from paa_gpu.integrations import mmdet as integration
-from paa_gpu.integrations.mmdet import LADHeadGPU, PAAHeadGPU, accelerate, restore
+from paa_gpu import reference, targets
+from paa_gpu.integrations.mmdet import LADHeadGPU, PAAHeadGPU, accelerate, explain, restore, versions
+from paa_gpu.integrations.mmdet import heads as integration
 
 ROOT = Path(__file__).parents[2]
 SIZE = (256, 320)
+needs_lad = pytest.mark.skipif(LADHead is None, reason="mmdetection before 2.19 has no LADHead")
 SMALL = {"in_channels": 32, "feat_channels": 32, "stacked_convs": 1}
 
 
@@ -50,21 +51,25 @@ class Reassigns(PAAHead):
         return (*targets, num_pos + 1)
 
 
-class OwnLoss(PAAHead):
+LOSS = "loss_by_feat" if api.IS_3X else "loss"
+
+
+def doubled(self, *args, **kwargs):
     """A loss of its own around the published one."""
-
-    def loss_by_feat(self, *args, **kwargs):
-        return {name: loss * 2 for name, loss in super().loss_by_feat(*args, **kwargs).items()}
+    return {name: loss * 2 for name, loss in getattr(super(OwnLoss, self), LOSS)(*args, **kwargs).items()}
 
 
-class OwnLoop(PAAHead):
-    """A loss that loops over the images itself, as the published one does."""
-
-    loss_by_feat = PAAHead.loss_by_feat
+OwnLoss = type("OwnLoss", (PAAHead,), {LOSS: doubled})
+OwnLoop = type("OwnLoop", (PAAHead,), {LOSS: getattr(PAAHead, LOSS)})  # loops over the images itself, as the published one does
 
 
-class OwnAssignment(LADHead):
-    get_label_assignment = LADHead.get_label_assignment
+class OwnTargets(PAAHead):
+    """Potential positives of its own: those of the smallest level only."""
+
+    def get_targets(self, *args, **kwargs):
+        *targets, pos_inds, gt_inds = super().get_targets(*args, **kwargs)
+        kept = [inds < 32 * 40 for inds in pos_inds]
+        return (*targets, *([inds[keep] for inds, keep in zip(column, kept, strict=True)] for column in (pos_inds, gt_inds)))
 
 
 def under_the_tie_rule(head, own):
@@ -77,7 +82,7 @@ def inputs(generator):
     return make_features(3, SIZE, 32, generator), make_samples([0, 7, 12], SIZE, 80, generator)
 
 
-@pytest.mark.parametrize("own", [IgnoresABand, Reassigns, OwnLoss, OwnLoop])
+@pytest.mark.parametrize("own", [IgnoresABand, Reassigns, OwnLoss, OwnLoop, OwnTargets])
 def test_what_a_subclass_overrides_stays(own, inputs):
     head = build(**SMALL)
     accelerated = accelerate(as_class(head, own))
@@ -89,14 +94,98 @@ def test_what_a_subclass_overrides_stays(own, inputs):
         assert (got.label_weights == 0).any()
 
 
-def test_how_often_the_library_is_called(inputs):
+PATHS = {
+    PAAHead: ("the whole loss", 1, []),
+    IgnoresABand: ("the assignment of the batch", 1, ["it has a `gmm_separation_scheme` of its own"]),
+    OwnTargets: ("the assignment of the batch", 1, ["it has a `get_targets` of its own"]),
+    OwnLoss: ("the whole loss", 1, []),
+    OwnLoop: ("the assignment of each image", 3, [f"it has a `{LOSS}` of its own"]),
+    Reassigns: ("the assignment of each image", 3, ["it has a `paa_reassign` of its own"]),
+}
+
+
+@pytest.mark.parametrize("own", PATHS, ids=lambda own: own.__name__)
+def test_how_often_the_library_is_called(own, inputs):
     """Once for the batch, or image by image where a subclass loops itself or replaces the method of one image."""
+    head, calls = accelerate(as_class(build(**SMALL), own)), []
+    with contextlib.ExitStack() as stack:
+        for module in (integration, targets):
+            stack.enter_context(mock.patch.object(module, "paa_reassign_batch", counted(module.paa_reassign_batch, calls)))
+        step(head, *inputs)
+    assert len(calls) == PATHS[own][1]
+
+
+def counted(function, calls):
+    return lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own", [own for own in PATHS if own is not OwnLoss], ids=lambda own: own.__name__)
+def test_explain(own):
+    (entry,) = explain(accelerate(as_class(build(**SMALL), own)))
+    assert entry[1:] == (PATHS[own][0], PATHS[own][2])
+    assert str(entry) == "\n  ".join([f"{entry.head}: {entry.accelerated}", *entry.reasons])
+
+
+def test_explain_a_loss_around_the_published_one():
+    """Whether a method of its own calls the published one cannot be seen."""
+    (entry,) = explain(accelerate(as_class(build(**SMALL), OwnLoss)))
+    assert entry.reasons == [f"it has a `{LOSS}` of its own"]
+
+
+def test_explain_a_head_that_is_not_accelerated():
     head = build(**SMALL)
-    calls = {PAAHead: 1, IgnoresABand: 1, OwnLoss: 1, OwnLoop: 3, Reassigns: 3}
-    for own, expected in calls.items():
-        with mock.patch.object(integration, "paa_reassign_batch", wraps=integration.paa_reassign_batch) as batch:
-            step(accelerate(as_class(head, own)), *inputs)
-        assert batch.call_count == expected, own
+    assert explain(head) == [("PAAHead", "nothing", ["it is not accelerated: accelerate(model)"])]
+    assert explain(nn.Sequential(accelerate(head)))[0].head == "0: PAAHeadGPU"
+
+
+def with_assigner(**options):
+    def change(head):
+        for name, value in options.items():
+            setattr(head.assigner, name, value)
+
+    return change
+
+
+class Assigner(type(build(**SMALL).assigner)):
+    pass
+
+
+OBSTACLES = [
+    (with_assigner(neg_iou_thr=(0.0, 0.1)), "`neg_iou_thr` of its assigner is a range"),
+    (with_assigner(ignore_iof_thr=0.5, ignore_wrt_candidates=False), "`ignore_wrt_candidates` of its assigner is False"),
+    (lambda head: setattr(head.assigner, "__class__", Assigner), "its assigner is Assigner, not mmdetection's MaxIoUAssigner"),
+    (lambda head: setattr(head.assigner.iou_calculator, "dtype", "fp16"), "its IoU calculator computes in half precision"),
+    (lambda head: setattr(head, "sampler", nn.Identity()), "its sampler is Identity, not mmdetection's PseudoSampler"),
+    (lambda head: setattr(head.bbox_coder, "means", (0.0, 0.0, 0.0, 0.1)), "its box coder has means, or clamps centres"),
+    (lambda head: setattr(head, "loss_bbox", nn.L1Loss()), "its box loss is L1Loss, not mmdetection's GIoULoss"),
+    (lambda head: setattr(head.loss_bbox, "eps", 1e-7), "`eps` of its box loss is 1e-07, not 1e-6"),
+    (lambda head: setattr(head.loss_cls, "reduction", "sum"), "the reduction of a loss is not a mean"),
+    (lambda head: setattr(head.loss_centerness, "class_weight", [1.0]), "its IoU loss is a softmax, or has class weights"),
+    (lambda head: setattr(head, "reg_decoded_bbox", False), "`reg_decoded_bbox` is False"),
+    (lambda head: delattr(head, "assigner"), "it has no assigner (`train_cfg`)"),
+    (lambda head: setattr(head, "get_anchors", lambda *args: None), "it has a `get_anchors` of its own"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), OBSTACLES, ids=[reason for _, reason in OBSTACLES])
+def test_explain_what_stands_in_the_way(change, reason):
+    head = accelerate(build(**SMALL))
+    change(head)
+    assert explain(head)[0][1:] == ("the assignment of the batch", [reason])
+
+
+def test_several_anchors_a_location():
+    head = build(**SMALL)
+    generator = versions.prior_generator(head)
+    generator.base_anchors = [boxes.repeat(2, 1) for boxes in generator.base_anchors]
+    assert explain(accelerate(head))[0].reasons == ["it has several anchors a location"]
+
+
+def test_a_range_of_the_assigner_takes_the_published_way(inputs):
+    """Its own assigner decides, with the accelerated reassignment."""
+    head = build(**SMALL)
+    head.assigner.neg_iou_thr = (0.02, 0.1)
+    assert_same_step(step(accelerate(copy.deepcopy(head)), *inputs), step(as_class(head, TieRulePAAHead), *inputs))
 
 
 def test_a_method_set_on_the_object_counts_as_overridden(inputs):
@@ -107,7 +196,11 @@ def test_a_method_set_on_the_object_counts_as_overridden(inputs):
     assert len(seen) == 3
 
 
+@needs_lad
 def test_a_subclass_of_lad_keeps_its_assignment(inputs):
+    class OwnAssignment(LADHead):
+        get_label_assignment = LADHead.get_label_assignment
+
     assert accelerate(as_class(build(type="LADHead", **SMALL), OwnAssignment)).get_label_assignment.__func__ is (
         LADHead.get_label_assignment
     )
@@ -136,13 +229,9 @@ def test_a_preset_stays_until_another_is_given():
 # --- from a configuration ---
 
 
-@pytest.mark.parametrize("name", ["PAAHead", "LADHead"])
+@pytest.mark.parametrize("name", ["PAAHead", pytest.param("LADHead", marks=needs_lad)])
 def test_registered_for_configurations(name, inputs):
-    config = Config.fromfile(PAA)
-    config.custom_imports = {"imports": ["paa_gpu.integrations.mmdet"]}
-    head = config.model.bbox_head
-    head.update(type=f"{name}GPU", preset="paper", train_cfg=config.model.train_cfg, test_cfg=config.model.test_cfg, **SMALL)
-    built = MODELS.build(head)
+    built = build(PAA, type=f"{name}GPU", preset="paper", **SMALL)
     assert type(built) is {"PAAHead": PAAHeadGPU, "LADHead": LADHeadGPU}[name]
     assert built.preset == "paper"
     published = build(type=name, **SMALL)
@@ -160,7 +249,7 @@ def test_the_registered_head_trains_as_the_accelerated_one(inputs):
 # --- accelerate twice, restore, copy, pickle ---
 
 
-@pytest.mark.parametrize("own", [PAAHead, IgnoresABand, LADHead])
+@pytest.mark.parametrize("own", [PAAHead, IgnoresABand, pytest.param(LADHead, marks=needs_lad)])
 def test_twice_and_back(own):
     head = as_class(build(**SMALL), own)
     before, names, own_state = type(head), list(head.state_dict()), set(vars(head))
@@ -190,7 +279,7 @@ def test_restored_heads_do_what_they_did(inputs):
     head = as_class(build(**SMALL), Float64PAAHead)
     published = copy.deepcopy(head)
     restore(accelerate(head))
-    with mock.patch.object(integration, "paa_reassign_batch", side_effect=AssertionError):
+    with mock.patch.object(targets, "paa_reassign_batch", side_effect=AssertionError):
         assert_same_step(step(head, *inputs), step(published, *inputs))
 
 
@@ -209,7 +298,7 @@ def test_no_such_head():
     class Detector(nn.Sequential):
         pass
 
-    for function in (accelerate, restore):
+    for function in (accelerate, restore, explain):
         with pytest.raises(
             ValueError, match=r"`model_or_head` must be or contain a PAAHead or LADHead of mmdetection, got Detector"
         ):
@@ -230,15 +319,19 @@ def test_unknown_preset():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (None, "needs mmdetection 3.x: `pip install mmdet==3.3.0 mmengine==0.10.7` and mmcv 2.0 or 2.1"),
-        ("2.28.2", "needs mmdetection 3.x, got mmdet 2.28.2"),
-        ("30.0", "needs mmdetection 3.x, got mmdet 30.0"),
+        (
+            None,
+            "needs mmdetection 2.11 to 3.x: `pip install mmdet==3.3.0 mmengine==0.10.7` and mmcv 2.0 or 2.1, or "
+            "`pip install onedl-mmdetection`",
+        ),
+        ("2.10.0", "needs mmdetection 2.11 to 3.x, got mmdet 2.10.0"),
+        ("30.0", "needs mmdetection 2.11 to 3.x, got mmdet 30.0"),
     ],
 )
 def test_other_versions(found, message, monkeypatch):
     """Nothing of the module can be used with another version: the import says so."""
     monkeypatch.setitem(sys.modules, "mmdet", found and types.SimpleNamespace(__version__=found))
-    spec = importlib.util.spec_from_file_location("paa_gpu.integrations.again", integration.__file__)
+    spec = importlib.util.spec_from_file_location("paa_gpu.integrations.again", versions.__file__)
     with pytest.raises(ImportError, match=re.escape(f"paa_gpu.integrations.mmdet {message}")):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 

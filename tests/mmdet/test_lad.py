@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import api
 import pytest
 import torch
+from api import LADHead, assign
 from heads import (
     LAD,
     TieRuleLADHead,
@@ -18,20 +20,11 @@ from heads import (
     step,
     variants,
 )
-from mmdet.models.dense_heads import LADHead
-from mmdet.models.utils import unpack_gt_instances
-from mmdet.registry import MODELS
-from mmengine.config import Config
 
 from paa_gpu.integrations.mmdet import LADHeadGPU, accelerate, restore
 
 SIZE = (256, 320)
 SMALL = {"in_channels": 32, "feat_channels": 32, "stacked_convs": 1}
-
-
-def assign(teacher, features, samples):
-    boxes, ignored, metas = unpack_gt_instances(samples)
-    return teacher.get_label_assignment(*teacher(features), boxes, metas, ignored)
 
 
 @pytest.mark.parametrize("boxes", [[0, 0], [0, 1, 7], [200]], ids=str)
@@ -53,13 +46,14 @@ def test_teacher_and_student(boxes, generator):
 def test_an_accelerated_teacher_suits_a_published_student(generator):
     features, samples = make_features(2, SIZE, 32, generator), make_samples([3, 2], SIZE, 80, generator)
     teacher, student = build(LAD, "teacher_bbox_head", **SMALL), build(LAD, "bbox_head", **SMALL)
-    losses = student.loss(features, assign(accelerate(teacher), features, samples), samples)
+    losses = api.loss(student, features, samples, (assign(accelerate(teacher), features, samples),))
     assert all(loss.isfinite() for loss in losses.values())
 
 
 def small_detector():
-    model = Config.fromfile(LAD).model
+    model = api.model_of(LAD)
     backbone = {"depth": 18, "base_channels": 8, "init_cfg": None}
+    model.pop("pretrained", None)
     for part in ("backbone", "teacher_backbone"):
         model[part].update(backbone)
     for part in ("neck", "teacher_neck"):
@@ -67,7 +61,7 @@ def small_detector():
     for part in ("bbox_head", "teacher_bbox_head"):
         model[part].update(SMALL)
     model.teacher_ckpt = None
-    return MODELS.build(model)
+    return api.build_detector(model)
 
 
 def test_the_detector_with_both_heads(generator):
@@ -78,7 +72,7 @@ def test_the_detector_with_both_heads(generator):
     assert accelerated.state_dict().keys() == model.state_dict().keys()
     model.teacher_model.bbox_head = as_class(model.teacher_model.bbox_head, TieRuleLADHead)
     images, samples = torch.randn(2, 3, *SIZE, generator=generator), make_samples([7, 3], SIZE, 80, generator)
-    got, wanted = accelerated.loss(images, samples), model.loss(images, samples)
+    got, wanted = api.detector_loss(accelerated, images, samples), api.detector_loss(model, images, samples)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     restore(accelerated)
     assert type(accelerated.bbox_head) is type(accelerated.teacher_model.bbox_head) is LADHead

@@ -1,0 +1,401 @@
+"""torchvision's detectors, and what is built on them: matching without the matrix of overlaps, and RetinaNet trained by PAA.
+
+    accelerate(model)   # RetinaNet, SSD, SSDLite, Faster, Mask and Keypoint R-CNN: the same matches, in memory O(A + G)
+    use_paa(model)      # RetinaNet: probabilistic anchor assignment instead of IoU thresholds; no new parameter
+    restore(model)      # as it was
+
+Modules change their class in place: parameters, buffers, hooks and `state_dict` stay, `deepcopy` and pickling work. What a
+subclass of torchvision's classes overrides stays in force, and reaches this library by `super()`. A scripted module cannot change
+its class; restore a model before `torch.jit.script`.
+
+PAA is not offered for FCOS: its centerness is defined inside a ground truth only, and an anchor that overlaps one by 0.1 may have
+its centre outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from torchvision.models.detection import RetinaNet
+except ImportError as error:
+    raise ImportError("paa_gpu.integrations.torchvision needs torchvision: pip install paa-gpu[head]") from error
+from torchvision.models.detection._utils import Matcher, SSDMatcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from .._checks import FLOATS, INDICES, check_bool, check_classes, check_int, check_non_negative, check_option, check_tensor
+from ..assign import assign_max_iou
+from ..em import COVARIANCE_TYPES
+from ..reassign import SINGLETONS, Separation
+from ..separation import SCHEMES
+from ..targets import assign_targets
+from ..voting import score_voting_batch
+from ._classes import change_class, restore_class
+
+__all__ = ["PAAOptions", "RetinaNetPAA", "accelerate", "restore", "use_paa"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Targets = Sequence[dict[str, Tensor]]
+
+LEVELS = "anchors_per_level"  # beside the outputs of a head, on their way from `forward` to `compute_loss`
+BOX_LOSSES = ("l1", "giou")
+
+
+class PAAOptions(NamedTuple):
+    """How a `RetinaNetPAA` assigns anchors and makes detections; see `use_paa`."""
+
+    topk: int = 9
+    pos_iou_thr: float = 0.1
+    covariance_type: str = "diag"
+    separation: Separation = "mmdet"
+    singleton: str = "background"
+    score_voting: bool = False
+
+
+def accelerate(model: Model) -> Model:
+    """Let every RetinaNet, SSD, region proposal network and RoI head of a model match boxes without the matrix of their overlaps.
+
+    Matches, and with them losses, gradients and the random sampling of proposals, are those of torchvision to the bit; memory is
+    O(A + G) instead of O(A * G), and nothing synchronises. Boxes in float32 are matched so, also against anchors in half
+    precision, as autocast makes them; with others, whose overlaps torchvision rounds otherwise, the module makes its matrix.
+
+    Args:
+        model: a detector of torchvision (SSDLite, Faster, Mask and Keypoint R-CNN included), or any module with one, or with
+            their RPN or RoI heads, in it. What is accelerated already, or uses PAA, stays so.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        TypeError: not a module, or a scripted one.
+        ValueError: no such module in it; one with a matcher or a measure of similarity that is not torchvision's, named. Nothing
+            is changed then.
+    """
+    found = [(name, module, _base_of(module)) for name, module in _modules(model) if _base_of(module) is not None]
+    if not found:
+        raise ValueError(
+            "`model` must be or contain a RetinaNet, SSD, RegionProposalNetwork or RoIHeads of torchvision, "
+            f"got {type(model).__name__}"
+        )
+    for name, module, _ in found:
+        _check_matching(name, module)
+    for _, module, base in found:
+        if not isinstance(module, _Accelerated):
+            change_class(module, base)
+    return model
+
+
+def use_paa(
+    model: Model,
+    topk: int = 9,
+    *,
+    pos_iou_thr: float = 0.1,
+    covariance_type: str = "diag",
+    separation: Separation = "mmdet",
+    singleton: str = "background",
+    score_voting: bool = False,
+) -> Model:
+    """Train every RetinaNet of a model by probabilistic anchor assignment (PAA) instead of by thresholds of the IoU.
+
+    In training, the potential positives of a ground truth are the anchors that overlap it by `pos_iou_thr`, and its best ones.
+    Each is scored by its focal loss, summed over the classes, plus its box loss: that of the regression head, L1 over the four
+    offsets (`retinanet_resnet50_fpn`) or GIoU (`retinanet_resnet50_fpn_v2`). `paa_reassign_batch` keeps the best, and the head
+    computes its own losses on them. No parameter is added: checkpoints load in both directions.
+
+    Args:
+        model: a RetinaNet, or a module with RetinaNets in it, such as a DeepForest. Called again, it replaces the options.
+        topk: candidates of each level and ground truth.
+        pos_iou_thr: not negative.
+        covariance_type, separation, singleton: see `paa_reassign`.
+        score_voting: at inference, replace each detection by the weighted mean of the boxes around it; see `score_voting`. The
+            voters are all anchors whose score of the class exceeds the model's `score_thresh`.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        TypeError: not a module, or a scripted one.
+        ValueError: no RetinaNet in it; one whose anchors are not made by torchvision's `AnchorGenerator`, which makes the same
+            for all images, level by level; one whose box loss is neither L1 nor GIoU; an option as in `paa_reassign`. Nothing is
+            changed then.
+
+    Source: PAA (arXiv 2007.08103), section 3.
+    """
+    options = PAAOptions(topk, pos_iou_thr, covariance_type, separation, singleton, score_voting)
+    _check_options(options)
+    found = [(name, module) for name, module in _modules(model) if isinstance(module, RetinaNet)]
+    if not found:
+        raise ValueError(f"`model` must be or contain a RetinaNet of torchvision, got {type(model).__name__}")
+    for name, module in found:
+        _check_head(name, module)
+    for _, module in found:
+        change_class(module, RetinaNetPAA)
+        module.paa_options = options
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate` and `use_paa`: every module gets the class back that it had. Others stay as they are.
+
+    Raises:
+        TypeError: not a module, or a scripted one.
+    """
+    for _, module in _modules(model):
+        if isinstance(module, _Accelerated):
+            restore_class(module)
+            vars(module).pop("paa_options", None)
+    return model
+
+
+class _Accelerated:
+    """What `accelerate` and `use_paa` change a module to."""
+
+
+class AcceleratedRetinaNet(_Accelerated, RetinaNet):
+    """torchvision's RetinaNet, matching without the matrix of overlaps."""
+
+    published: ClassVar[type] = RetinaNet
+
+    def compute_loss(self, targets: Targets, head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict[str, Tensor]:
+        """The head's losses on the matches of a batch."""
+        matches = _matches(self.proposal_matcher, [target["boxes"] for target in targets], anchors)
+        losses: dict[str, Tensor] = self.head.compute_loss(targets, head_outputs, anchors, matches)
+        return losses
+
+
+class AcceleratedSSD(_Accelerated, SSD):
+    """torchvision's SSD, matching without the matrix of overlaps."""
+
+    published: ClassVar[type] = SSD
+
+    def forward(self, images: list[Tensor], targets: Targets | None = None) -> Any:
+        """As SSD: the losses of a batch in training, else its detections."""
+        batch = _training_batch(self, images, targets)
+        if batch is None:
+            return super().forward(images, targets)
+        matches = _matches(self.proposal_matcher, [target["boxes"] for target in batch.targets], batch.anchors)
+        return self.compute_loss(batch.targets, batch.head_outputs, batch.anchors, matches)
+
+
+class AcceleratedRPN(_Accelerated, RegionProposalNetwork):
+    """torchvision's region proposal network, matching without the matrix of overlaps."""
+
+    published: ClassVar[type] = RegionProposalNetwork
+
+    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: Targets) -> tuple[list[Tensor], list[Tensor]]:
+        """Per image Tensor[A] float32, 1 for a ground truth, 0 for background, -1 for neither, and Tensor[A, 4], its box."""
+        boxes = [target["boxes"] for target in targets]
+        matches = _matches(self.proposal_matcher, boxes, anchors)
+        labels = [torch.where(own == Matcher.BETWEEN_THRESHOLDS, -1, own >= 0).to(torch.float32) for own in matches]
+        some = [image if len(image) else image.new_zeros(1, 4, dtype=torch.float32) for image in boxes]
+        return labels, [image[own.clamp(min=0)] for image, own in zip(some, matches, strict=True)]
+
+
+class AcceleratedRoIHeads(_Accelerated, RoIHeads):
+    """torchvision's heads of the regions of interest, matching without the matrix of overlaps."""
+
+    published: ClassVar[type] = RoIHeads
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per image Tensor[P] int64, the ground truth or 0, and Tensor[P] int64, its label, 0 for background, -1 for neither."""
+        matches = _matches(self.proposal_matcher, gt_boxes, proposals)
+        indices = [own.clamp(min=0) for own in matches]
+        some = [label.to(torch.int64) if len(label) else label.new_zeros(1, dtype=torch.int64) for label in gt_labels]
+        # -1 and -2, below and between the thresholds, are 0 and -1 here.
+        labels = [torch.where(own >= 0, label[index], own + 1) for label, own, index in zip(some, matches, indices, strict=True)]
+        return indices, labels
+
+
+class RetinaNetPAA(_Accelerated, RetinaNet):
+    """torchvision's RetinaNet, trained by PAA; see `use_paa`. Its arguments are RetinaNet's."""
+
+    published: ClassVar[type] = RetinaNet
+    paa_options = PAAOptions()
+
+    def forward(self, images: list[Tensor], targets: Targets | None = None) -> Any:
+        """As RetinaNet: the losses of a batch in training, else its detections."""
+        batch = _training_batch(self, images, targets)
+        if batch is None:
+            return super().forward(images, targets)
+        each = batch.head_outputs["cls_logits"].shape[1] // sum(batch.locations)
+        outputs = {**batch.head_outputs, LEVELS: [each * size for size in batch.locations]}
+        return self.compute_loss(batch.targets, outputs, batch.anchors)
+
+    def compute_loss(self, targets: Targets, head_outputs: dict[str, Any], anchors: list[Tensor]) -> dict[str, Tensor]:
+        """The head's losses on the anchors that PAA assigns."""
+        if LEVELS not in head_outputs:
+            raise RuntimeError(
+                f"`{self.published.__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
+            )
+        outputs = {name: output for name, output in head_outputs.items() if name != LEVELS}
+        matches = _paa_matches(self, targets, outputs, anchors, head_outputs[LEVELS])
+        losses: dict[str, Tensor] = self.head.compute_loss(targets, outputs, anchors, list(matches))
+        return losses
+
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The detections of a batch, with score voting where `use_paa` asked for it."""
+        detections: list[dict[str, Tensor]] = super().postprocess_detections(head_outputs, anchors, image_shapes)
+        if not self.paa_options.score_voting:
+            return detections
+        scores = torch.cat(head_outputs["cls_logits"], 1).sigmoid()
+        offsets = torch.cat(head_outputs["bbox_regression"], 1)
+        voters = [
+            clip_boxes_to_image(self.box_coder.decode_single(offset, torch.cat(levels)), shape)
+            for offset, levels, shape in zip(offsets, anchors, image_shapes, strict=True)
+        ]
+        rows = [torch.cat([image["boxes"], image["scores"][:, None]], 1) for image in detections]
+        labels = [image["labels"] for image in detections]
+        voted, _ = score_voting_batch(rows, labels, voters, list(scores), self.score_thresh, keep_order=True)
+        return [{**image, "boxes": row[:, :4]} for image, row in zip(detections, voted, strict=True)]
+
+
+class _Batch(NamedTuple):
+    """A training batch between the network and the matching."""
+
+    targets: Targets  # at the size of the network's input
+    head_outputs: dict[str, Tensor]  # [N, A, C] and [N, A, 4], level after level, location after location
+    anchors: list[Tensor]  # per image [A, 4]
+    locations: list[int]  # of each level
+
+
+def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -> _Batch | None:
+    """What RetinaNet and SSD compute before they match. None outside training, and where torchvision's own `forward` is to say
+    what is wrong with the targets."""
+    if not model.training or targets is None or not all(_are_boxes(target["boxes"]) for target in targets):
+        return None
+    batch, sized = model.transform(images, targets)
+    boxes = torch.cat([target["boxes"] for target in sized]) if sized else batch.tensors.new_zeros(0, 4)
+    if (boxes[:, 2:] <= boxes[:, :2]).any():  # one look at the values, where torchvision takes one for each image
+        return None
+    features = model.backbone(batch.tensors)
+    features = [features] if isinstance(features, Tensor) else list(features.values())
+    head_outputs = model.head(features)
+    locations = [feature.shape[2] * feature.shape[3] for feature in features]
+    return _Batch(sized, head_outputs, model.anchor_generator(batch, features), locations)
+
+
+def _are_boxes(boxes: Any) -> bool:
+    return isinstance(boxes, Tensor) and boxes.dim() == 2 and boxes.shape[1] == 4
+
+
+def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+    """`matcher(box_iou(boxes, anchors))` of each image, without the matrix: Tensor[A] int64, the ground truth, -1 below the low
+    threshold, -2 between the two. An image without boxes: -1."""
+    pairs = list(zip(boxes, anchors, strict=True))
+    if type(matcher) not in OPTIONS or not all(_in_float32(*pair) for pair in pairs):
+        return [matcher(box_iou(*pair)) if len(pair[0]) else _background(pair[1]) for pair in pairs]
+    levels, gts = [[own.float()] for own in anchors], [image.float() for image in boxes]
+    thresholds = {"pos_iou_thr": matcher.high_threshold, "neg_iou_thr": matcher.low_threshold}
+    assigned = assign_max_iou(levels, gts, **thresholds, eps=0.0, **OPTIONS[type(matcher)](matcher))
+    return [indices - 1 for indices in assigned.gt_inds]
+
+
+#: For the matchers of torchvision: the options of `assign_max_iou` that say what becomes of a box's best anchors.
+OPTIONS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    Matcher: lambda matcher: {"match_low_quality": matcher.allow_low_quality_matches, "low_quality": "anchor"},
+    SSDMatcher: lambda _: {"gt_max_assign_all": False},
+}
+
+
+def _in_float32(boxes: Tensor, anchors: Tensor) -> bool:
+    """Whether torchvision computes overlaps in float32; in half precision it rounds before it multiplies. Its matcher refuses an
+    image without anchors."""
+    return len(anchors) > 0 and torch.promote_types(boxes.dtype, anchors.dtype) == torch.float32
+
+
+def _background(anchors: Tensor) -> Tensor:
+    return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=anchors.device)
+
+
+@torch.no_grad()
+def _paa_matches(
+    model: RetinaNetPAA, targets: Targets, head_outputs: dict[str, Tensor], anchors: list[Tensor], level_sizes: list[int]
+) -> Tensor:
+    """Tensor[N, A] int64: the ground truth of each positive, -1 for background, -2 for what is ignored."""
+    scores, offsets = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+    boxes, labels = [target["boxes"] for target in targets], [target["labels"] for target in targets]
+    num_classes, options = scores.shape[2], model.paa_options
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        check_tensor(f"targets[{i}]['boxes']", box, (None, 4), FLOATS, scores.device)
+        check_tensor(f"targets[{i}]['labels']", label, (len(box),), INDICES, scores.device)
+        check_classes(f"targets[{i}]['labels']", label, num_classes)
+    found = assign_targets(
+        anchors[0].float().split_with_sizes(level_sizes), _maps(scores, level_sizes), _maps(offsets, level_sizes), boxes, labels,
+        num_classes=num_classes,
+        assignment={"pos_iou_thr": options.pos_iou_thr, "neg_iou_thr": options.pos_iou_thr},
+        losses=_losses(model),
+        reassignment={
+            "topk": options.topk, "covariance_type": options.covariance_type,
+            "separation": options.separation, "singleton": options.singleton,
+        },
+    )  # fmt: skip
+    background = torch.where(found.label_weight > 0, Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS)
+    return torch.where(found.label != num_classes, found.gt_inds - 1, background).view(len(targets), -1)
+
+
+def _maps(outputs: Tensor, level_sizes: list[int]) -> list[Tensor]:
+    """Tensor[N, A, channels], level after level, as a map of one column for each level: Tensor[N, channels, A_l, 1], a view."""
+    return [level.transpose(1, 2)[..., None] for level in outputs.split_with_sizes(level_sizes, 1)]
+
+
+def _losses(model: RetinaNet) -> dict[str, Any]:
+    """The options of `candidate_losses` for torchvision's losses, which are sums over classes and offsets."""
+    stds = [1 / weight for weight in model.head.regression_head.box_coder.weights]
+    box_loss = model.head.regression_head._loss_type
+    return {"loss_bbox_weight": 1.0, "stds": stds, "box_loss": box_loss, "convention": "torchvision"}
+
+
+def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules and what to call them in an error."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"`model` must not be scripted, since what it runs is fixed, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        yield f"model.{name}" if name else "model", module
+
+
+def _base_of(module: nn.Module) -> Any:
+    """The accelerated class of a module's, or None."""
+    bases = (AcceleratedRetinaNet, AcceleratedSSD, AcceleratedRPN, AcceleratedRoIHeads)
+    return next((base for base in bases if isinstance(module, base.published)), None)
+
+
+def _check_matching(name: str, module: Any) -> None:
+    if type(module.proposal_matcher) not in OPTIONS:
+        matcher = type(module.proposal_matcher).__name__
+        raise ValueError(f"`{name}.proposal_matcher` must be a Matcher or SSDMatcher of torchvision, got {matcher}")
+    similarity = getattr(module, "box_similarity", box_iou)
+    if similarity is not box_iou:
+        raise ValueError(f"`{name}.box_similarity` must be box_iou of torchvision, got {similarity!r}")
+
+
+def _check_head(name: str, model: Any) -> None:
+    generator = model.anchor_generator
+    if getattr(type(generator), "forward", None) is not AnchorGenerator.forward:
+        raise ValueError(f"`{name}.anchor_generator` must be an AnchorGenerator of torchvision, got {type(generator).__name__}")
+    box_loss = getattr(getattr(model.head, "regression_head", None), "_loss_type", None)
+    if box_loss not in BOX_LOSSES:
+        raise ValueError(f'`{name}.head.regression_head` must have the box loss "l1" or "giou", got {box_loss!r}')
+
+
+def _check_options(options: PAAOptions) -> None:
+    check_int("topk", options.topk, 1)
+    check_non_negative("pos_iou_thr", options.pos_iou_thr)
+    check_option("covariance_type", options.covariance_type, COVARIANCE_TYPES)
+    if not callable(options.separation):
+        check_option("separation", options.separation, SCHEMES)
+    check_option("singleton", options.singleton, SINGLETONS)
+    check_bool("score_voting", options.score_voting)

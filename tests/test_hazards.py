@@ -1,0 +1,114 @@
+"""What a GPU may do and the PTX alone does not show: late stores, fused products, approximations at their worst (see `ptxrun`).
+
+The kernels run as compiled. Whatever a mode does, the decisions are those of the CPU, and values stay within the bounds of the library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_execution import compiled_only, execute
+from torch import Tensor
+
+import paa_gpu
+from paa_gpu import data, testing
+
+pytestmark = compiled_only
+
+#: The modes, and those of `make test`: one seed of each.
+MODES: dict[str, dict[str, Any]] = {
+    **{f"late stores {seed}": {"weak": True, "seed": seed} for seed in range(6)},
+    "all fused": {"fuse": "all"},
+    **{f"half fused {seed}": {"fuse": "half", "seed": seed} for seed in range(4)},
+    **{f"approximate {seed}": {"approximate": True, "seed": seed} for seed in range(4)},
+    **{f"approximate and half fused {seed}": {"approximate": True, "fuse": "half", "seed": seed} for seed in range(4, 6)},
+}
+USUAL = ("late stores 0", "all fused", "approximate 0")
+
+
+def modes(*usual: str) -> list[Any]:
+    return [pytest.param(mode, marks=pytest.mark.slow if mode in (usual or USUAL) else pytest.mark.long) for mode in MODES]
+
+
+def run(mode: str, function: Any, *arguments: Any, capability: int = 90, **options: Any) -> tuple[Any, Any]:
+    """The result in this mode, and the CPU's."""
+    with execute(capability, **MODES[mode]):
+        got = function(*arguments, **options)
+    return got, function(*arguments, **options)
+
+
+def assert_same_decisions(got: paa_gpu.Reassignment, wanted: paa_gpu.Reassignment) -> None:
+    """Everything that is no float64 parameter; the parameters of a row as they are held to scikit-learn's."""
+    for name in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
+        for a, b in zip(getattr(got, name), getattr(wanted, name), strict=True):
+            assert torch.equal(a, b), name
+    assert torch.equal(got.num_pos, wanted.num_pos)
+    for name, a in got.fit._asdict().items():
+        if isinstance(a, Tensor):
+            b = getattr(wanted.fit, name)
+            torch.testing.assert_close(
+                a, b, rtol=1e-9 if a.is_floating_point() else 0, atol=1e-9 if a.is_floating_point() else 0, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_reassignment(mode):
+    batch = testing.make_batch([0, 7, 1, 0, 40, 3], np.random.default_rng(0), dtype=torch.float32)
+    assert_same_decisions(*run(mode, paa_gpu.paa_reassign_batch, *batch.arguments, **batch.options, separation="b"))
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_voting(mode):
+    predictions = testing.make_predictions([(0, 0), (30, 1100), (5, 0), (40, 512)], np.random.default_rng(0), num_classes=3)
+    (bboxes, labels), (wanted, wanted_labels) = run(mode, paa_gpu.score_voting_batch, *predictions, 0.05)
+    for a, b in zip(bboxes, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2.5e-4)
+    assert all(map(torch.equal, labels, wanted_labels))
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_losses(mode):
+    batch = testing.make_head_batch([0, 70, 1, 0, 33], np.random.default_rng(0), num_classes=9)
+    for a, b in zip(*run(mode, paa_gpu.candidate_losses, *batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_assignment(mode):
+    rng = np.random.default_rng(0)
+    anchors = testing.make_anchors([(20, 30), (10, 15), (5, 8)])
+    boxes = [testing.make_boxes(number, (240, 160), rng) for number in (6, 0, 20, 1)]
+    ignored = [testing.make_boxes(number, (240, 160), rng) for number in (1, 0, 0, 2)]
+    got, wanted = run(mode, paa_gpu.assign_max_iou, anchors, boxes, ignored, ignore_iof_thr=0.5)
+    for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_images(mode):
+    for path in data.paths():
+        call = data.load(path)
+        columns = [[argument] for argument in call.arguments[:6]]
+        options = {"num_classes": call.num_classes, "num_gts": [int(call.arguments[5].max()) + 1]}
+        assert_same_decisions(*run(mode, paa_gpu.paa_reassign_batch, *columns, call.arguments[6], **options))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("late")])
+def test_lanes_agree_on_convergence(mode, precision):
+    """Two thousand rows of every width class: a lane that leaves the loop alone would be a divergence or a deadlock."""
+    rng = np.random.default_rng(list(mode.encode()))
+    for width in (33, 45, 64, 100, 700):
+        x = torch.from_numpy(rng.gamma(2.0, 1.0, (2000 if width < 65 else 100, width))).sort(1).values
+        got, wanted = run(mode, paa_gpu.fit_gmm_1d, x, precision=precision)
+        assert got.valid.all()
+        if precision == "float64":
+            assert torch.equal(got.n_iter, wanted.n_iter) and torch.equal(got.converged, wanted.converged)
+            torch.testing.assert_close(got.means, wanted.means, rtol=1e-9, atol=1e-9)
+        else:
+            assert (got.n_iter == wanted.n_iter).float().mean() > 0.95

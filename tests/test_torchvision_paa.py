@@ -1,0 +1,237 @@
+"""RetinaNet trained by PAA: the anchors it assigns, by torchvision's own losses and the published loop; and what it costs."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torchvision_models as models
+from synchronisations import Synchronisations
+from torch import nn
+from torchvision.models.detection._utils import _box_loss
+from torchvision.ops import box_iou, sigmoid_focal_loss
+
+from paa_gpu import reference
+from paa_gpu.integrations import torchvision as integration
+from paa_gpu.integrations.torchvision import PAAOptions, RetinaNetPAA, accelerate, restore, use_paa
+
+CLASSES = 3
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)
+
+
+def train(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+    return model.train()(*copy.deepcopy(batch))
+
+
+def recorded(model, batch, monkeypatch):
+    """The arguments of the head's own losses in a training step, and the sizes of the levels."""
+    calls = []
+    computed = model.head.compute_loss
+    monkeypatch.setattr(model.head, "compute_loss", lambda *arguments: calls.append(arguments) or computed(*arguments))
+    sizes = []
+    taken = integration._paa_matches
+    monkeypatch.setattr(integration, "_paa_matches", lambda *arguments: sizes.append(arguments[-1]) or taken(*arguments))
+    train(model, batch)
+    (call,) = calls
+    return *call, sizes[0]
+
+
+def expected(target, logits, offsets, anchors, level_sizes, model, **options) -> torch.Tensor:
+    """The matches of one image: from the matrix of overlaps, torchvision's losses anchor by anchor, and scikit-learn."""
+    if len(target["boxes"]) == 0:
+        return torch.full((len(anchors),), -1)
+    overlaps = box_iou(target["boxes"], anchors)
+    highest, owner = overlaps.max(0)
+    owner = torch.where(highest >= 0.1, owner, -1)
+    for i, row in enumerate(overlaps):
+        owner[row == row.max()] = i
+    (inds,) = (owner >= 0).nonzero(as_tuple=True)
+    head, losses = model.head.regression_head, []
+    for anchor in inds.tolist():
+        own, one = owner[anchor], slice(anchor, anchor + 1)
+        truth = nn.functional.one_hot(target["labels"][own], CLASSES).float()
+        focal = sigmoid_focal_loss(logits[anchor].double(), truth.double(), reduction="sum")
+        boxes = target["boxes"][own][None].double()
+        losses.append(focal + _box_loss(head._loss_type, head.box_coder, anchors[one].double(), boxes, offsets[one].double()))
+    label = torch.full((len(anchors),), CLASSES)
+    label[inds] = target["labels"][owner[inds]]
+    new, weight, _, _ = reference.paa_reassign(
+        torch.stack(losses), label, torch.ones(len(anchors)), torch.ones(len(anchors), 4), inds, owner[inds], level_sizes,
+        num_classes=CLASSES, **options,
+    )  # fmt: skip
+    return torch.where(new < CLASSES, owner, torch.where(weight > 0, -1, -2))
+
+
+@pytest.mark.parametrize("box_loss", ["l1", "giou"])
+@pytest.mark.parametrize("options", [{}, {"topk": 4, "separation": "d"}], ids=str)
+def test_the_anchors_are_those_of_the_published_loop(box_loss, options, generator, monkeypatch):
+    model = use_paa(models.retinanet(box_loss), **options)
+    batch = models.batch(generator)
+    targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
+    assert outputs.keys() == {"cls_logits", "bbox_regression"}
+    assert len(sizes) == 3
+    assert sum(sizes) == len(anchors[0])
+    assert sum(int((own >= 0).sum()) for own in matches) >= 10
+    assert not options or any((own == -2).any() for own in matches)
+    for i, own in enumerate(matches):
+        values = (targets[i], outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i], sizes, model)
+        assert torch.equal(own, expected(*values, **options)), i
+
+
+def test_it_learns(generator):
+    model, batch = use_paa(models.retinanet()), models.batch(generator)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    totals = []
+    for _ in range(12):
+        loss = sum(train(model, batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(float(loss.detach()))
+    assert totals[-1] < 0.9 * totals[0]
+
+
+def test_changed_and_changed_back(generator):
+    model, batch = models.retinanet(), models.batch(generator)
+    wanted = train(model, batch)
+    assert use_paa(model) is model
+    assert type(model) is RetinaNetPAA
+    assert model.paa_options == PAAOptions()
+    assert train(model, batch) != wanted
+    use_paa(model, 5, singleton="positive")
+    assert model.paa_options == PAAOptions(5, singleton="positive")
+    assert type(accelerate(model)) is RetinaNetPAA
+    restore(model)
+    assert type(model) is type(models.retinanet())
+    assert "paa_options" not in vars(model)
+    assert train(model, batch) == wanted
+    assert type(use_paa(accelerate(model))) is RetinaNetPAA
+    assert type(restore(model)) is type(models.retinanet())
+
+
+def test_a_batch_without_boxes(generator):
+    model = use_paa(models.retinanet())
+    losses = train(model, models.batch(generator, (0, 0)))
+    sum(losses.values()).backward()
+    assert losses["bbox_regression"] == 0
+    assert losses["classification"] > 0
+
+
+def test_it_waits_less_than_torchvision_does(generator):
+    batch = models.batch(generator, (7, 3, 5, 0))
+    counts = {}
+    for name, change in (("torchvision", lambda model: model), ("accelerate", accelerate), ("use_paa", use_paa)):
+        model = change(models.retinanet()).train()
+        train(model, batch)
+        copied = copy.deepcopy(batch)
+        with Synchronisations() as waits:
+            model(*copied)
+        counts[name] = waits.count
+    print(counts)
+    assert counts["use_paa"] < counts["torchvision"]
+    assert counts["accelerate"] < counts["torchvision"]
+
+
+def test_half_precision(generator):
+    model, batch = use_paa(models.retinanet()).train(), models.batch(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = train(model, batch)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+
+
+@pytest.mark.long
+def test_it_compiles(generator):
+    model, batch = use_paa(models.retinanet()), models.batch(generator)
+    wanted = train(model, batch)
+    losses = torch.compile(model, backend="aot_eager")(*copy.deepcopy(batch))
+    assert all(torch.allclose(losses[name], wanted[name]) for name in losses)
+
+
+def test_score_voting(generator):
+    model = models.retinanet(score_thresh=0.5, nms_thresh=0.3).eval()
+    nn.init.normal_(model.head.classification_head.cls_logits.weight)
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    images, _ = models.batch(generator, (0, 0))
+    plain = model(images)
+    assert min(len(image["boxes"]) for image in plain) > 5
+    seen = []
+    published = model.postprocess_detections
+    model.postprocess_detections = lambda *arguments: seen.append(arguments) or published(*arguments)
+    model(images)
+    del model.postprocess_detections
+    use_paa(model)
+    assert all(torch.equal(got["boxes"], image["boxes"]) for got, image in zip(model(images), plain, strict=True))
+    use_paa(model, score_voting=True)
+    voted = model.postprocess_detections(*seen[0])
+    outputs, anchors, shapes = seen[0]
+    for i, image in enumerate(published(*seen[0])):
+        got = voted[i]
+        assert torch.equal(got["scores"], image["scores"])
+        assert torch.equal(got["labels"], image["labels"])
+        logits, offsets = (torch.cat([level[i] for level in outputs[name]]) for name in ("cls_logits", "bbox_regression"))
+        boxes = model.box_coder.decode_single(offsets, torch.cat(anchors[i]))
+        height, width = shapes[i]
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        rows = torch.cat([image["boxes"], image["scores"][:, None]], 1)
+        wanted, _ = reference.score_voting(rows, image["labels"], boxes, logits.sigmoid(), 0.5, keep_order=True)
+        torch.testing.assert_close(got["boxes"], wanted[:, :4].float())
+        assert not torch.allclose(got["boxes"], image["boxes"])
+
+
+def test_what_it_refuses(generator):
+    with pytest.raises(ValueError, match="`model` must be or contain a RetinaNet of torchvision, got FasterRCNN"):
+        use_paa(models.faster_rcnn())
+    model = models.retinanet("smooth_l1")
+    message = '`model.head.regression_head` must have the box loss "l1" or "giou", got \'smooth_l1\''
+    with pytest.raises(ValueError, match=re.escape(message)):
+        use_paa(model)
+
+    class OwnGenerator(type(models.anchors())):
+        def forward(self, *arguments):
+            return super().forward(*arguments)
+
+    model = nn.ModuleDict({"net": models.retinanet()})
+    model["net"].anchor_generator.__class__ = OwnGenerator
+    message = "`model.net.anchor_generator` must be an AnchorGenerator of torchvision, got OwnGenerator"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        use_paa(model)
+    model = models.retinanet()
+    for options, message in (
+        ({"topk": 0}, "`topk` must be at least 1, got 0"),
+        ({"pos_iou_thr": -0.1}, "`pos_iou_thr` must not be negative, got -0.1"),
+        ({"covariance_type": "round"}, "`covariance_type` must be"),
+        ({"separation": "e"}, "`separation` must be"),
+        ({"singleton": "none"}, "`singleton` must be"),
+        ({"score_voting": 1}, "`score_voting` must be"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            use_paa(model, **options)
+    assert type(model) is type(models.retinanet())
+
+
+def test_targets_it_refuses(generator):
+    model, (images, targets) = use_paa(models.retinanet()).train(), models.batch(generator)
+    wrong = copy.deepcopy(targets)
+    wrong[2]["labels"][1] = CLASSES
+    with pytest.raises(ValueError, match=re.escape("`targets[2]['labels']` must be in [0, 3), got 3 at position 1")):
+        model(images, wrong)
+    wrong = [{**target, "labels": target["labels"].to("meta")} for target in targets]
+    with pytest.raises(ValueError, match=re.escape("`targets[0]['labels']` must be on cpu as the other tensors are, got meta")):
+        model(images, wrong)
+
+    class OwnForward(models.detection.RetinaNet):
+        def forward(self, images, targets=None):
+            return models.detection.RetinaNet.forward(self, images, targets)
+
+    options = {"min_size": models.SIZE, "anchor_generator": models.anchors()}
+    model = use_paa(OwnForward(models.backbone(), 3, **options)).train()
+    with pytest.raises(RuntimeError, match=r"`OwnForward.forward` must call super\(\).forward\(images, targets\)"):
+        model(images, targets)
