@@ -179,11 +179,11 @@ def compiled_forms(call):
 
 @compiled_only
 def test_one_compiled_form_for_all_batches(rng):
-    """Whatever the number of images, boxes and anchors, and wherever they lie in memory."""
+    """Whatever the number of boxes and anchors, and wherever they lie in memory; that of images has a test in `test_launch`."""
     anchors = testing.make_anchors(SHAPES)
 
     def call():
-        for numbers in ((1,), (16,), (3, 0, 5), [2] * 17):
+        for numbers in ((1,), (16, 0, 5)):
             boxes = [testing.make_boxes(number, (136, 104), rng) for number in numbers]
             check(anchors, boxes)
             check([torch.cat([level[:1], level])[1:] for level in anchors], [torch.cat([box[:1], box])[1:] for box in boxes])

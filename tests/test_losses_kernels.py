@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -173,21 +172,6 @@ def test_device_operations(images, rng):
     """A copy and a launch, whatever the images and levels."""
     batch = testing.make_head_batch([20] * images, rng)
     assert profiled(lambda: paa_gpu.candidate_losses(*batch)) == (["stage"], ["_losses_kernel"])
-
-
-@compiled_only
-def test_one_compiled_form_for_all_batches(rng):
-    """Whatever the number of images, which decides where in the table its parts begin."""
-    compiled, launch = [], kernels._losses_kernel.run
-
-    def watched(*args, **options):
-        compiled.append(launch(*args, **options))
-        return compiled[-1]
-
-    with execute(90), mock.patch.object(kernels._losses_kernel, "run", watched):
-        for images in (1, 2, 3, 16):
-            run(testing.make_head_batch([5] * images, rng))
-    assert len(compiled) == 4 and len({kernel.hash for kernel in compiled}) == 1
 
 
 def padded(batch):
