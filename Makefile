@@ -20,7 +20,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs gpu test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -58,6 +58,20 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long" --ptxrun weak=1 $(KERNELS)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
+
+# On the day a GPU is there: the report, the tests on it, four sanitizers over a selection, the benchmarks. DRY=echo prints what would run.
+SANITIZED = tests/test_reassign_kernels.py tests/test_assign_kernels.py tests/test_voting_kernels.py tests/test_losses_kernels.py
+gpu: $(READY)
+	$(DRY) mkdir -p bench/results/gpu
+	$(DRY) $(BIN)/python -m paa_gpu check --device cuda $(if $(DRY),,> bench/results/gpu/check.md)
+	$(DRY) $(BIN)/python -m pytest -m "not long" tests/test_cuda.py
+	$(DRY) $(BIN)/python -m pytest -m "not long" --execution cuda $(PUBLIC) tests/test_layouts.py
+	$(DRY) $(BIN)/python -m pytest -m "not long" -k cuda $(KERNELS)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  if ! command -v compute-sanitizer > /dev/null; then echo "compute-sanitizer is not installed: no $$tool"; continue; fi; \
+	  $(DRY) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x -m "not long and not slow" -k cuda $(SANITIZED) || exit 1; \
+	done
+	$(DRY) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu/suite.json
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun

@@ -1,4 +1,4 @@
-"""`python -m paa_gpu`: what runs where on this machine, and the demonstration on a real recording."""
+"""`python -m paa_gpu`: what runs where on this machine, and the demonstration; `check` and `compile` are in `diagnose`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 
 import torch
 
-from . import __version__, data, paa_reassign_batch, reference, score_voting, select_candidates
+from . import __version__, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
 from ._ops import operators
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, print, write the pictures."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, print, write the pictures; the exit status."""
     recordings = data.paths()
     parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
     parser.add_argument(
@@ -32,13 +33,27 @@ def main(arguments: list[str] | None = None) -> None:
         "--image", type=int, default=0, choices=range(len(recordings)), metavar="N",
         help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, the others come with a checkout",
     )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", metavar="check | compile")
+    check = commands.add_parser("check", help="check every operation on this machine, and print a table to paste into a report")
+    check.add_argument("--device", help="cpu, or a GPU such as cuda:1 (default: the current GPU, and without one the CPU)")
+    check.add_argument(
+        "--repeats", type=int, default=1000, help="calls that have to give equal bits on the GPU (default: %(default)s)"
+    )
+    compile_all = commands.add_parser("compile", help="compile everything ahead, so that no later call has to")
+    compile_all.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.command == "compile":
+        return diagnose.run_compile(options.device)
     report_versions()
+    if options.command == "check":
+        print()
+        return diagnose.run_check(options.device, options.repeats)
     report_implementations()
     path = recordings[options.image]
     recording = data.load(path)
     demonstrate(recording, options.out)
     demonstrate_voting(recording, data.load_voting(path)[-1], options.out.with_stem(options.out.stem + "_voting"))
+    return 0
 
 
 def report_versions() -> None:
@@ -152,4 +167,4 @@ def move_to_cpu(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -48,6 +48,7 @@ EXECUTIONS = (
         pytest.param(capability, marks=(compiled_only, *([] if capability == 90 else [pytest.mark.long])))
         for capability in (75, 80, 86, 89, 90, 100, 120)
     ]
+    + [pytest.param("stand-in", marks=(compiled_only, pytest.mark.long))]
     + ["cuda"] * torch.cuda.is_available()
 )
 
@@ -74,14 +75,97 @@ def execute(execution: str | int, **settings: Any) -> Iterator[Any]:
         with triton_on_cpu():
             yield None
     elif execution == "cuda":
-        with _cuda_for_cpu_tensors():
+        with _through_device("cuda"):
             yield None
+    elif execution == "stand-in":
+        import ptxrun
+
+        with ptxrun.active(capability=90, seed=1, **SETTINGS) as session, _admitted(session), _through_device("cpu"):
+            session.refuse = _refuse_outside
+            yield session
     else:
         import ptxrun
 
         settings = {"seed": 1, "racecheck": 2, **SETTINGS, **settings}
         with ptxrun.active(capability=int(execution), **settings) as session, triton_on_cpu(), _admitted(session):
             yield session
+
+
+_device: list[str] = []  # where kernels run, innermost last; none: where the tensors are
+_inside: list[bool] = []  # while something runs there
+
+
+def _refuse_outside() -> None:
+    """The stand-in of a GPU refuses what a GPU cannot read: tensors that nobody brought to it."""
+    if not _inside:
+        raise RuntimeError("a kernel was launched for tensors of the CPU: call it through on_device()")
+
+
+def on_device(function: Any) -> Any:
+    """`function` for CPU tensors wherever kernels run: on a GPU with copies there, whose changes come back, and the results too.
+
+    A copy has the strides, the offset and the storage of its original; tensors that share a storage share it there.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not _device or _inside:
+            return function(*args, **kwargs)
+        copies = Copies(_device[-1])
+        _inside.append(True)
+        try:
+            result = function(*copies.of(args), **copies.of(kwargs))
+        finally:
+            _inside.pop()
+        copies.bring_back()
+        return _map_tensors(lambda tensor: tensor.cpu(), result)
+
+    return run
+
+
+class Copies:
+    """Copies of CPU tensors on a device, storage by storage."""
+
+    #: A storage beyond this many bytes is memory that nobody touches but for what a view shows: only that is copied.
+    LARGEST = 2**30
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.storages: dict[int, Tensor] = {}
+        self.views: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, value: Any) -> Any:
+        return _map_tensors(self._copy, value)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages or not storage.nbytes():
+            whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device)
+            if storage.nbytes() <= self.LARGEST:
+                whole.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+            self.storages[storage.data_ptr()] = whole
+        there = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        there.set_(self.storages[storage.data_ptr()].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if storage.nbytes() > self.LARGEST:
+            there.copy_(tensor)
+        self.views.append((tensor, there))
+        return there
+
+    def bring_back(self) -> None:
+        for tensor, there in self.views:
+            back = there.cpu()
+            if not torch.equal(_bytes(_flat(back)), _bytes(_flat(tensor.detach()))):
+                tensor.copy_(back)
+
+
+def _map_tensors(function: Any, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: _map_tensors(function, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_map_tensors(function, item) for item in value]
+        return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
+    return value
 
 
 @contextlib.contextmanager
@@ -97,26 +181,15 @@ def _admitted(session: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cuda_for_cpu_tensors() -> Iterator[None]:
-    """CPU tensors go to the GPU, the kernels run there, the results come back: the same tests, on a device."""
-
-    def through_cuda(kernels: Any) -> Any:
-        def move(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return [move(item) for item in value]
-            return value.cuda() if isinstance(value, Tensor) else value
-
-        def run(*args: Any) -> Any:
-            result = kernels(*map(move, args))
-            return result.cpu() if isinstance(result, Tensor) else tuple(part.cpu() for part in result)
-
-        return run
-
+def _through_device(device: str) -> Iterator[None]:
+    """The operators take CPU tensors to the device and their results back: the same tests, on a GPU."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ops.kernels_on_cpu())
         for name in _ops.operators():
             module = MODULES.get(name, reassign)
-            stack.enter_context(mock.patch.object(module, name, through_cuda(getattr(module, name))))
+            stack.enter_context(mock.patch.object(module, name, on_device(getattr(module, name))))
+        _device.append(device)
+        stack.callback(_device.pop)
         yield
 
 
@@ -146,6 +219,11 @@ def assert_written(*tensors: Tensor) -> None:
     for tensor in tensors:
         unwritten = (_bytes(tensor) == _POISON).all(-1)
         assert not unwritten.any(), f"{int(unwritten.sum())} of {tensor.numel()} elements of {tuple(tensor.shape)} not written"
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements, one after the other; a single one may have any stride."""
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,), tensor.contiguous().storage_offset())
 
 
 def _bytes(tensor: Tensor) -> Tensor:

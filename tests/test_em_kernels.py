@@ -8,7 +8,7 @@ import extended_em
 import numpy as np
 import pytest
 import torch
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, on_device, poisoned_outputs, slow_interpreted
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em
@@ -294,10 +294,11 @@ def launch(candidates, covariance_type="diag", precision="float64", separation=N
                 torch.empty((rows, width), dtype=torch.bool),
                 torch.empty((rows, width), dtype=_ops.PRECISIONS[precision]),
             )
-            em.launch_fit(candidates.loss, candidates.counts, fitted, covariance_type, assignment=outputs[0], score=outputs[1])
+            masks = {"assignment": outputs[0], "score": outputs[1]}
+            on_device(em.launch_fit)(candidates.loss, candidates.counts, fitted, covariance_type, **masks)
         else:
             outputs = torch.zeros(candidates.size, dtype=torch.bool), torch.zeros(candidates.size, dtype=torch.bool)
-            em.launch_fit(
+            on_device(em.launch_fit)(
                 candidates.loss, candidates.counts, fitted, covariance_type, index=candidates.index, positive=outputs[0],
                 ignored=outputs[1], separation=separation, singleton=singleton,
             )  # fmt: skip

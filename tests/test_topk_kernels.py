@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
+from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, on_device, poisoned_outputs, slow_interpreted
 
 from paa_gpu import _ops
 from paa_gpu.kernels import topk as kernels
@@ -279,7 +279,7 @@ def test_ordered_keys(session, dtype):
     x = torch.cat([x, payload.view(dtype)])
     place = [i for i, group in enumerate(groups) for _ in group] + [len(groups) - 1] * 2
     key = torch.empty(len(x), dtype=torch.int64 if dtype == torch.float64 else torch.int32)
-    _key_kernel[(1,)](x, key, len(x), BLOCK=32, num_warps=1)
+    on_device(_key_kernel[(1,)])(x, key, len(x), BLOCK=32, num_warps=1)
     assert np.unique(key.numpy(), return_inverse=True)[1].tolist() == place
 
 
@@ -292,7 +292,7 @@ def test_sort_pairs(session, log_block, rng):
         tie = torch.from_numpy(rng.permutation(2**log_block)) - 3
         order = np.lexsort((tie[:n], key[:n]))
         wanted = key[:n][order].tolist(), tie[:n][order].tolist()
-        _sort_kernel[(1,)](key, tie, n, LOG_BLOCK=log_block, num_warps=1)
+        on_device(_sort_kernel[(1,)])(key, tie, n, LOG_BLOCK=log_block, num_warps=1)
         assert (key[:n].tolist(), tie[:n].tolist()) == wanted
         assert (key[n:] == ends.max).all() and (tie[n:] == 2**63 - 1).all()
 

@@ -1,0 +1,399 @@
+"""`python -m paa_gpu check` and `compile`: does everything work on this machine, and how long does it take?
+
+`check` compares the CPU with the published loop on the recordings at hand. On a GPU it runs every operation on random input
+of every dtype and layout and compares it with the CPU; while nothing may wait for the device; in a captured graph with changed
+inputs; on a busy stream; and many times for equal bits. It prints one table and says what it could not check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import (
+    assign_max_iou,
+    candidate_losses,
+    data,
+    fit_gmm_1d,
+    paa_reassign_batch,
+    reference,
+    score_voting_batch,
+    select_candidates,
+    testing,
+)
+
+_cuda: Any = torch.cuda  # parts of it have no types
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: In a report: passed, failed, could not be checked here.
+OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
+#: Of a checkout's recordings: scikit-learn takes seconds for more.
+RECORDINGS = 8
+#: Where results need not be equal: voted boxes in pixels and losses by their value, in float32; parameters of a fit in float64.
+PIXELS, LOSSES, PARAMETERS = 2.5e-4, 1e-6, 1e-9
+
+
+class Operation(NamedTuple):
+    """A public function with arguments for it on the CPU."""
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    relative: float = 0.0  #: Tolerance of floating results.
+    absolute: float = 0.0
+
+
+class Finding(NamedTuple):
+    """A line of the report."""
+
+    check: str
+    device: str
+    status: str
+    detail: str
+
+
+class Layout(NamedTuple):
+    """A way in which a tensor may lie in memory."""
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+
+
+LAYOUTS = (
+    Layout("strided", lambda tensor: torch.stack([tensor, tensor], -1)[..., 0]),
+    Layout(
+        "offset", lambda tensor: torch.cat([tensor, tensor, tensor])[len(tensor) : 2 * len(tensor)] if tensor.dim() else tensor
+    ),
+    Layout("transposed", lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor),
+)
+
+
+def operations(seed: int = 0) -> list[Operation]:
+    """Every operation on random input; another seed gives other values of the same shapes."""
+    shapes = np.random.default_rng(0)  # sizes are drawn from this one, whatever the seed
+    batch = testing.make_batch([0, 7, 1, 40, 3], shapes, dtype=torch.float32)
+    rng = np.random.default_rng(seed)
+    losses = [losses * torch.from_numpy(rng.uniform(0.5, 2, losses.shape)).to(losses) for losses in batch.pos_losses]
+    predictions = testing.make_predictions([(30, 900), (0, 5), (40, 600)], rng, num_classes=4)
+    head = testing.make_head_batch([60, 0, 33], rng)
+    anchors = testing.make_anchors([(25, 40), (13, 20)])
+    boxes = [testing.make_boxes(number, (320, 200), rng) for number in (9, 0, 30)]
+    rows = torch.from_numpy(rng.gamma(2.0, 1.0, (200, 45)))
+    first = 3  # the image of `batch` with the most boxes
+
+    def reassign(*columns: Any) -> Any:
+        arguments: Any = (*columns, batch.anchors)
+        return paa_reassign_batch(*arguments, **batch.options)
+
+    def select(*tensors: Any) -> Any:
+        arguments: Any = (*tensors, batch.anchors[first])
+        return select_candidates(*arguments, num_gt=batch.num_gts[first])
+
+    def vote(*columns: Any) -> Any:
+        arguments: Any = (*columns, 0.05)
+        return score_voting_batch(*arguments)
+
+    image = (losses[first], batch.pos_inds[first], batch.pos_gt_inds[first])
+    return [
+        Operation("paa_reassign_batch", reassign, (losses, *batch[1:6]), PARAMETERS, PARAMETERS),
+        Operation("select_candidates", select, image),
+        Operation("fit_gmm_1d", fit_gmm_1d, (rows,), PARAMETERS, PARAMETERS),
+        Operation("score_voting_batch", vote, tuple(predictions), 0.0, PIXELS),
+        Operation("candidate_losses", candidate_losses, tuple(head), LOSSES),
+        Operation("assign_max_iou", assign_max_iou, (anchors, boxes)),
+    ]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same value with other tensors, in lists and tuples too."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map_tensors(function, item) for item in value)
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same value with floating tensors of this dtype."""
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors of a result."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+
+
+def difference(got: Any, wanted: Any, operation: Operation) -> str | None:
+    """What is not as it should be, or None. Integers and masks are equal, floating results within the operation's tolerance."""
+    pairs = list(zip(leaves(got), leaves(wanted), strict=True))
+    for place, (a, b) in enumerate(pairs):
+        relative, absolute = (operation.relative, operation.absolute) if b.is_floating_point() else (0.0, 0.0)
+        if b.dtype in (torch.float16, torch.bfloat16) and (relative or absolute):
+            relative = absolute = 2048 * torch.finfo(b.dtype).eps
+        try:
+            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=relative, atol=absolute, equal_nan=True)
+        except AssertionError as error:
+            return f"result {place + 1} of {len(pairs)}: " + " ".join(str(error).split())[:160]
+    return None
+
+
+class Cuda:
+    """What a GPU can be asked to do; a test replaces it with a stand-in."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = torch.device(device)
+        self.name = torch.cuda.get_device_name(self.device)
+
+    def move(self, value: Any) -> Any:
+        """Copies on the device that lie as their originals do."""
+        return map_tensors(self._move, value)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(self.device)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def nothing_waits(self) -> Iterator[None]:
+        """Whatever waits for the device raises."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """The result of a captured call, and what replays it."""
+        stream = _cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        return result, graph.replay
+
+    def beside_a_busy_stream(self, call: Callable[[], Any], prepare: Callable[[], None]) -> Any:
+        """The call's result on a stream of its own that is busy: `prepare` is the last of what it has to do before."""
+        stream = _cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            _cuda._sleep(200_000_000)
+            prepare()
+            result = call()
+        stream.synchronize()
+        return result
+
+    def seconds(self, call: Callable[[], Any], repeats: int = 30) -> tuple[float, float]:
+        """Medians of a call's time on the device and on the host. The device is busy before: it does not wait for the host."""
+        on_device, on_host = [], []
+        for _ in range(repeats):
+            start, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
+            _cuda._sleep(2_000_000)
+            start.record()
+            begun = time.perf_counter()
+            call()
+            on_host.append(time.perf_counter() - begun)
+            end.record()
+            end.synchronize()
+            on_device.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(on_device), statistics.median(on_host)
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------------------
+
+
+def _judge(problems: list[str], passed: str) -> tuple[str, str]:
+    return (FAILED, "; ".join(problems[:3])) if problems else (OK, passed)
+
+
+def check_reassignment() -> Finding:
+    """The CPU against the published loop with scikit-learn, on recordings."""
+    name, problems, paths = "reassignment against scikit-learn", [], data.paths()[:RECORDINGS]
+    if not importlib.util.find_spec("sklearn"):
+        return Finding(name, "cpu", NOT_CHECKED, "scikit-learn is not installed")
+    for path in paths:
+        call = data.load(path)
+        columns: Any = [*([argument] for argument in call.arguments[:6]), call.anchors]
+        got = paa_reassign_batch(*columns, num_classes=call.num_classes, num_gts=[call.num_gt])
+        wanted = reference.paa_reassign(*call.arguments, num_classes=call.num_classes)
+        targets = [*got.label, *got.label_weight, *got.bbox_weight]
+        if not all(map(torch.equal, targets, wanted[:3])) or int(got.num_pos) != wanted[3]:
+            problems.append(f"{call.name} differs")
+    return Finding(name, "cpu", *_judge(problems, f"{len(paths)} recorded images equal"))
+
+
+def check_voting() -> Finding:
+    """The CPU against the published loop, on recordings."""
+    problems, worst = [], 0.0
+    calls = [data.load_voting(path)[0] for path in data.voting_paths()[:RECORDINGS]]
+    for call in calls:
+        columns: Any = [*([argument] for argument in call.arguments[:4]), call.score_thr]
+        voted, labels = score_voting_batch(*columns)
+        wanted, wanted_labels = reference.score_voting(*call.arguments)
+        worst = max(worst, float((voted[0] - wanted).abs().max())) if len(wanted) else worst
+        if worst > PIXELS or not torch.equal(labels[0], wanted_labels):
+            problems.append(f"{call.name} differs")
+    passed = f"{len(calls)} recorded calls within {worst:.0e} pixels"
+    return Finding("score voting against the published loop", "cpu", *_judge(problems, passed))
+
+
+def check_layouts(operation: Operation) -> Finding:
+    """The CPU on input that lies otherwise: the same bits."""
+    wanted = operation.run(*operation.arguments)
+    exact = operation._replace(relative=0.0, absolute=0.0)
+    problems = []
+    for layout in LAYOUTS:
+        problem = difference(operation.run(*map_tensors(layout.of, operation.arguments)), wanted, exact)
+        problems += [f"{layout.name}: {problem}"] if problem else []
+    return Finding(f"{operation.name}, layouts", "cpu", *_judge(problems, f"{len(LAYOUTS)} layouts, equal bits"))
+
+
+def check_repetitions(operation: Operation, device: str, arguments: Any, repeats: int) -> Finding:
+    """The same bits every time."""
+    wanted = [tensor.clone() for tensor in leaves(operation.run(*arguments))]
+    exact = operation._replace(relative=0.0, absolute=0.0)
+    for _ in range(repeats):
+        if problem := difference(list(leaves(operation.run(*arguments))), wanted, exact):
+            return Finding(f"{operation.name}, repetitions", device, FAILED, problem)
+    return Finding(f"{operation.name}, repetitions", device, OK, f"{repeats} times, equal bits")
+
+
+class DeviceChecks:
+    """The checks of one operation on a device: each method gives what is wrong, or None."""
+
+    def __init__(self, operation: Operation, other: Operation, cuda: Any) -> None:
+        self.operation, self.other, self.cuda = operation, other, cuda
+        self.inputs = cuda.move(operation.arguments)
+
+    def _changed(self) -> Any:
+        return self.other.run(*self.other.arguments)
+
+    def _change(self) -> None:
+        """The inputs get the values of the other operation, where they lie."""
+        for tensor, source in zip(leaves(self.inputs), leaves(self.cuda.move(self.other.arguments)), strict=True):
+            tensor.copy_(source)
+
+    def results(self) -> str | None:
+        """Of every dtype and layout, as on the CPU."""
+        for dtype in DTYPES:
+            arguments = cast(self.operation.arguments, dtype)
+            wanted = self.operation.run(*arguments)
+            for layout in (Layout("contiguous", lambda tensor: tensor), *LAYOUTS):
+                got = self.operation.run(*self.cuda.move(map_tensors(layout.of, arguments)))
+                if problem := difference(got, wanted, self.operation):
+                    return f"{dtype} {layout.name}: {problem}"
+        return None
+
+    def waiting(self) -> str | None:
+        """After a first call, which compiles, nothing waits for the device."""
+        self.operation.run(*self.inputs)
+        with self.cuda.nothing_waits():
+            self.operation.run(*self.inputs)
+        return None
+
+    def captured_graph(self) -> str | None:
+        """Replayed with changed inputs."""
+        result, replay = self.cuda.capture(lambda: self.operation.run(*self.inputs))
+        self._change()
+        for _ in range(3):
+            replay()
+        self.cuda.wait()
+        return difference(result, self._changed(), self.operation)
+
+    def busy_stream(self) -> str | None:
+        """What the stream did before counts."""
+        self.inputs = self.cuda.move(self.operation.arguments)
+        self.cuda.wait()
+        got = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*self.inputs), self._change)
+        return difference(got, self._changed(), self.operation)
+
+
+def check_device(operation: Operation, other: Operation, cuda: Any, repeats: int) -> Iterator[Finding]:
+    """One operation on the device; `other` has other values of the same shapes."""
+    checks = DeviceChecks(operation, other, cuda)
+    for run in (checks.results, checks.waiting, checks.captured_graph, checks.busy_stream):
+        name = f"{operation.name}, {run.__name__.replace('_', ' ')}"
+        try:
+            problem = run()
+        except Exception as error:  # whatever a device raises belongs in the report
+            problem = f"{type(error).__name__}: {str(error)[:160]}"
+        yield Finding(name, str(cuda.device), FAILED if problem else OK, problem or (run.__doc__ or "").rstrip("."))
+    yield check_repetitions(operation, str(cuda.device), checks.inputs, repeats)
+
+
+def check(cuda: Any = None, repeats: int = 1000) -> list[Finding]:
+    """All findings for the CPU and, with `cuda`, for that device, where calls are repeated `repeats` times for equal bits."""
+    findings = [check_reassignment(), check_voting()]
+    usual, other = operations(0), operations(1)
+    for operation in usual:
+        findings += [check_layouts(operation), check_repetitions(operation, "cpu", operation.arguments, 20)]
+    if cuda is None:
+        return [*findings, Finding("kernels on a GPU", "cuda", NOT_CHECKED, "torch finds no CUDA device here")]
+    for operation, changed in zip(usual, other, strict=True):
+        findings += check_device(operation, changed, cuda, repeats)
+    return findings
+
+
+def times(cuda: Any = None) -> list[tuple[str, ...]]:
+    """Medians of each operation: on the CPU, and on the device and the host that launches it."""
+    rows = []
+    for operation in operations():
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            operation.run(*operation.arguments)
+            taken.append(time.perf_counter() - start)
+        row = [operation.name, f"{statistics.median(taken) * 1e3:.3f} ms"]
+        if cuda is not None:
+            there = cuda.move(operation.arguments)
+            row += [f"{seconds * 1e6:.0f} us" for seconds in cuda.seconds(lambda: operation.run(*there))]  # noqa: B023
+        rows.append(tuple(row))
+    return rows
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown, to paste into a report."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def run_check(device: str | None = None, repeats: int = 1000) -> int:
+    """Print the report; 1 if something failed, else 0."""
+    cuda = Cuda(device or "cuda") if torch.cuda.is_available() and device != "cpu" else None
+    start = time.perf_counter()
+    findings = check(cuda, repeats)
+    print(table(("check", "device", "status", "detail"), list(findings)))
+    print("\n" + table(("median time", "CPU", *((f"{cuda.name}", "host that launches") if cuda else ())), times(cuda)))
+    count = {status: sum(finding.status == status for finding in findings) for status in (OK, FAILED, NOT_CHECKED)}
+    spent = time.perf_counter() - start
+    print(f"\n{count[OK]} checks passed, {count[FAILED]} failed, {count[NOT_CHECKED]} could not be made here; {spent:.0f} s")
+    return int(count[FAILED] > 0)
+
+
+def run_compile(device: str = "cpu") -> int:
+    """Compile what the operations need on a device, so that no later call has to; print how long each took."""
+    cuda = None if device == "cpu" else Cuda(device)
+    for operation in operations():
+        start = time.perf_counter()
+        for dtype in DTYPES:
+            arguments = cast(operation.arguments, dtype)
+            operation.run(*(arguments if cuda is None else cuda.move(arguments)))
+        print(f"{operation.name:<20}{time.perf_counter() - start:8.1f} s")
+    return 0

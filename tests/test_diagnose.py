@@ -1,0 +1,155 @@
+"""The report of `python -m paa_gpu check`: what it says without a GPU, and, on a stand-in for one, that each check can fail."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from paa_gpu import __main__, diagnose
+from paa_gpu.diagnose import FAILED, NOT_CHECKED, OK
+
+
+class StandIn:
+    """The CPU, asked as a GPU is."""
+
+    device, name = torch.device("cpu"), "stand-in"
+
+    def move(self, value):
+        return diagnose.map_tensors(lambda tensor: tensor.clone(), value)
+
+    def wait(self):
+        pass
+
+    @contextlib.contextmanager
+    def nothing_waits(self):
+        yield
+
+    def capture(self, call):
+        result = call()
+
+        def replay():
+            for tensor, new in zip(diagnose.leaves(result), diagnose.leaves(call()), strict=True):
+                tensor.copy_(new)
+
+        return result, replay
+
+    def beside_a_busy_stream(self, call, prepare):
+        prepare()
+        return call()
+
+    def seconds(self, call, repeats=2):
+        call()
+        return 1e-4, 2e-5
+
+
+@pytest.fixture(scope="module")
+def two():
+    return diagnose.operations(0), diagnose.operations(1)
+
+
+def check(cuda, operation, other):
+    return {finding.check.partition(", ")[2]: finding for finding in diagnose.check_device(operation, other, cuda, 2)}
+
+
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow), 4, 5])
+def test_all_passes_where_nothing_is_broken(two, place):
+    findings = check(StandIn(), two[0][place], two[1][place])
+    assert list(findings) == ["results", "waiting", "captured graph", "busy stream", "repetitions"]
+    assert [finding.status for finding in findings.values()] == [OK] * 5, findings
+
+
+class WrongValues(StandIn):
+    def move(self, value):
+        return diagnose.map_tensors(lambda tensor: tensor + 1 if tensor.is_floating_point() else tensor.clone(), value)
+
+
+class Waits(StandIn):
+    @contextlib.contextmanager
+    def nothing_waits(self):
+        raise RuntimeError("called a synchronizing CUDA operation")
+        yield
+
+
+class KeepsAddresses(StandIn):
+    """A graph that does not see changed inputs."""
+
+    def capture(self, call):
+        return call(), lambda: None
+
+
+class Overtakes(StandIn):
+    """A call that does not queue behind its stream."""
+
+    def beside_a_busy_stream(self, call, prepare):
+        result = call()
+        prepare()
+        return result
+
+
+@pytest.mark.parametrize(
+    ("cuda", "broken"),
+    [(WrongValues, "results"), (Waits, "waiting"), (KeepsAddresses, "captured graph"), (Overtakes, "busy stream")],
+)
+def test_each_check_can_fail(two, cuda, broken):
+    operation, other = two[0][4], two[1][4]
+    findings = check(cuda(), operation, other)
+    assert findings[broken].status == FAILED and findings[broken].detail
+    if cuda is not WrongValues:
+        assert [name for name, finding in findings.items() if finding.status == FAILED] == [broken]
+
+
+def test_repetitions_that_differ(two):
+    calls = iter(range(100))
+    drifting = two[0][2]._replace(run=lambda x: x + next(calls) * 1e-16)
+    finding = diagnose.check_repetitions(drifting, "cpu", (torch.zeros(3, dtype=torch.float64),), 3)
+    assert finding.status == FAILED and "result 1 of 1" in finding.detail
+
+
+def test_layouts_that_differ(two):
+    careless = two[0][2]._replace(run=lambda x: torch.tensor(x.storage_offset() + x.stride(0)))
+    assert diagnose.check_layouts(careless).status == FAILED
+
+
+@pytest.mark.slow
+def test_the_report(capsys, monkeypatch):
+    """Without a GPU: the CPU's findings, and what could not be checked; 1 if something fails."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(diagnose, "RECORDINGS", 2)
+    assert __main__.main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert "| kernels on a GPU | cuda | not checked | torch finds no CUDA device here |" in printed
+    assert "2 recorded images equal" in printed and "14 checks passed, 0 failed, 1 could not be made here" in printed
+    for operation in diagnose.operations():
+        assert printed.count(f"| {operation.name}") == 3  # layouts, repetitions, times
+    monkeypatch.setattr(diagnose, "PIXELS", -1.0)
+    assert diagnose.run_check() == 1
+    assert "| score voting against the published loop | cpu | FAILED |" in capsys.readouterr().out
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setattr(diagnose.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(diagnose, "RECORDINGS", 1)
+    first = diagnose.check_reassignment()
+    assert (first.status, first.detail) == (NOT_CHECKED, "scikit-learn is not installed")
+
+
+def test_a_device_in_the_report(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(diagnose, "Cuda", lambda device: StandIn())
+    monkeypatch.setattr(diagnose, "check", lambda cuda, repeats: [diagnose.Finding("a | b", "cuda", OK, f"{repeats} times")])
+    assert diagnose.run_check(repeats=7) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "| a / b | cuda | ok | 7 times |" in printed
+        and "| stand-in | host that launches |" in printed
+        and "| 100 us | 20 us |" in printed
+    )
+
+
+def test_compile(capsys):
+    assert __main__.main(["compile"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        operation.name for operation in diagnose.operations()
+    ]
