@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit
+from paa_gpu.separation import tie_tolerance
 
 
 @triton.jit
@@ -105,16 +106,21 @@ def _choose_kernel(
     tried_ptrs,  # the seven tensors of `empty_fit`, for G n_init rows
     fit_ptrs,  # the same, for G rows
     n_init,
+    tie: tl.float64,
     K: tl.constexpr,
     KP: tl.constexpr,
 ):
-    """The fit with the highest lower bound of each row, the first one where equal; none is valid: the first."""
+    """The fit with the highest lower bound of each row, the first one where they tie; none is valid: the first."""
     g = tl.program_id(0).to(tl.int64)
-    best, highest = g * n_init, tl.full((), float("-inf"), tl.float64)
+    highest = tl.full((), float("-inf"), tl.float64)
     for number in range(g * n_init, (g + 1) * n_init):
         lower_bound = tl.load(tried_ptrs[3] + number).to(tl.float64)
-        better = lower_bound > highest  # not where it is NaN
-        best, highest = tl.where(better, number, best), tl.where(better, lower_bound, highest)
+        highest = tl.where(lower_bound > highest, lower_bound, highest)  # not where it is NaN
+    best = (g + 1) * n_init
+    for number in range(g * n_init, (g + 1) * n_init):
+        lower_bound = tl.load(tried_ptrs[3] + number).to(tl.float64)
+        best = tl.minimum(best, tl.where(lower_bound >= highest - tie, number, best))
+    best = tl.where(best < (g + 1) * n_init, best, g * n_init)
     j = tl.arange(0, KP)
     for part in tl.static_range(3):
         values = tl.load(tried_ptrs[part] + best * K + j, mask=j < K, other=0.0)
@@ -126,7 +132,9 @@ def _choose_kernel(
 def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
     """Fill `fit` with the best of the `n_init` fits of each row: one launch."""
     rows, n_components = fit[0].shape
-    _choose_kernel[(rows,)](tried, fit, n_init, K=n_components, KP=triton.next_power_of_2(n_components), num_warps=1)
+    _choose_kernel[(rows,)](
+        tried, fit, n_init, tie_tolerance(fit[0].dtype), K=n_components, KP=triton.next_power_of_2(n_components), num_warps=1
+    )
 
 
 def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:

@@ -65,7 +65,8 @@ def fit_gmm_1d(
             "kmeans": the two centres with the least sum of squares in rows of up to 64 values; else Lloyd's iteration, from the
             row's mean as the boundary of two, from the quantiles for more, until no value changes sides, or 50 times;
             "random": values of the row at k positions drawn without replacement.
-        n_init: with "random", starts of each row, of which the one with the highest lower bound is kept, the first where equal.
+        n_init: with "random", starts of each row, of which the one with the highest lower bound is kept, the first of those
+            within 1e-9 of it (float32: that equal it).
             Another start is the same every time, and taken once.
         generator: with "random", a seed in [0, 2^63), or a `torch.Generator`, which it takes one from (None: torch's own for the
             CPU). The same seed draws the same positions on every device: Philox, counted by row, start and component.

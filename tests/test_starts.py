@@ -179,7 +179,8 @@ def test_the_best_of_random_starts(k, rng):
         drawn = [positions(2**40 + 5, i, attempt, 30, k) for attempt in range(6)]
         begin = [extended_em.start(row, extended_em.centres(row, k, "random", np.array(position))) for position in drawn]
         fits = [extended_em.fit(row, **initial) for initial in begin]
-        assert_close(got, max(fits, key=lambda fit: fit.lower_bound), i)
+        highest = max(fit.lower_bound for fit in fits)
+        assert_close(got, next(fit for fit in fits if fit.lower_bound >= highest - 1e-9), i)
 
 
 def test_seeds(rng):

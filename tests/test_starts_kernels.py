@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_execution import assert_written, poisoned_outputs, slow_interpreted
+from kernel_execution import assert_written, execute, poisoned_outputs, slow_interpreted
 from test_starts import SHAPES, philox
 
 from paa_gpu import _ops, testing
@@ -25,11 +25,11 @@ def assert_same(got, wanted, tolerance=1e-9):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def both(request, *arguments):
+def both(execution, *arguments):
     """The same call by the loops of the CPU, then inside the execution."""
     wanted = _ops.fit_gmm_1d(*arguments)
-    request.getfixturevalue("session")
-    return run(*arguments), wanted
+    with execute(execution):
+        return run(*arguments), wanted
 
 
 def rows_of(size, rng):
@@ -45,20 +45,20 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_starts(request, case, rng):
+def test_starts(execution, case, rng):
     size, k, init, n_init, covariance_type = case
     x = rows_of(size, rng)
     x[1, -1] = torch.nan
-    got, wanted = both(request, x, None, None, None, None, None, covariance_type, *BASE[1:], k, init, n_init, 2**40 + 3)
+    got, wanted = both(execution, x, None, None, None, None, None, covariance_type, *BASE[1:], k, init, n_init, 2**40 + 3)
     assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_given_values_that_are_not_finite_or_make_no_mixture(request, k, rng):
+def test_given_values_that_are_not_finite_or_make_no_mixture(execution, k, rng):
     x = rows_of(20, rng)[:1].expand(5, -1)
     weights, means, precisions = torch.full((5, k), 1 / k), torch.arange(k).expand(5, -1).double().clone(), torch.ones(5, k)
     weights[1, 0], means[2, 0], precisions[3, 0], weights[4, 0] = -1.0, torch.nan, 0.0, torch.inf
-    got, wanted = both(request, x, None, None, weights, means, precisions, *BASE, k)
+    got, wanted = both(execution, x, None, None, weights, means, precisions, *BASE, k)
     assert wanted[-1].tolist() == [True, False, True, False, True]
     assert_same(got, wanted)
 

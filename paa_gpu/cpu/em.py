@@ -238,11 +238,13 @@ def fit_options(
 
 
 def _best(results: tuple[Array, ...], rows: int, n_init: int) -> tuple[Array, ...]:
-    """The fit with the highest lower bound of each row, the first one where equal."""
+    """The fit with the highest lower bound of each row, the first one where they tie: starts that end in one place do."""
     if n_init == 1:
         return results
     lower_bound = results[3].reshape(rows, n_init)
-    best = np.where(np.isnan(lower_bound), -np.inf, lower_bound).argmax(1) + np.arange(rows) * n_init
+    lower_bound = np.where(np.isnan(lower_bound), -np.inf, lower_bound)
+    tie = tie_tolerance(PRECISIONS[str(lower_bound.dtype)])
+    best = (lower_bound >= lower_bound.max(1, keepdims=True) - tie).argmax(1) + np.arange(rows) * n_init
     return tuple(result[best] for result in results)
 
 
