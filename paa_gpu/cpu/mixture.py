@@ -250,5 +250,5 @@ def read_mixture(
     pieces = np.zeros(spans + rows if summed else 0)
     over_slices(_read_spans, spans, SERIAL_SPANS, wanted, x, start, size, parameters, answer, pieces)
     if summed:
-        return torch.from_numpy(_sums(start, pieces).astype(real, copy=False))
+        return torch.from_numpy(_sums(start, pieces).astype(real))
     return torch.from_numpy(answer.reshape(*x.shape, components) if proba else answer.reshape(x.shape))
