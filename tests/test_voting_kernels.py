@@ -274,3 +274,16 @@ def test_only_what_is_read_is_turned_around(rng):
     read = 6000 * (4 + 1) * 4
     assert work.store_bytes == read
     assert work.load_bytes <= 32 * 6000 * (4 + 32) * 4 and work.load_sectors <= 6000 * (1 + 1) + 20_000
+
+
+def test_padded_detections(session, rng):
+    """Images of one size in one tensor each, some detections of which are padding."""
+    columns = testing.make_predictions([(3, 40)] * 2, rng, num_classes=3)
+    tensors = [torch.stack(column) for column in columns]
+    tensors[1][1, 1:] = torch.iinfo(torch.int64).max
+    with poisoned_outputs():
+        got = _ops.score_voting_padded(*tensors, *USUAL)
+    assert_written(*got)
+    wanted = cpu.score_voting_padded(*tensors, *USUAL)
+    assert got[0].shape == (2, 3, 5)
+    assert_close([part.flatten(0, 1) for part in got], [part.flatten(0, 1) for part in wanted])
