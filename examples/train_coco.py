@@ -207,14 +207,17 @@ def main(argv: list[str] | None = None) -> float | None:
     )
     detector = Detector(options.backbone, len(data.categories), options.pretrained).to(device)
     optimizer = torch.optim.AdamW(detector.parameters(), options.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.epochs * len(loader))
     checkpoint, start = options.out / "checkpoint.pt", 0
     if options.resume:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         detector.load_state_dict(state["detector"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["epoch"]
+    steps = options.epochs * len(loader)
+    # The learning rate follows the number of epochs asked for now, also where training goes on.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - step / steps) ** 0.9, last_epoch=start * len(loader) - 1
+    )
     model: Any = DistributedDataParallel(detector, [device] if cuda else None) if dist.is_initialized() else detector
     options.out.mkdir(parents=True, exist_ok=True)
     for epoch in range(start, options.epochs):
@@ -222,7 +225,7 @@ def main(argv: list[str] | None = None) -> float | None:
             sampler.set_epoch(epoch)
         train_epoch(model, optimizer, schedule, loader, device, epoch)
         if rank() == 0:
-            state = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "epoch": epoch + 1, "categories": data.categories}, checkpoint)
     precision = None
     if rank() == 0 and options.test_annotations:

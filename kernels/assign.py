@@ -108,7 +108,7 @@ def _blocks(level_ptr, n_levels, BLOCK: tl.constexpr):
 @triton.jit
 def _block(level_ptr, n_levels, like, block, BLOCK: tl.constexpr):
     """The anchors of a block, which are of one level; their places in the image; and which of them there are."""
-    level, in_level, first_anchor = tl.zeros((), tl.int32), block, tl.zeros((), tl.int64)
+    level, in_level, first_anchor = tl.zeros((), tl.int32), block + tl.zeros((), tl.int32), tl.zeros((), tl.int64)
     size = tl.load(level_ptr + 1)
     for i in range(1, n_levels):
         of_level = tl.cdiv(size, BLOCK).to(tl.int32)

@@ -255,7 +255,7 @@ def _fit_rows_kernel(
         extent = tl.where(valid, largest - smallest, 0.0)
         origin = (seed, g, number % n_init)
         w0, w1, m0, m1, v0, v1, good = _start(
-            whole, extent, origin, inits, reg_covar.to(DTYPE), sum_tolerance, INIT, TIED, BLOCK_K
+            whole, extent, origin, inits, tl.full((), reg_covar, DTYPE), sum_tolerance, INIT, TIED, BLOCK_K
         )
         start = (w0, w1, m0, m1, v0, v1)
         valid &= good

@@ -294,7 +294,7 @@ def _pass_kernel(
             elif phase == LLOYD:
                 following = _after_lloyd(passes, parts_ptr, floats_ptr, keys_ptr, KP, PROGRAMS, PP)
             else:
-                weight, mean, variance = _maximise(parts_ptr, reg_covar.to(DTYPE), TIED, K, KP, PROGRAMS, PP)
+                weight, mean, variance = _maximise(parts_ptr, tl.full((), reg_covar, DTYPE), TIED, K, KP, PROGRAMS, PP)
                 _store_state(floats_ptr, WEIGHT, weight, KP)
                 _store_state(floats_ptr, MEAN, mean, KP)
                 _store_state(floats_ptr, VARIANCE, variance, KP)
@@ -303,7 +303,7 @@ def _pass_kernel(
                     total = tl.max(tl.sum(_load_parts(parts_ptr, 3, 0.0, PROGRAMS, PP, KP), 0), 0)
                     lower_bound = total / n.to(DTYPE) - HALF_LOG_2PI
                     previous = tl.where(passes > 1, tl.load(fit_ptrs[3] + number), float("-inf"))
-                    converged = tl.abs(lower_bound - previous) < tol.to(DTYPE)
+                    converged = tl.abs(lower_bound - previous) < tl.full((), tol, DTYPE)
                     following = tl.where((passes < max_iter) & (converged == 0), EM, DONE)
                     tl.debug_barrier()
                     tl.store(fit_ptrs[3] + number, lower_bound)
@@ -326,13 +326,13 @@ def _pass_kernel(
 
 
 def launch_rule(width: int, n_components: int) -> dict[str, Any]:
-    """Programs that share a row, and what they are compiled for: tiles of 512 numbers for 4 warps, products not fused."""
+    """Programs that share a row, and what they are compiled for: tiles of 256 numbers for 4 warps, products not fused."""
     programs = min(triton.cdiv(width, PART), MOST_PROGRAMS)
     components = triton.next_power_of_2(n_components)
     return {
         "K": n_components,
         "KP": components,
-        "BLOCK": 512 // components,
+        "BLOCK": 256 // components,
         "PROGRAMS": programs,
         "PP": triton.next_power_of_2(programs),
         "num_warps": 4,

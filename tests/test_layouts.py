@@ -106,7 +106,10 @@ FUNCTIONS = {
         lambda *tensors: paa_gpu.select_candidates(*tensors, [60, 20, 0, 5], num_gt=4),
         [BATCH[0][0], BATCH[4][0], BATCH[5][0]],
     ),
-    "fit_gmm_1d": (fit, [ROWS, torch.tensor([45, 2, 0, 1, 9, 30, 44]), torch.rand(7, 2), torch.rand(7, 2), torch.rand(7, 2)]),
+    "fit_gmm_1d": (
+        fit,
+        [ROWS, torch.tensor([45, 2, 0, 1, 9, 30, 44]), torch.full((7, 2), 0.5), torch.rand(7, 2), torch.rand(7, 2)],
+    ),
     "fit_gmm_1d-list": (fit_rows, [[row[: 3 + 5 * i] for i, row in enumerate(ROWS)]]),
     "score_voting_batch": (lambda *tensors: paa_gpu.score_voting_batch(*tensors, 0.05), PREDICTIONS),
     "score_voting": (lambda *tensors: paa_gpu.score_voting(*tensors, 0.05), [column[0] for column in PREDICTIONS]),
