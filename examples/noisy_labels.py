@@ -1,9 +1,10 @@
 """Find wrong labels by their losses: `python examples/noisy_labels.py`, then look at noisy_labels.png.
 
-This is the idea of DivideMix and its relatives. Two of five labels of scikit-learn's handwritten digits are drawn at random.
-A small network learns right labels before it learns wrong ones by heart. So after a few epochs the losses form two groups,
-and a mixture of two Gaussians divides them. The network then learns from the low group alone. Needs `pip install -e
-.[examples]`.
+This is the idea of DivideMix and its relatives. Three of five labels of scikit-learn's handwritten digits are drawn at
+random. A small network learns right labels before it learns wrong ones by heart. So after a few epochs the losses form two
+groups, and a mixture of two Gaussians divides them. A new network then learns from the low group alone. With fewer wrong
+labels, or fewer epochs, all labels serve as well: a network learns wrong ones by heart only after a while. Needs `pip
+install -e .[examples]`.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def train(pixels: Tensor, labels: Tensor, epochs: int, name: str) -> nn.Module:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, default=0.4, help="part of the labels that is drawn at random")
+    parser.add_argument("--noise", type=float, default=0.6, help="part of the labels that is drawn at random")
     parser.add_argument("--warm-up", type=int, default=10, help="epochs before the losses are divided")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs after that")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs after that")
     parser.add_argument("--out", default="noisy_labels.png")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
