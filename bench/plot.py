@@ -34,9 +34,9 @@ PROVIDERS = {
     "limit": ("physical limit", "#999999"),
 }
 
-EXPLANATION = """`make bench` measures what stands here. All providers get the same inputs, one after the other in one run, and every result is checked before
-it is timed. The physical limit of a reassignment is to copy its three outputs once, into new memory, and to take one exp and one log (numpy's)
-for each candidate and iteration of the fit. The physical limit of a fit is the exp and the log alone."""
+EXPLANATION = """`make bench` measures the figures of this page. All providers get the same inputs, one after the other in one run. Every result is checked before it is
+timed. The physical limit is the least that any program must do. For a reassignment, this is one copy of its three outputs into new memory, and one exp
+and one log (numpy's) for each candidate and iteration of the fit. For a fit, it is only the exp and the log."""
 
 #: The cases of the README, in words.
 HEADLINE = {
@@ -192,7 +192,7 @@ def main(paths: list[str]) -> None:
     if len(results) > 1:
         scaling_picture(results[1], docs / "scaling.png")
         page += (
-            "\n## How it grows\n\nSlopes of log(y) against log(x) over the upper half of each axis; above 1 is faster than linear.\n\n"
+            "\n## How it grows\n\nThe table gives slopes of log(y) against log(x) over the upper half of each axis. A slope of 1 is linear growth.\n\n"
             f"{scaling_table(results[1])}\n\n![Time, memory and work against size](scaling.png)\n\n{caption(results[1])}\n"
         )
     (docs / "benchmarks.md").write_text(page)
