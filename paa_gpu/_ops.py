@@ -398,6 +398,16 @@ def score_voting_padded(
     return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
 
 
+def empty_fused(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `weighted_boxes_fusion`."""
+    return (
+        boxes.new_empty((images, room, 4)),
+        scores.new_empty((images, room)),
+        boxes.new_empty((images, room), dtype=torch.int64),
+        boxes.new_empty(images, dtype=torch.int64),
+    )
+
+
 @_operator("nms")
 def batched_nms(
     boxes: Tensor,
@@ -448,3 +458,25 @@ def _empty_rows(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def empty_masks(pos_inds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     potential = sum(inds.shape[0] for inds in pos_inds)
     return pos_inds[0].new_empty(potential, dtype=torch.bool), pos_inds[0].new_empty(potential, dtype=torch.bool)
+
+
+@_operator("fusion")
+def weighted_boxes_fusion(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    iou_thr: float,
+    skip_box_thr: float,
+    conf_type: str,
+    allows_overflow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes [B, M, 4], scores, labels [B, M], count [B], then zeros, and -1 for labels. M is the most boxes of an image.
+
+    Flat boxes [T, 4], scores [T], labels [T]: image after image, of each the models, so that there are B * len(weights) lengths.
+    """
+    models = len(weights)
+    images = len(lengths) // models
+    room = max(sum(lengths[image * models : (image + 1) * models]) for image in range(images))
+    return empty_fused(boxes, scores, images, room)

@@ -1,0 +1,136 @@
+"""Weighted boxes fusion: the boxes of several models become one set, in which boxes that overlap are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import (
+    FLOATS,
+    INTEGERS,
+    check_bool,
+    check_float,
+    check_list,
+    check_non_negative,
+    check_option,
+    check_positive,
+    check_tensor,
+)
+
+__all__ = ["FusedBoxes", "weighted_boxes_fusion"]
+
+CONF_TYPES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
+
+MOST_MODELS = 64  # which models a cluster has is told by the bits of an integer
+
+
+class FusedBoxes(NamedTuple):
+    """The fused boxes of N images with room for M each: the first `count` of a row, then zeros, and -1 for labels."""
+
+    boxes: Tensor  #: Tensor[N, M, 4], of the dtype of the input
+    scores: Tensor  #: Tensor[N, M], of the dtype of the input; descending
+    labels: Tensor  #: Tensor[N, M] int64
+    #: Tensor[N] int64, on the device
+    count: Tensor  # type: ignore[assignment]
+
+
+def weighted_boxes_fusion(
+    boxes: Sequence[Sequence[Tensor]],
+    scores: Sequence[Sequence[Tensor]],
+    labels: Sequence[Sequence[Tensor]],
+    weights: Sequence[float] | None = None,
+    iou_thr: float = 0.55,
+    skip_box_thr: float = 0.0,
+    conf_type: str = "avg",
+    allows_overflow: bool = False,
+) -> FusedBoxes:
+    """Fuse the boxes of several models, or of several views of an image, for a batch of images at once.
+
+    The boxes of a class are taken by weighted score, the best first. A box joins the cluster whose fused box it overlaps most, if
+    that IoU exceeds `iou_thr`; otherwise it begins a cluster. The fused box of a cluster is the mean of its boxes, weighted with
+    their weighted scores.
+
+    Args:
+        boxes: for each image a list with a tensor for each model: Tensor[K, 4] floating, x1, y1, x2, y2 as fractions of the
+            image's width and height. K may be 0, and may differ. Swapped corners are swapped back, and corners outside are
+            clipped to [0, 1].
+        scores: the same of Tensor[K] floating.
+        labels: the same of Tensor[K] of any integer dtype.
+        weights: of the models, positive; None: 1 for each. A weighted score is a score times the weight of its model.
+        iou_thr: not negative.
+        skip_box_thr: boxes of a lower score are left out. It is rounded to the dtype of the scores before.
+        conf_type: the score of a cluster. "avg": the mean of the weighted scores, times the number of its boxes, but at most of
+            the models, divided by the sum of all weights. "max": the highest weighted score divided by the highest weight.
+            "box_and_model_avg": the sum of the weighted scores, divided by that of the boxes' weights, times the sum of the
+            weights of the cluster's models, divided by the sum of all weights. "absent_model_aware_avg": the sum of the weighted
+            scores, divided by that of the boxes' weights and the weights of the models without a box in the cluster.
+        allows_overflow: "avg" multiplies with the number of boxes even where that is larger than the number of models, so that
+            scores may exceed 1.
+
+    Returns:
+        `FusedBoxes`, by score, descending. Nothing synchronises. M is the largest number of boxes of an image, over all models.
+
+    Raises:
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; a number out of range; an unknown `conf_type`; no model,
+            more than 64 models, or not as many models in each image; not as many weights.
+
+    The results are those of `ensemble_boxes.weighted_boxes_fusion`, rounded to the dtypes of the inputs: exactly for up to 7
+    models, and to the last digits for more. It computes in float64, and holds the fused box and score of a cluster of more than
+    one box in float32, sums included; so does this function, as under numpy 2. Boxes without area are left out. Equal weighted
+    scores of a class: the later model first, in a model the later box. Equal fused scores: the later class, in the order in which
+    classes first appear, then the later cluster. (There numpy's sort, which is not stable, decides.) What differs: scores that
+    are not finite, and boxes with a NaN, are left out. Boxes of score 0 that are fused with each other alone have a NaN for each
+    corner, as there; a `skip_box_thr` above 0 avoids it. Inputs are not modified and no graph is recorded. On a GPU one
+    program takes a class of an image, box after box. Source: Weighted boxes fusion (arXiv 1910.13302).
+    """
+    columns = _check_boxes(boxes, scores, labels)
+    models = len(boxes[0])
+    weights = _check_weights(weights, models)
+    check_non_negative("iou_thr", iou_thr)
+    check_float("skip_box_thr", skip_box_thr)
+    check_option("conf_type", conf_type, CONF_TYPES)
+    check_bool("allows_overflow", allows_overflow)
+    lengths = [part.shape[0] for part in columns[0]]
+    box, score, label = (torch.cat(column).detach() for column in columns)
+    options = iou_thr, skip_box_thr, conf_type, allows_overflow
+    return FusedBoxes(*_ops.weighted_boxes_fusion(box, score, label, lengths, weights, *options))
+
+
+def _check_weights(weights: Any, models: int) -> list[float]:
+    if weights is None:
+        return [1.0] * models
+    check_list("weights", weights, "model", length=models, like="`boxes[0]`")
+    for t, weight in enumerate(weights):
+        check_positive(f"weights[{t}]", weight)
+    return [float(weight) for weight in weights]
+
+
+def _check_boxes(boxes: Any, scores: Any, labels: Any) -> list[list[Tensor]]:
+    """Three columns of tensors, image after image, of each the models."""
+    check_list("boxes", boxes)
+    check_list("scores", scores, length=len(boxes), like="`boxes`")
+    check_list("labels", labels, length=len(boxes), like="`boxes`")
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for i, image in enumerate(zip(boxes, scores, labels, strict=True)):
+        check_list(f"boxes[{i}]", image[0], "model", None if i == 0 else len(boxes[0]), "`boxes[0]`")
+        if len(image[0]) > MOST_MODELS:
+            raise ValueError(f"`boxes[{i}]` must have at most {MOST_MODELS} entries, got {len(image[0])}")
+        check_list(f"scores[{i}]", image[1], "model", len(image[0]), f"`boxes[{i}]`")
+        check_list(f"labels[{i}]", image[2], "model", len(image[0]), f"`boxes[{i}]`")
+        for t, part in enumerate(zip(*image, strict=True)):
+            parts.append(_check_model(f"[{i}][{t}]", *part, parts[0] if parts else None))
+    return [list(column) for column in zip(*parts, strict=True)]
+
+
+def _check_model(
+    end: str, boxes: Tensor, scores: Tensor, labels: Tensor, first: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtypes: Any = (FLOATS, FLOATS, INTEGERS) if first is None else [(tensor.dtype,) for tensor in first]
+    check_tensor(f"boxes{end}", boxes, (None, 4), dtypes[0], None if first is None else first[0].device)
+    check_tensor(f"scores{end}", scores, (boxes.shape[0],), dtypes[1], boxes.device)
+    check_tensor(f"labels{end}", labels, (boxes.shape[0],), dtypes[2], boxes.device)
+    return boxes, scores, labels
