@@ -236,8 +236,17 @@ def _text() -> Any:
     """A context in which all text has `POINTS` points. The caller's settings stay as they are."""
     from matplotlib import rc_context
 
-    names = ("font.size", "figure.titlesize", *(f"{of}.labelsize" for of in ("axes", "xtick", "ytick")))
-    return rc_context(dict.fromkeys((*names, "axes.titlesize", "legend.fontsize"), POINTS))
+    names = (
+        "font.size",
+        "figure.titlesize",
+        "axes.titlesize",
+        "axes.labelsize",
+        "xtick.labelsize",
+        "ytick.labelsize",
+        "legend.fontsize",
+    )
+    settings: Any = dict.fromkeys(names, POINTS)
+    return rc_context(settings)
 
 
 def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
