@@ -112,15 +112,17 @@ def operations() -> dict[str, int]:
 def draw(result: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
     for axis, what, scale, label in zip(axes, ("bytes", "seconds"), (2**20, 1), ("peak memory [MiB]", "time [s]"), strict=True):
         for name, color, text in (("matrix", "#0072B2", "torchvision, with the matrix"), ("paa_gpu", "#D55E00", "accelerated")):
             known = [(one["boxes"], max(one[name][what] / scale, 1e-3)) for one in result["points"] if name in one]
             axis.loglog(*zip(*known, strict=True), marker="o", color=color, label=text)
         axis.set(xlabel="boxes in the image", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(file, dpi=90)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:,g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:

@@ -142,9 +142,13 @@ def fit_limit(count: torch.Tensor, n_iter: torch.Tensor) -> Callable[[], None]:
 DIVIDEMIX = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
 
 
-def mixture_library(rows: list[torch.Tensor]) -> tuple[paa_gpu.GaussianMixture1D, Any]:
-    """The fit and the probabilities of the low component; rows of one length are a table."""
-    x = torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
+def mixture_input(rows: list[torch.Tensor]) -> Any:
+    """What the library takes: rows of one length as a table."""
+    return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
+
+
+def mixture_library(x: Any) -> tuple[paa_gpu.GaussianMixture1D, Any]:
+    """The fit and the probabilities of the low component."""
     fit = paa_gpu.fit_gmm_1d(x, init="kmeans", **DIVIDEMIX)
     return fit, fit.low_probability(x)
 
@@ -172,11 +176,12 @@ def mixture_scikit_learn(rows: list[torch.Tensor]) -> list[Any]:
 
 
 def two_means_start(x: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The start from the best division of x in two groups: scikit-learn's M-step, in the ascending order of the groups."""
-    ordered, count = np.sort(x), np.arange(1, len(x))
-    total, sums = ordered.sum(), np.cumsum(ordered)[:-1]
-    split = int((sums**2 / count + (total - sums) ** 2 / (len(x) - count)).argmax()) + 1
-    groups = ordered[:split], ordered[split:]
+    """The start from two means: Lloyd's iteration from the row's mean to its fixed point, then scikit-learn's M-step."""
+    x = x.astype(np.float64)
+    boundary, before = x.mean(), np.inf
+    while boundary != before:
+        groups = x[x <= boundary], x[x > boundary]
+        before, boundary = boundary, (groups[0].mean() + groups[1].mean()) / 2
     return {
         "weights_init": np.array([len(group) for group in groups]) / len(x),
         "means_init": np.array([[group.mean()] for group in groups]),

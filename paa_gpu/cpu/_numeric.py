@@ -104,6 +104,10 @@ def negative_exp2(x: Any) -> Any:
     return np.exp2(-x)
 
 
+# exp(-x) = 2^(-x / log 2), and zero beyond where numbers begin to lose bits: 4e-308, in float32 2e-38.
+PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1021.0, 125.0
+
+
 # No sums in another order here, whatever the caller allows: the whole part comes from what rounding leaves of x.
 @overload(negative_exp2, jit_options={"fastmath": {"contract"}})
 def _negative_exp2(x: Any) -> Any:

@@ -107,8 +107,8 @@ def _start(
         if init == KMEANS:
             kmeans(y[:size], centre)
         divide(y[:size], centre, resp)
-        resp[:, size:] = 0
-        _maximisation(y, resp[0], resp[1], tied, reg_covar, empty, weight, mean, variance)
+        resp[:, size : len(y)] = 0
+        _maximisation(y, resp[0][: len(y)], resp[1][: len(y)], tied, reg_covar, empty, weight, mean, variance)
     if not take:
         return True
     return take_given(row, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance)
@@ -160,13 +160,14 @@ def fit_rows(
             score[row] = -np.inf
         smallest, largest, finite = _extent(y[:size])
         valid[row] = size >= 2 and finite
-        resp = resp_row[:, : len(y)]
-        r0, r1, weight, mean, variance = resp[0], resp[1], weights[row], means[row], variances[row]
+        # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
+        r0, r1 = resp_row[0][: len(y)], resp_row[1][: len(y)]
+        weight, mean, variance = weights[row], means[row], variances[row]
         if valid[row]:
             y[:size] -= smallest
             valid[row] = _start(
                 y, values, smallest, largest - smallest, init, seed, row // n_init, row % n_init, weights_init, means_init,
-                precisions_init, sum_tolerance, tied, floor, empty, resp, weight, mean, variance,
+                precisions_init, sum_tolerance, tied, floor, empty, resp_row, weight, mean, variance,
             )  # fmt: skip
         if not valid[row]:
             void(row, weights, means, variances, lower_bound, n_iter, converged, valid)

@@ -162,7 +162,8 @@ def kmeans(y: Any, centre: Any) -> None:
 @compiled
 def divide(y: Any, centre: Any, resp: Any) -> None:
     """resp[j]: 1 where a value belongs to centre j, else 0."""
-    edge = boundaries(centre)
+    edge, zero, one = boundaries(centre), y.dtype.type(0), y.dtype.type(1)
     for j in range(len(centre)):
+        low, high, inside = edge[j], edge[j + 1], resp[j]
         for i in range(len(y)):
-            resp[j, i] = (y[i] > edge[j]) & (y[i] <= edge[j + 1])
+            inside[i] = one if (y[i] > low) & (y[i] <= high) else zero
