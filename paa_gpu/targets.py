@@ -12,7 +12,7 @@ pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ def assign_targets(
     assignment: Mapping[str, Any] | None = None,
     losses: Mapping[str, Any] | None = None,
     reassignment: Mapping[str, Any] | None = None,
+    classification: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Targets:
     """The targets of a batch.
 
@@ -70,6 +71,8 @@ def assign_targets(
         num_classes: C, the label of background.
         pos_weight: the classification weight of positives and of potential positives.
         assignment, losses, reassignment: options of `assign_max_iou`, `candidate_losses` and `paa_reassign_batch`, by name.
+        classification: the classification losses Tensor[N * A] for labels and weights Tensor[N * A], instead of those of
+            `candidate_losses`: for who has to round as somebody else does. None: those of `candidate_losses`.
 
     Returns:
         `Targets`. Its list of positives has S = min(G * K, N * A) entries. G is the number of ground truths of the batch. K is
@@ -97,10 +100,14 @@ def assign_targets(
     bbox_target = torch.cat([boxes[0].new_zeros(1, 4), *boxes]).index_select(0, row)
     weights = label_weight.unbind(), bbox_weight[..., None].expand(-1, -1, 4).unbind()
     pos_inds = torch.where(is_trained[1], torch.arange(gt_inds.shape[1], device=device), -1).unbind()
+    boxes_only = {} if classification is None else {"loss_cls_weight": 0.0}
     pos_losses = candidate_losses(
         anchors, cls_scores, bbox_preds, label.unbind(), weights[0], bbox_target.view(*gt_inds.shape, 4).unbind(), weights[1],
-        pos_inds, **(losses or {}),
+        pos_inds, **{**(losses or {}), **boxes_only},
     )  # fmt: skip
+    if classification is not None:
+        own = classification(label.flatten(), label_weight.flatten()).view_as(label)
+        pos_losses = list((torch.stack(pos_losses) + own).unbind())
     reassigned = paa_reassign_batch(
         pos_losses, label.unbind(), *weights, pos_inds, (gt_inds - 1).unbind(), anchors,
         num_classes=num_classes, num_gts=num_gts, **options,
@@ -132,7 +139,7 @@ def positive_losses(
     bbox_target = targets.bbox_target[index]
     iou = torch.where(found, iou_and_union(boxes.detach(), bbox_target)[0], 0)
     iou_pred = flatten_levels(iou_preds).flatten().index_select(0, index)
-    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou.to(iou_pred.dtype), reduction="none")
+    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none")
     return giou_loss(boxes, bbox_target) * found, cross_entropy * found, iou
 
 

@@ -242,7 +242,7 @@ if LADHead is not None:
         ) -> Any:
             """The teacher's assignment, which the student's loss takes: the results of LADHead's, see `LabelAssignment`."""
             truth = Truth.of(*args, **kwargs)
-            if not _whole(self, cls_scores, bbox_preds, truth):
+            if not _whole(self, truth):
                 return _assign(self, cls_scores, bbox_preds, truth)
             return LabelAssignment(*assign(self, cls_scores, bbox_preds, truth))
 
@@ -258,7 +258,7 @@ if LADHead is not None:
         ) -> dict[str, Tensor]:
             """The student's losses with its teacher's assignment: as LADHead's, and by LADHead where the teacher is not ours."""
             truth, given = Truth.of(*args, **kwargs), label_assignment_results
-            if isinstance(given, LabelAssignment) and _whole(self, cls_scores, bbox_preds, truth):
+            if isinstance(given, LabelAssignment) and _whole(self, truth):
                 maps = (cls_scores, bbox_preds, iou_preds)
                 return losses(self, maps, given.anchors, given.targets, len(truth.metas), by_iou=False)
             published: Callable[..., dict[str, Tensor]] = getattr(super(), LOSS)
@@ -273,17 +273,15 @@ else:
     LADHeadGPU = None  # type: ignore[misc,assignment]
 
 
-def _whole(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> bool:
-    """Whether nothing stands in the way: nothing of the head, labels of the ground truths, maps of one dtype. Under autocast the
-    head's own `get_pos_loss` computes in half precision, and other anchors become positive than in float32."""
-    alike = cls_scores[0].dtype == bbox_preds[0].dtype
-    return alike and truth.labels is not None and not overrides(head, "paa_reassign", PAAHeadGPU) and not obstacles(head)
+def _whole(head: Any, truth: Truth) -> bool:
+    """Whether nothing stands in the way: nothing of the head, and the ground truths have labels."""
+    return truth.labels is not None and not overrides(head, "paa_reassign", PAAHeadGPU) and not obstacles(head)
 
 
 def _losses(head: Any, maps: tuple[list[Tensor], list[Tensor], list[Tensor]], truth: Truth) -> dict[str, Tensor]:
     """As PAAHead's: here as a whole, or with the head's own assigner and losses around one call for the batch."""
     cls_scores, bbox_preds, iou_preds = maps
-    if _whole(head, cls_scores, bbox_preds, truth):
+    if _whole(head, truth):
         return losses(head, maps, *assign(head, cls_scores, bbox_preds, truth), len(truth.metas), by_iou=True)
     labels, label_weights, bbox_targets, _, positive, anchors, num_pos = _assign(head, cls_scores, bbox_preds, truth)
     scores, boxes, ious = (

@@ -7,6 +7,7 @@ own: there they stay in use.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from ...boxes import WH_RATIO_CLIP, focal_loss
 from ...targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
 from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_location, prior_generator
 
+HALF = (torch.bfloat16, torch.float16)
 LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 METHODS = ("get_anchors", "get_targets", "_get_targets_single", "get_pos_loss", "gmm_separation_scheme")
 
@@ -107,6 +109,7 @@ def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth:
     assigner, options = head.assigner, head.reassignment()
     names = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
     weight = head.train_cfg.pos_weight
+    half = cls_scores[0].dtype in HALF
     assert truth.labels is not None
     targets = assign_targets(
         grid.anchors, cls_scores, bbox_preds, truth.boxes, truth.labels, truth.ignored, _valid(head, grid, sizes, truth.metas),
@@ -118,8 +121,17 @@ def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth:
             "loss_bbox_weight": head.loss_bbox.loss_weight, "stds": head.bbox_coder.stds, "wh_ratio_clip": WH_RATIO_CLIP,
         },
         reassignment=options,
+        classification=functools.partial(_each_classification, head.loss_cls, cls_scores) if half else None,
     )  # fmt: skip
     return torch.cat(grid.anchors), targets
+
+
+def _each_classification(loss: Any, cls_scores: list[Tensor], label: Tensor, label_weight: Tensor) -> Tensor:
+    """Of each anchor [N * A]. mmdetection computes them in the dtype of the scores, step by step. In half precision that decides
+    which anchors become positive, so it has to be the head's own loss."""
+    scores = flatten_levels(cls_scores).flatten(0, 1)
+    each: Tensor = loss(scores, label, label_weight, avg_factor=1.0, reduction_override="none")
+    return each.sum(-1)
 
 
 def _valid(head: Any, grid: _Grid, sizes: Sequence[tuple[int, int]], metas: list[dict[str, Any]]) -> Sequence[Tensor] | None:
@@ -162,8 +174,9 @@ def losses(
 
 
 def _classification(loss: Any, scores: Tensor, targets: Targets, number: Tensor) -> Tensor:
-    """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not."""
-    if scores.is_cpu and not (loss._forward_pre_hooks or loss._forward_hooks):
+    """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not. In half precision
+    ours would round otherwise."""
+    if scores.is_cpu and scores.dtype not in HALF and not (loss._forward_pre_hooks or loss._forward_hooks):
         focal = focal_loss(scores, targets.label, loss.gamma, loss.alpha).sum(1)
         result: Tensor = loss.loss_weight * _mean(focal * targets.label_weight, number)
     else:
