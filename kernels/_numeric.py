@@ -1,4 +1,4 @@
-"""Device helpers of several kernels: floats as ordered integers, rounding, the highest of pairs, and sorting pairs."""
+"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs, sorting of pairs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def ordered_key(x):
 
 @triton.jit
 def narrow(x, ptr):
-    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
+    """`x` in the dtype that the pointer points to. float32 is between, because no target narrows float64 further in one step."""
     return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
 
 
 @triton.jit
 def first_of_highest(key, at, other_key, other_at):
-    """Of two (key, position) pairs the one with the higher key, of equal ones that with the lower position."""
+    """The pair (key, position) with the higher key. Of equal keys, the pair with the lower position."""
     other = (other_key > key) | ((other_key == key) & (other_at < at))
     return tl.where(other, other_key, key), tl.where(other, other_at, at)
 

@@ -1,14 +1,16 @@
-"""Weighted boxes fusion of a batch: the boxes of a class of an image, by score, join the cluster that they overlap most.
+"""Weighted boxes fusion of a batch: each box joins the cluster that it overlaps most, or begins one.
 
-The boxes of an image are a row of M places, the last box first, so that the later of equal scores comes first. Four kernels:
+The boxes of an image are a row of M places. The last box comes first, so that of equal scores the later one comes first. There
+are four kernels:
 
-    prepare   corners in order and in [0, 1], weighted scores; what is left out has -inf
-    order     sorts a row by label, then by score: a box's place is the number of those before it
-    cluster   one program a place: where a class begins, it takes the boxes of the class one after the other; elsewhere it leaves
+    prepare   orders and clips the corners, and weights the scores; a box that is left out gets -inf
+    order     sorts a row by label, then by score; it counts for each box how many come before it
+    cluster   one program per place: where a class begins, it takes the boxes of the class one after the other; elsewhere it
+              leaves at once
     finish    sorts the clusters by score, into a row of `FusedBoxes`
 
-Sorting compares M^2 pairs of an image. To cluster a box costs a pass over the fused boxes that its class has so far, and the box
-waits for the box before it. Arithmetic is that of `ensemble_boxes`, operation by operation: float64, but float32 for the sums of
+Sorting compares M^2 pairs per image. Each box costs a pass over the fused boxes that its class has so far, and waits for the box
+before it. Arithmetic is that of `ensemble_boxes`, operation by operation: float64, but float32 for the sums of
 a cluster and what is made of them.
 """
 
@@ -32,7 +34,7 @@ AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = (tl.constexpr(rule) fo
 
 @triton.jit
 def _weight(table_ptr, n_parts, model, mask):
-    """Of a model: behind the starts of the parts, as the bits of a float64."""
+    """The weight of a model. The table holds its bits, after the starts of the parts."""
     return tl.load(table_ptr + n_parts + 1 + model, mask=mask, other=0).to(tl.float64, bitcast=True)
 
 
@@ -95,10 +97,9 @@ def _prepare_kernel(
 
 @triton.jit
 def _number_before(own, row, room, label_ptr, score_ptr, tie_ptr, COLUMNS: tl.constexpr):
-    """How many places of the row come before these: by label, if given, then by score, descending, then by `tie_ptr`, or place.
+    """How many places of the row come before these, and how many places have a score above -inf.
 
-    Returns:
-        that, and how many places of the row have a score above -inf.
+    The order is by label, if given, then by score, descending, then by `tie_ptr`, or by place.
     """
     place, score, label, tie = own
     before = tl.zeros_like(place)
@@ -143,7 +144,7 @@ def _order_kernel(
 
 @triton.jit
 def _most_overlapped(x1, y1, x2, y2, fused_ptr, clusters, iou_thr, BLOCK: tl.constexpr):
-    """The first of the fused boxes with the highest IoU, if that exceeds the threshold, or else -1."""
+    """The fused box with the highest IoU, the first of equal ones; -1 if none exceeds the threshold."""
     best = tl.zeros([BLOCK], tl.float64) + iou_thr
     best_at = tl.zeros([BLOCK], tl.int32) + 2147483647
     area = (x2 - x1) * (y2 - y1)
@@ -167,7 +168,7 @@ def _most_overlapped(x1, y1, x2, y2, fused_ptr, clusters, iou_thr, BLOCK: tl.con
 def _confidences(
     at, mask, state_ptr, number_ptr, models_ptr, table_ptr, n_parts, n_models, total, most_weight, RULE: tl.constexpr
 ):
-    """The scores of clusters. What is made of more than one box was rounded to float32."""
+    """The scores of clusters. The means and sums of more than one box round to float32."""
     number = tl.load(number_ptr + at, mask=mask, other=1)
     n = number.to(tl.float64)
     several = number > 1
@@ -230,7 +231,7 @@ def _cluster_kernel(
     place = tl.load(order_ptr + begin)
     score = tl.load(weighted_ptr + place)
     follows = (tl.load(labels_ptr + begin - 1, mask=begin > 0, other=0) == label) & (begin > 0)
-    # Where nothing is, no cluster is.
+    # No box, no cluster.
     tl.store(score_ptr + row + begin, nothing, mask=score == nothing)
     tl.store(rank_ptr + row + begin, -1 - begin, mask=score == nothing)
     there = (score > nothing) & (follows == 0)
@@ -246,13 +247,13 @@ def _cluster_kernel(
     undefined = tl.full((), -1, tl.int32)
     last = tl.full((), -1, tl.int64)
     while there:
-        tl.debug_barrier()  # what one thread wrote others read
+        tl.debug_barrier()  # a thread reads what another one wrote
         last = tl.maximum(last, place.to(tl.int64))
         box_ptr = boxes_ptr + place * 4
         x1, y1, x2, y2 = tl.load(box_ptr), tl.load(box_ptr + 1), tl.load(box_ptr + 2), tl.load(box_ptr + 3)
         box = tl.load(box_ptr + side)
         model = tl.load(model_ptr + place)
-        # An IoU that is no number is the highest to numpy, the first of them.
+        # numpy takes the first NaN as the highest IoU.
         match = _most_overlapped(x1, y1, x2, y2, fused_ptr, tl.where(undefined < 0, clusters, 0), iou_thr, BLOCK)
         match = tl.where(undefined < 0, match, undefined)
         joins = match >= 0
@@ -266,7 +267,7 @@ def _cluster_kernel(
         models = tl.load(models_ptr + c, mask=joins, other=0) | (tl.full((), 1, tl.int64) << model)
         sums = (sums.to(tl.float64) + score * box).to(tl.float32)
         mean = (sums.to(tl.float64) / conf).to(tl.float32).to(tl.float64)
-        tl.debug_barrier()  # all have read what is written now
+        tl.debug_barrier()  # every thread has read what is written below
         fused = tl.where(joins, mean, box)
         tl.store(fused_ptr + c * 4 + side, fused)
         tl.store(sums_ptr + c * 4 + side, sums)
@@ -291,7 +292,7 @@ def _cluster_kernel(
         scores = _confidences(at, mask, state_ptr, number_ptr, models_ptr, table_ptr, n_parts, n_models, total, most_weight, RULE)
         inside = at < members
         tl.store(score_ptr + own + at, tl.where(mask, scores, nothing), mask=inside)
-        # By the first box of the class, which is the last of its row, then the later cluster.
+        # The class that appears first has the last place of the row. It comes last, and so does the first cluster.
         tl.store(rank_ptr + own + at, last * room + (room - 1 - at), mask=inside)
 
 
@@ -328,7 +329,7 @@ def _finish_kernel(
 
 
 def cluster_rule() -> dict[str, int | bool]:
-    """One warp, so that many classes run side by side; two fused boxes a thread. No fused multiply-adds: see above."""
+    """One warp, so that many classes run side by side. No fused multiply-adds: the arithmetic is that of numpy."""
     return {"BLOCK": 64, "num_warps": 1, "enable_fp_fusion": False, **register_limit()}
 
 

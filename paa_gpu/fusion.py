@@ -1,4 +1,4 @@
-"""Weighted boxes fusion: the boxes of several models become one set, in which boxes that overlap are averaged."""
+"""Weighted boxes fusion: it makes one set from the boxes of several models, and averages those that overlap."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FusedBoxes", "weighted_boxes_fusion"]
 
 CONF_TYPES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
 
-MOST_MODELS = 64  # which models a cluster has is told by the bits of an integer
+MOST_MODELS = 64  # an integer has one bit for each model of a cluster
 
 
 class FusedBoxes(NamedTuple):
@@ -50,42 +50,48 @@ def weighted_boxes_fusion(
 ) -> FusedBoxes:
     """Fuse the boxes of several models, or of several views of an image, for a batch of images at once.
 
-    The boxes of a class are taken by weighted score, the best first. A box joins the cluster whose fused box it overlaps most, if
-    that IoU exceeds `iou_thr`; otherwise it begins a cluster. The fused box of a cluster is the mean of its boxes, weighted with
-    their weighted scores.
+    The function takes the boxes of a class by weighted score, the best first. A box joins the cluster whose fused box has the
+    highest IoU with it, if that IoU exceeds `iou_thr`. Otherwise it begins a cluster. The fused box of a cluster is the mean of
+    its boxes. The weights of the mean are the weighted scores.
 
     Args:
-        boxes: for each image a list with a tensor for each model: Tensor[K, 4] floating, x1, y1, x2, y2 as fractions of the
-            image's width and height. K may be 0, and may differ. Swapped corners are swapped back, and corners outside are
-            clipped to [0, 1].
-        scores: the same of Tensor[K] floating.
-        labels: the same of Tensor[K] of any integer dtype.
+        boxes: for each image a list with one tensor per model: Tensor[K, 4] floating, x1, y1, x2, y2 as fractions of the image's
+            width and height. K may differ, and may be 0. Swapped corners are swapped back. Corners outside [0, 1] are clipped.
+        scores: lists as `boxes`, of Tensor[K] floating.
+        labels: lists as `boxes`, of Tensor[K] of any integer dtype.
         weights: of the models, positive; None: 1 for each. A weighted score is a score times the weight of its model.
         iou_thr: not negative.
-        skip_box_thr: boxes of a lower score are left out. It is rounded to the dtype of the scores before.
-        conf_type: the score of a cluster. "avg": the mean of the weighted scores, times the number of its boxes, but at most of
-            the models, divided by the sum of all weights. "max": the highest weighted score divided by the highest weight.
-            "box_and_model_avg": the sum of the weighted scores, divided by that of the boxes' weights, times the sum of the
-            weights of the cluster's models, divided by the sum of all weights. "absent_model_aware_avg": the sum of the weighted
-            scores, divided by that of the boxes' weights and the weights of the models without a box in the cluster.
-        allows_overflow: "avg" multiplies with the number of boxes even where that is larger than the number of models, so that
-            scores may exceed 1.
+        skip_box_thr: boxes with a lower score are left out. It is rounded to the dtype of the scores first.
+        conf_type: how a cluster gets its score.
+
+            - "avg": the mean of the weighted scores, times the number of boxes, divided by the sum of all weights. The number of
+              boxes counts at most as the number of models.
+            - "max": the highest weighted score, divided by the highest weight.
+            - "box_and_model_avg": the sum of the weighted scores, divided by the sum of the boxes' weights. This is multiplied by
+              the weights of the models that have a box in the cluster, and divided by the weights of all models.
+            - "absent_model_aware_avg": the sum of the weighted scores, divided by the sum of the boxes' weights and the weights
+              of the models without a box in the cluster.
+        allows_overflow: with "avg", all boxes count, even if there are more than models. Then scores may exceed 1.
 
     Returns:
         `FusedBoxes`, by score, descending. Nothing synchronises. M is the largest number of boxes of an image, over all models.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; a number out of range; an unknown `conf_type`; no model,
-            more than 64 models, or not as many models in each image; not as many weights.
+            more than 64 models, or a different number of models in an image; a wrong number of weights.
 
-    The results are those of `ensemble_boxes.weighted_boxes_fusion`, rounded to the dtypes of the inputs: exactly for up to 7
-    models, and to the last digits for more. It computes in float64, and holds the fused box and score of a cluster of more than
-    one box in float32, sums included; so does this function, as under numpy 2. Boxes without area are left out. Equal weighted
-    scores of a class: the later model first, in a model the later box. Equal fused scores: the later class, in the order in which
-    classes first appear, then the later cluster. (There numpy's sort, which is not stable, decides.) What differs: scores that
-    are not finite, and boxes with a NaN, are left out. Boxes of score 0 that are fused with each other alone have a NaN for each
-    corner, as there; a `skip_box_thr` above 0 avoids it. Inputs are not modified and no graph is recorded. On a GPU one
-    program takes a class of an image, box after box. Source: Weighted boxes fusion (arXiv 1910.13302).
+    The results equal those of `ensemble_boxes.weighted_boxes_fusion` under numpy 2, rounded to the dtypes of the inputs. They are
+    equal to the last bit for up to 7 models, and within the last digits for more. Both compute in float64. Both keep the sums of
+    a cluster, and its box and score if it has more than one box, in float32. Boxes without area are left out.
+
+    Equal weighted scores of a class: the later model comes first, and in a model the later box. Equal fused scores: the class
+    that appears later comes first, then the later cluster. In `ensemble_boxes`, an unstable sort decides.
+
+    One thing differs: boxes with a NaN, and scores that are not finite, are left out. A cluster of several boxes that all have
+    score 0 gets NaN corners, as in `ensemble_boxes`. A `skip_box_thr` above 0 avoids that.
+
+    Inputs are not modified and no graph is recorded. On a GPU, one program takes one class of one image, box after box. Source:
+    Weighted boxes fusion (arXiv 1910.13302).
     """
     columns = _check_boxes(boxes, scores, labels)
     models = len(boxes[0])
@@ -110,7 +116,7 @@ def _check_weights(weights: Any, models: int) -> list[float]:
 
 
 def _check_boxes(boxes: Any, scores: Any, labels: Any) -> list[list[Tensor]]:
-    """Three columns of tensors, image after image, of each the models."""
+    """Three columns of tensors: image after image, and model after model in each."""
     check_list("boxes", boxes)
     check_list("scores", scores, length=len(boxes), like="`boxes`")
     check_list("labels", labels, length=len(boxes), like="`boxes`")

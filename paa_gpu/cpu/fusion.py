@@ -1,6 +1,6 @@
-"""Weighted boxes fusion for CPU tensors: images, then the classes of all images, are shared among all threads.
+"""Weighted boxes fusion for CPU tensors. All threads share the images for sorting, and the classes of all images for clustering.
 
-A box is compared with the fused boxes of its class in chunks of 32, without a branch within one. Arithmetic is that of
+A box is compared with the fused boxes of its class in chunks of 32, without a branch in a chunk. Arithmetic is that of
 `ensemble_boxes`, operation by operation: float64, but float32 for the sums of a cluster and what is made of them.
 """
 
@@ -22,7 +22,7 @@ AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
 
 @compiled
 def _prepare(first: int, last: int, bounds: Any, boxes: Any, scores: Any, weights: Any, threshold: Any, out: Any) -> None:
-    """For the parts first:last, one for each model of each image: corners in order and in [0, 1], weighted scores, what stays."""
+    """Order and clip the corners, weight the scores, and mark what stays. A part is one model of one image."""
     box, score, kept = out
     for part in range(first, last):
         weight = weights[part % len(weights)]
@@ -41,7 +41,7 @@ def _prepare(first: int, last: int, bounds: Any, boxes: Any, scores: Any, weight
 
 @compiled
 def _most_overlapped(fused: Any, clusters: int, x1: float, y1: float, x2: float, y2: float, iou_thr: float, overlaps: Any) -> int:
-    """The first of the fused boxes with the highest IoU, if that exceeds the threshold, or else -1."""
+    """The fused box with the highest IoU, the first of equal ones; -1 if none exceeds the threshold."""
     area, best, match = (x2 - x1) * (y2 - y1), iou_thr, -1
     for chunk in range((clusters + CHUNK - 1) // CHUNK):
         hits = 0
@@ -73,7 +73,7 @@ def _set_box(fused: Any, c: int, x1: float, y1: float, x2: float, y2: float) -> 
 
 @compiled
 def _confidence(rule: int, mean: float, highest: float, n: int, weight: float, models: Any, weights: Any, total: float) -> Any:
-    """The score of a cluster of n boxes: `mean` and `highest` of their weighted scores, `weight` the sum of their weights."""
+    """The score of a cluster of n boxes. `mean` and `highest` are of their weighted scores, `weight` sums their weights."""
     if rule == MAXIMUM:
         return highest / weights.max()
     if rule == AVERAGE:
@@ -93,12 +93,12 @@ def _confidence(rule: int, mean: float, highest: float, n: int, weight: float, m
 
 @compiled
 def _cluster(order: Any, inputs: Any, weights: Any, iou_thr: float, rule: int, total: float, out: Any) -> int:
-    """Form the clusters of a class, whose boxes are `order`; write their boxes and scores, and give their number."""
+    """Form the clusters of a class. Its boxes are `order`. Write the fused boxes and scores, and return their number."""
     box, score, model = inputs
     boxes, scores = out
     size = len(order)
     fused = np.empty(((size + CHUNK - 1) // CHUNK, 5, CHUNK))
-    # What is not there yet overlaps nothing.
+    # An empty place overlaps nothing.
     fused[:, :2], fused[:, 2:4], fused[:, 4] = np.inf, -np.inf, 0.0
     overlaps, sums = np.empty(CHUNK), np.zeros((size, 4), np.float32)
     conf, highest, weight = np.zeros(size), np.empty(size), np.zeros(size)
@@ -106,7 +106,7 @@ def _cluster(order: Any, inputs: Any, weights: Any, iou_thr: float, rule: int, t
     clusters, undefined = 0, -1
     for e in order:
         x1, y1, x2, y2 = box[e, 0], box[e, 1], box[e, 2], box[e, 3]
-        # An IoU that is no number is the highest to numpy, the first of them.
+        # numpy takes the first NaN as the highest IoU.
         c = undefined if undefined >= 0 else _most_overlapped(fused, clusters, x1, y1, x2, y2, iou_thr, overlaps)
         if c < 0:
             c = clusters
@@ -149,7 +149,7 @@ def _cluster_classes(
 
 
 def _by_class(kept: Array, score: Array, label: Array) -> tuple[Array, Array]:
-    """The boxes of an image by class, then by score, of equal ones the later first; whether one begins a class."""
+    """The boxes of an image by class, then by score, and of equal scores the later first. And whether a box begins a class."""
     entry = np.flatnonzero(kept)
     order = entry[np.lexsort((score[entry], label[entry]))[::-1]]
     begins = np.ones(len(order), np.bool_)
@@ -158,7 +158,7 @@ def _by_class(kept: Array, score: Array, label: Array) -> tuple[Array, Array]:
 
 
 def _in_order(score: Array, clusters: Array, order: Array, start: Array) -> Array:
-    """The places of the clusters of an image by score; of equal ones the class that appears later, then the later cluster."""
+    """The places of an image's clusters, by score. Of equal scores, later classes come first, then later clusters."""
     first = np.minimum.reduceat(order[: start[-1]], start[:-1])
     group = np.repeat(np.arange(len(clusters)), clusters)
     number = np.arange(len(group)) - np.repeat(np.cumsum(clusters) - clusters, clusters)
