@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after its backend
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from . import scaling
+
+plt.rcParams.update({f"{of}.labelsize": 9 for of in ("axes", "xtick", "ytick")} | {"axes.titlesize": 9, "legend.fontsize": 9})
+
+#: Inches. A page shows about 700 pixels, 96 an inch, so 9 points stay 9 points.
+WIDTH = 7.2
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- benchmarks: written by bench.plot -->", "<!-- end of benchmarks -->"
@@ -34,9 +41,9 @@ PROVIDERS = {
     "limit": ("physical limit", "#999999"),
 }
 
-EXPLANATION = """`make bench` measures what stands here. All providers get the same inputs, one after the other in one run, and every result is checked before
-it is timed. The physical limit of a reassignment is to copy its three outputs once, into new memory, and to take one exp and one log (numpy's)
-for each candidate and iteration of the fit. The physical limit of a fit is the exp and the log alone."""
+EXPLANATION = """`make bench` measures the figures of this page. All providers get the same inputs, one after the other in one run. Every result is checked before it is
+timed. The physical limit is the least that any program must do. For a reassignment, this is one copy of its three outputs into new memory, and one exp
+and one log (numpy's) for each candidate and iteration of the fit. For a fit, it is only the exp and the log."""
 
 #: The cases of the README, in words.
 HEADLINE = {
@@ -64,7 +71,7 @@ Medians = dict[str, dict[str, float]]
 
 
 def medians(result: dict[str, Any]) -> Medians:
-    """Seconds by group and provider; on a GPU those between two events."""
+    """Seconds by group and provider. On a GPU, seconds between two events."""
     found: Medians = {}
     for benchmark in result["benchmarks"]:
         test, parameters = benchmark["name"].partition("[")[0], benchmark["params"] or {}
@@ -126,44 +133,47 @@ def caption(result: dict[str, Any]) -> str:
 
 def picture(found: Medians, path: Path) -> None:
     """A dot per case and provider, on a logarithmic axis of seconds."""
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(found) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(found) + 1.4), layout="constrained")
     groups = list(found)[::-1]
     for name, (text, colour) in PROVIDERS.items():
         points = [(found[group][name], place) for place, group in enumerate(groups) if name in found[group]]
         if points:
             marker = "|" if name == "limit" else "o"
-            axes.plot(*zip(*points, strict=True), marker, color=colour, label=text, markersize=9, markeredgewidth=2)
-    axes.set(xscale="log", xlabel="time of a call [s], median", yticks=range(len(groups)), yticklabels=groups)
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=text, markersize=7, markeredgewidth=1.5)
+    axes.set(xscale="log", xlabel="time of a call, median", yticks=range(len(groups)), yticklabels=groups)
+    axes.xaxis.set_major_formatter(EngFormatter("s"))
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def scaling_picture(result: dict[str, Any], path: Path) -> None:
-    """A row per axis that grows, a column per quantity, each with its slope."""
+    """A row for each axis that grows, a column for each quantity, and a slope for each curve."""
     grown = result["axes"]
-    figure, grid = plt.subplots(len(grown), len(UNITS), figsize=(13, 2.6 * len(grown)), layout="constrained", squeeze=False)
+    size = WIDTH, 1.7 * len(grown) + 0.4
+    figure, grid = plt.subplots(len(grown), len(UNITS), figsize=size, layout="constrained", squeeze=False)
     for row, (name, points) in zip(grid, grown.items(), strict=True):
         for axes, (what, unit) in zip(row, UNITS.items(), strict=True):
+            heading = "\n".join(textwrap.wrap(unit, 18)) + "\n" if name == next(iter(grown)) else ""
             known = [(point["x"], point[what]) for point in points if point.get(what)]
             if not known:
                 axes.set_axis_off()
                 continue
             x, y = zip(*known, strict=True)
-            axes.plot(x, y, "o-", color="#0072B2")
+            axes.plot(x, y, "o-", color="#0072B2", markersize=4)
             # A decade at least, or what hardly grows would look steep.
             margin = 1.2 * max(10 * min(y) / max(y), 1) ** 0.5
-            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, ylim=(min(y) / margin, max(y) * margin))
-            axes.set_title(f"slope {scaling.slope(points, what):.2f}", fontsize=10)
-            shown = sorted({x[0], x[len(x) // 2], x[-1]})
-            axes.set_xticks(shown, labels=[f"{value:,}" for value in shown])
+            axes.set(xscale="log", yscale="log", xlabel=name, ylim=(min(y) / margin, max(y) * margin))
+            axes.set_title(f"{heading}slope {scaling.slope(points, what):.2f}")
+            axes.set_xticks((x[0], x[-1]), labels=[f"{value:,}" for value in (x[0], x[-1])])
             axes.minorticks_off()
+            axes.yaxis.set_major_formatter(EngFormatter("s" if what == "seconds" else "", sep=""))
             axes.grid(color="0.9")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
@@ -192,7 +202,7 @@ def main(paths: list[str]) -> None:
     if len(results) > 1:
         scaling_picture(results[1], docs / "scaling.png")
         page += (
-            "\n## How it grows\n\nSlopes of log(y) against log(x) over the upper half of each axis; above 1 is faster than linear.\n\n"
+            "\n## How it grows\n\nThe table gives slopes of log(y) against log(x) over the upper half of each axis. A slope of 1 is linear growth.\n\n"
             f"{scaling_table(results[1])}\n\n![Time, memory and work against size](scaling.png)\n\n{caption(results[1])}\n"
         )
     (docs / "benchmarks.md").write_text(page)

@@ -1,4 +1,4 @@
-"""Mixtures with DivideMix's arguments and the k-means start, fitted and read out: checked against scikit-learn, then timed."""
+"""Fitting and reading mixtures with DivideMix's arguments and the k-means start. Checked against scikit-learn, then timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKED = 3
 
 @pytest.fixture(autouse=True)
 def all_cores():
-    """`OMP_NUM_THREADS=1`, which scikit-learn's own loops need, is not for ours."""
+    """Ignore `OMP_NUM_THREADS=1`. scikit-learn's loops need it, ours do not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield
@@ -31,7 +31,7 @@ def rows(case):
 
 
 def check(answers, case):
-    """Iterations and probabilities are scikit-learn's from the start of the exact two-means division."""
+    """Iterations and probabilities must be scikit-learn's from the same start."""
     for row, (n_iter, low) in zip(rows(case)[:CHECKED], answers, strict=False):
         start = providers.two_means_start(row.numpy())
         oracle = GaussianMixture(2, **providers.DIVIDEMIX, **start).fit(row[:, None].numpy())
@@ -43,13 +43,13 @@ def check(answers, case):
 @pytest.mark.parametrize("case", cases.MIXTURES)
 def test_mixture(benchmark, provider, case):
     benchmark.group = f"mixture {case}"
-    x = rows(case)
+    x = providers.mixture_input(rows(case))
     if provider == "estimator" and len(x) > 1:
         pytest.skip("the estimator fits one mixture")
     fit, low = providers.mixture_library(x)
     check(zip(fit.n_iter.tolist(), low, strict=True), case)
     if provider == "limit":
-        benchmark(providers.mixture_limit(x, fit.n_iter))
+        benchmark(providers.mixture_limit(rows(case), fit.n_iter))
     elif provider == "estimator":
         check([providers.mixture_estimator(x[0])], case)
         benchmark(providers.mixture_estimator, x[0])
@@ -67,7 +67,7 @@ def test_scikit_learn(benchmark, case):
 @pytest.mark.parametrize("case", cases.MIXTURES)
 def test_mixture_cuda(benchmark, case):
     benchmark.group = f"mixture {case}"
-    on_device = [row.cuda() for row in rows(case)]
+    on_device = providers.mixture_input([row.cuda() for row in rows(case)])
     fit, low = providers.mixture_library(on_device)
     check(zip(fit.n_iter.tolist(), (row.cpu() for row in low), strict=True), case)
     benchmark(lambda: (providers.mixture_library(on_device), torch.cuda.synchronize()))

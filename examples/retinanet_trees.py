@@ -1,9 +1,9 @@
 """Does PAA help? The same small RetinaNet with torchvision's IoU matching and with PAA: `python examples/retinanet_trees.py`.
 
-Trained on the aerial photographs of one site (YELL) in the package `deepforest`, tested on those of two others (OSBS and SOAP),
-of which no image is trained on. Both arms of a seed start from the same weights and see the same crops in the same order, for
-the same number of steps and at the same learning rate; only the assignment differs. Writes a JSON file with all numbers, anew
-after each run, and a picture. Needs `pip install paa-gpu[examples] deepforest pycocotools`; 25 minutes on two CPU cores.
+The aerial photographs come from the package `deepforest`. The model trains on one site (YELL), and is tested on two others (OSBS
+and SOAP). Both arms of a seed start from the same weights. They see the same crops in the same order, for the same number of
+steps, at the same learning rate. Only the assignment differs. After each run, the example writes a JSON file with all numbers. At
+the end it draws a picture. You need `pip install paa-gpu[examples] deepforest pycocotools`, and 25 minutes on two CPU cores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Picture = tuple[Tensor, Tensor]
 
 
 def folder() -> Path:
-    """Where `deepforest` keeps its pictures; the package is not imported."""
+    """The folder of the pictures of `deepforest`. The package is not imported."""
     package = importlib.util.find_spec("deepforest")
     if package is None:
         raise SystemExit("the annotated photographs come with the package `deepforest`: pip install deepforest")
@@ -55,8 +55,10 @@ def read(path: Path) -> Picture:
 
 
 def detector() -> RetinaNet:
-    """ResNet-18 up to stride 16 and a pyramid of 64 channels, from a random start; half of torchvision's anchor sizes, since the
-    crowns are small."""
+    """ResNet-18 up to stride 16 and a pyramid of 64 channels, with random weights.
+
+    The anchors have half of torchvision's sizes, because the crowns are small.
+    """
     body = resnet18(norm_layer=lambda channels: nn.GroupNorm(16, channels))
     backbone = BackboneWithFPN(body, {"layer2": "0", "layer3": "1"}, [128, 256], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
     sizes = tuple(tuple(side * 2 ** (i / 3) for i in range(3)) for side in (16, 32, 64, 128))
@@ -67,7 +69,7 @@ def detector() -> RetinaNet:
 
 
 def crop(picture: Picture, size: int, random: torch.Generator) -> Picture:
-    """A random square of a picture, mirrored and turned at random, and the boxes of which 30 % or more are in it."""
+    """A random square of a picture, mirrored and turned at random. It keeps boxes with 30 % or more of their area inside."""
     image, boxes = picture
     y, x = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
     inside = (boxes - torch.tensor([x, y, x, y])).clamp(0, size)
@@ -86,7 +88,7 @@ def labelled(boxes: Tensor) -> dict[str, Tensor]:
 
 
 def batches(pictures: list[Picture], options: argparse.Namespace, seed: int):
-    """Crops, of the larger pictures more."""
+    """Crops. Larger pictures give more."""
     random = torch.Generator().manual_seed(seed)
     areas = torch.tensor([float(image.shape[1] * image.shape[2]) for image, _ in pictures])
     for _ in range(options.steps):
@@ -97,7 +99,7 @@ def batches(pictures: list[Picture], options: argparse.Namespace, seed: int):
 
 @torch.no_grad()
 def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
-    """What the model finds in a picture at its own size, at which the crops are in training."""
+    """The model's detections in a picture at its own size. In training, crops have this size too."""
     sides = image.shape[1:]
     model.eval().transform.min_size, model.transform.max_size = (min(sides),), max(sides)
     (found,) = model([image])
@@ -105,7 +107,7 @@ def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate(model: RetinaNet, pictures: dict[str, Picture]) -> dict[str, list[float]]:
-    """AP at an IoU of 0.5, and averaged over 0.5 to 0.95, of all pictures together and of each."""
+    """AP at an IoU of 0.5, and averaged over 0.5 to 0.95, for all pictures together and for each."""
     found = {name: detect(model, image) for name, (image, _) in pictures.items()}
     truth = {
         name: {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)} for name, (_, boxes) in pictures.items()
@@ -119,7 +121,7 @@ def evaluate(model: RetinaNet, pictures: dict[str, Picture]) -> dict[str, list[f
 
 
 def train(arm: str, seed: int, options: argparse.Namespace) -> list[dict]:
-    """The records of one run: the losses of each step, AP at some, and what the last model finds."""
+    """The records of one run: the losses of each step, AP at some steps, and the detections of the last model."""
     torch.set_num_threads(1)
     trained, tested = pictures(TRAINED), pictures(TESTED)
     torch.manual_seed(seed)
@@ -175,27 +177,28 @@ def summary(records: list[dict]) -> dict[str, dict[str, list[float]]]:
 def draw(file: Path, records: list[dict], tested: dict[str, Picture]) -> None:
     """The curves, and the detections of the first seed side by side."""
     first = {record["arm"]: record["found"] for record in records if record["seed"] == 0 and "found" in record}
-    figure, axes = plt.subplots(2, 1 + len(first), figsize=(5.2 * (1 + len(first)), 10), layout="constrained")
-    for axis, place, name in zip(axes[:, 0], (0, 1), ("AP at IoU 0.5", "AP, mean over IoU 0.5 to 0.95"), strict=True):
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9})
+    figure, axes = plt.subplots(2, 1 + len(first), figsize=(7.2, 5.4), layout="constrained")
+    for axis, place, name in zip(axes[:, 0], (0, 1), ("AP at IoU 0.5", "AP at IoU 0.5 to 0.95"), strict=True):
         for arm, color in COLORS.items():
             curves = [record["curve"] for record in records if record["arm"] == arm]
             if not curves:
                 continue
             steps = [point["step"] for point in curves[0]]
             ap = np.array([[point["all"][place] for point in curve] for curve in curves])
-            axis.plot(steps, ap.mean(0), color=color, marker="o", markersize=4, label=ARMS[arm])
+            axis.plot(steps, ap.mean(0), color=color, marker="o", markersize=3, label=ARMS[arm])
             axis.fill_between(steps, ap.min(0), ap.max(0), color=color, alpha=0.12)
         axis.set(xlabel="step", ylabel=name, ylim=(0, None))
-        axis.legend()
-    axes[0, 0].set_title("pictures of sites not trained on: mean and range over the seeds")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
+    figure.suptitle("Pictures of sites that no model was trained on. Curves: mean and range over the seeds. White: trees")
     for column, arm in enumerate(sorted(first), 1):
         for axis, (name, (image, boxes)) in zip(axes[:, column], tested.items(), strict=True):
             axis.imshow(image.permute(1, 2, 0))
             for corners, color in ((boxes.tolist(), "white"), (first[arm][name], COLORS[arm])):
                 for x1, y1, x2, y2 in corners:
-                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
-            axis.set(title=f"{ARMS[arm]}: {name}, the best {len(boxes)}", xticks=[], yticks=[])
-    figure.savefig(file, dpi=70)
+                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=0.8))
+            axis.set(title=f"{ARMS[arm]}\n{name}, the best {len(boxes)}", xticks=[], yticks=[])
+    figure.savefig(file, dpi=150)
 
 
 def main(options: argparse.Namespace) -> list[dict]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import assert_refused
-from test_checks_detections import NMS, VOTING
+from test_checks_detections import FUSION, NMS, VOTING
 from test_head import INPUTS, SETTINGS
 from test_sklearn import OWN_ERRORS
 
@@ -370,25 +370,26 @@ PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 
 def page() -> str:
     tables = {
-        "`paa_reassign_batch`; `paa_reassign` names the same arguments without an index": BATCH,
-        "The same with `validate=True`, which reads the values": [
+        "`paa_reassign_batch` (and `paa_reassign`, without the index of the image)": BATCH,
+        "More errors with `validate=True`, which reads the values": [
             (changes, ValueError, message) for changes, message in VALIDATED
         ],
         "`select_candidates`": SELECT,
         "`fit_gmm_1d`": FIT,
-        "`score_voting_batch`; `score_voting` names the same arguments without an index": VOTING,
+        "`score_voting_batch` (and `score_voting`, without the index of the image)": VOTING,
         "`batched_nms`": NMS,
+        "`weighted_boxes_fusion`": FUSION,
         "`assign_max_iou`": ASSIGNMENT,
         "`candidate_losses`": HEAD,
         "`PAAHead`": SETTINGS,
-        "`paa_gpu.integrations.sklearn.GaussianMixture`, beside what scikit-learn refuses": [
+        "`paa_gpu.integrations.sklearn.GaussianMixture` (besides the errors of scikit-learn)": [
             (None, ValueError, message) for *_, message in OWN_ERRORS
         ],
         "`PAAHead.loss`": [(None, ValueError, message) for *_, message in INPUTS],
     }
     text = (
-        "# Errors\n\nEvery kind of bad input that is refused, with the error that it gives: from the tests that check them, by their "
-        "whole message. An error comes before any work, and leaves the inputs as they were.\n"
+        "# Errors\n\nThis page lists every kind of bad input, with the error that it raises. It is written from the tests, which check "
+        "every message in full. An error comes before any work, so the inputs stay as they were.\n"
     )
     for title, rows in tables.items():
         text += f"\n## {title}\n\n| error | message |\n|---|---|\n"

@@ -1,4 +1,4 @@
-"""What fits of short and of long rows share: densities, given initial values, and what becomes of a row that cannot be fitted."""
+"""What fits of short and long rows share: densities, given initial values, and the results of a row that cannot be fitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._loops import compiled, compiled_sums
-from ._numeric import exp
+from ._numeric import PER_LOG2, STOP, STOP_SINGLE, exp, negative_exp2
 
 # Factors of at most 2 in a product that float32 can hold; of at most 8, in a mixture of eight components.
 PRODUCT, PRODUCT_OF_EIGHT = 100, 40
@@ -38,14 +38,17 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
     """
     c0, h0 = density_terms(weight, variance, 0)
     c1, h1 = density_terms(weight, variance, 1)
-    one, total = y.dtype.type(1), y.dtype.type(0)
+    real = y.dtype.type
+    one, total = real(1), real(0)
+    per_log2, stop = real(PER_LOG2), real(STOP if y.itemsize == 8 else STOP_SINGLE)
     for i in range(size):
         log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
         log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
         total += max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1
     for i in range(len(y)):
-        r1[i] = exp(-abs(r0[i]))
+        power = abs(r0[i]) * per_log2
+        r1[i] = negative_exp2(stop if power > stop else power)
     for start in range(0, size, PRODUCT):
         product = one
         for ratio in r1[start : min(start + PRODUCT, size)]:
@@ -62,11 +65,14 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
 
 @compiled_sums
 def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any, resp: Any) -> Any:
-    """`expectation` for any number k of components: resp has k + 2 rows, the last two for the largest density and the sum."""
+    """`expectation` for any number k of components.
+
+    resp is [k + 2, len(y) or more]. Its last two rows are room for the largest density and the sum of the others over it.
+    """
     k = len(mean)
     top, density = resp[k], resp[k + 1]
     one, total = y.dtype.type(1), y.dtype.type(0)
-    top[:], density[:] = -np.inf, 0
+    top[: len(y)], density[: len(y)] = -np.inf, 0
     for j in range(k):
         c, h = density_terms(weight, variance, j)
         for i in range(len(y)):
@@ -87,7 +93,7 @@ def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any,
     for j in range(k):
         for i in range(len(y)):
             resp[j, i] /= density[i]
-    resp[:k, size:] = 0
+    resp[:k, size : len(y)] = 0
     return total
 
 

@@ -1,4 +1,4 @@
-"""Functions of one value that fill vector registers, which those of the mathematical library do not."""
+"""Functions of one value that use vector registers. Those of the mathematical library do not."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def _log1p_of_part(x: Any) -> Any:
 def negative_exp2(x: Any) -> Any:
     """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1) units in the last place."""
     return np.exp2(-x)
+
+
+# exp(-x) = 2^(-x / log 2), and zero beyond where numbers begin to lose bits: 4e-308, in float32 2e-38.
+PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1021.0, 125.0
 
 
 # No sums in another order here, whatever the caller allows: the whole part comes from what rounding leaves of x.

@@ -1,13 +1,13 @@
 """EM for CPU tensors: two-component 1-D Gaussian mixtures, one row after the other.
 
-For a row x of n values, all on y = x - min(x), so that nothing is lost where the values lie close together:
+A row x has n values. All arithmetic is on y = x - min(x), so values close together lose no digits:
 
     E-step   log p_k(i) = log w_k - log(2 pi v_k) / 2 - (y_i - m_k)^2 / (2 v_k)
              r_k(i) = p_k(i) / (p_0(i) + p_1(i)),   lower bound = mean_i log(p_0(i) + p_1(i))
     M-step   n_k = sum_i r_k(i) + 10 eps,   m_k = sum_i r_k(i) y_i / n_k,   w_k = n_k / (n_0 + n_1),
              v_k = sum_i r_k(i) (y_i - m_k)^2 / n_k + reg_covar          (tied: one sum over both components)
 
-until the lower bound changes by less than `tol`, as in scikit-learn's `GaussianMixture`. Arithmetic is that of the dtype of x.
+until the lower bound changes by less than `tol`, as in scikit-learn's `GaussianMixture`. Arithmetic is in the dtype of x.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def _start(
         if init == KMEANS:
             kmeans(y[:size], centre)
         divide(y[:size], centre, resp)
-        resp[:, size:] = 0
-        _maximisation(y, resp[0], resp[1], tied, reg_covar, empty, weight, mean, variance)
+        resp[:, size : len(y)] = 0
+        _maximisation(y, resp[0][: len(y)], resp[1][: len(y)], tied, reg_covar, empty, weight, mean, variance)
     if not take:
         return True
     return take_given(row, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance)
@@ -160,13 +160,14 @@ def fit_rows(
             score[row] = -np.inf
         smallest, largest, finite = _extent(y[:size])
         valid[row] = size >= 2 and finite
-        resp = resp_row[:, : len(y)]
-        r0, r1, weight, mean, variance = resp[0], resp[1], weights[row], means[row], variances[row]
+        # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
+        r0, r1 = resp_row[0][: len(y)], resp_row[1][: len(y)]
+        weight, mean, variance = weights[row], means[row], variances[row]
         if valid[row]:
             y[:size] -= smallest
             valid[row] = _start(
                 y, values, smallest, largest - smallest, init, seed, row // n_init, row % n_init, weights_init, means_init,
-                precisions_init, sum_tolerance, tied, floor, empty, resp, weight, mean, variance,
+                precisions_init, sum_tolerance, tied, floor, empty, resp_row, weight, mean, variance,
             )  # fmt: skip
         if not valid[row]:
             void(row, weights, means, variances, lower_bound, n_iter, converged, valid)

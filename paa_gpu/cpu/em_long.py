@@ -1,12 +1,12 @@
-"""EM for CPU tensors in blocks: rows of any length and any number of components, all threads in one row.
+"""EM for CPU tensors in blocks: rows of any length and any number of components, with all threads in one row.
 
-A pass goes over the values of a row once, block after block. It leaves for every block and component the number n, the mean m and
-the sum of squares q about m of what the component is responsible for. Those of the row are
+A pass goes over the values of a row once, block after block. For every block and component it computes three moments, weighted by
+responsibility: the number n, the mean m, and the sum of squares q about m. Those of the row are
 
     N = sum_b n_b,   M = sum_b n_b m_b / N,   Q = sum_b q_b + n_b (m_b - M)^2
 
-in which nothing cancels, so that a pass needs no other one before it for the means. Blocks and the order of the sums do not
-depend on the number of threads, hence nor does a bit of the result.
+Nothing cancels in these sums, so no other pass has to find the means first. The blocks and the order of the sums do not depend on
+the number of threads. So neither does any bit of the result.
 """
 
 from __future__ import annotations
@@ -20,28 +20,40 @@ from .._ops import LLOYD_PASSES
 from ._arrays import Array
 from ._loops import compiled, compiled_sums, over_slices, shared
 from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
-from .starts import KMEANS, MINMAX, boundaries, centres, divide, members, minmax, move
+from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move
 
 # Values of a block: with the responsibilities of two components they fill half of a small first-level cache.
 BLOCK = 1024
 
-# Blocks below which a second thread costs more than it saves: a block takes some 3 us, handing over to a thread 100.
+# Blocks below which a second thread costs more than it saves: a block takes 1 us in Lloyd's iteration and 8 in EM, handing over
+# to a thread 100 and more.
 SERIAL_BLOCKS = 100
 
 # What a pass finds out, in this order; Lloyd's iteration and EM take as many passes as they need.
 RANGE, LLOYD, DIVISION, EM, DONE = range(5)
 
 
-@compiled
-def _range(x: Any, origin: float, out: Any) -> None:
-    """The smallest and the largest value, the sum less `origin` each, and whether all are finite."""
-    smallest, largest, total, finite = x[0], x[0], x.dtype.type(0), True
-    for value in x:
-        smallest = value if value < smallest else smallest
-        largest = value if value > largest else largest
-        total += value - origin
-        finite &= np.isfinite(value)
-    out[0], out[1], out[2], out[3] = smallest, largest, total, finite
+@compiled_sums
+def _range(x: Any, origin: float, low: Any, high: Any, out: Any) -> None:
+    """The smallest and the largest value, the sum less `origin` each, and whether all are finite.
+
+    `low` and `high` have room for a vector: to find the extremes of many lanes is what the compiler can do at once.
+    """
+    low[:], high[:] = x[0], x[0]
+    whole = len(x) // VECTOR * VECTOR
+    for start in range(0, whole, VECTOR):
+        for lane in range(VECTOR):
+            value = x[start + lane]
+            low[lane] = value if value < low[lane] else low[lane]
+            high[lane] = value if value > high[lane] else high[lane]
+    for value in x[whole:]:
+        low[0], high[0] = min(low[0], value), max(high[0], value)
+    zero = x.dtype.type(0)
+    total, nothing = zero, zero
+    for i in range(len(x)):
+        total += x[i] - origin
+        nothing += x[i] * zero  # NaN where a value is not finite
+    out[0], out[1], out[2], out[3] = low.min(), high.max(), total, nothing == zero
 
 
 @compiled_sums
@@ -58,6 +70,26 @@ def _moments(y: Any, r: Any, out: Any) -> None:
     out[0], out[1], out[2] = number, mean, square
 
 
+@compiled_sums
+def _lloyd(values: Any, smallest: float, edge: Any, out: Any) -> None:
+    """How many values belong to each centre, and their sum less `smallest` each. What is left belongs to the last centre."""
+    zero, one = values.dtype.type(0), values.dtype.type(1)
+    k, total = len(edge) - 1, zero
+    for i in range(len(values)):
+        total += values[i] - smallest
+    number, rest = values.dtype.type(len(values)), total
+    for j in range(k - 1):
+        low, high, inside, within = edge[j], edge[j + 1], zero, zero
+        for i in range(len(values)):
+            y = values[i] - smallest
+            member = one if (y > low) & (y <= high) else zero
+            inside += member
+            within += member * y
+        out[1 + 3 * j], out[2 + 3 * j] = inside, within
+        number, rest = number - inside, rest - within
+    out[3 * k - 2], out[3 * k - 1] = number, rest
+
+
 @compiled
 def scan(
     first: int, last: int, x: Any, phase: int, smallest: float, centre: Any, weight: Any, mean: Any, variance: Any, partial: Any
@@ -70,26 +102,26 @@ def scan(
         values, out = x[block * BLOCK : (block + 1) * BLOCK], partial[block]
         size = len(values)
         if phase == RANGE:
-            _range(values, x[0], out)
+            _range(values, x[0], room[:VECTOR], room[VECTOR : 2 * VECTOR], out)
+            continue
+        if phase == LLOYD:
+            _lloyd(values, smallest, edge, out)
             continue
         whole = (size + VECTOR - 1) // VECTOR * VECTOR
-        y, r = room[:whole], resp[:, :whole]
-        y[:size] = values
-        y[:size] -= smallest
+        y = room[:whole]
+        for i in range(size):
+            y[i] = values[i] - smallest
         y[size:] = 0
-        if phase == LLOYD:
-            for j in range(k):
-                out[1 + 3 * j], out[2 + 3 * j] = members(y[:size], edge[j], edge[j + 1])
-            continue
+        # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
         if phase == DIVISION:
-            divide(y[:size], centre, r)
-            r[:k, size:] = 0
+            divide(y[:size], centre, resp)
+            resp[:k, size:whole] = 0
         elif k == 2:
-            out[0] = expectation(y, size, weight, mean, variance, r[0], r[1])
+            out[0] = expectation(y, size, weight, mean, variance, resp[0][:whole], resp[1][:whole])
         else:
-            out[0] = expectation_of_any(y, size, weight, mean, variance, r)
+            out[0] = expectation_of_any(y, size, weight, mean, variance, resp)
         for j in range(k):
-            _moments(y, r[j], out[1 + 3 * j : 4 + 3 * j])
+            _moments(y, resp[j][:whole], out[1 + 3 * j : 4 + 3 * j])
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Reading mixtures out for CPU tensors: one pass over the values, with no memory of their size but the answer.
+"""Reading mixtures out for CPU tensors: one pass over the values, without memory of their size besides the result.
 
 For a value x and components of weight w_k, mean m_k and variance v_k,
 
@@ -6,8 +6,8 @@ For a value x and components of weight w_k, mean m_k and variance v_k,
     responsibility r_k = exp(log p_k - log sum_j p_j)          label = the first k of the largest log p_k
     log-density = log sum_j p_j                                log-likelihood = its sum over a row
 
-The values of all rows stand one after the other. They are cut into spans of fixed size, and the threads share the spans: a
-table of one long row keeps all of them busy, and what is summed does not depend on how many there are.
+The values of all rows stand one after the other. They are cut into spans of fixed size, and the threads share the spans. So one
+long row keeps all threads busy, and the sums do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from .._ops import READOUTS
 from ._arrays import Array, array, offsets, part, view
 from ._loops import compiled, compiled_sums, over_slices
-from ._numeric import log1p, negative_exp2
+from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p, negative_exp2
 
 PREDICT, PREDICT_PROBA, LOW_PROBABILITY, SCORE_SAMPLES, LOG_LIKELIHOOD = range(len(READOUTS))
 
@@ -34,9 +34,6 @@ SERIAL_SPANS = 4
 # Values at a time, whose terms stay in the first cache.
 BLOCK = 256
 
-# exp(-x) = 2^(-x / log 2), and zero beyond where numbers begin to lose bits: 4e-308, in float32 2e-38.
-PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1021.0, 125.0
-
 
 @compiled_sums
 def _log_p(x: Any, row: int, weights: Any, means: Any, variances: Any, log_p: Any) -> None:
@@ -45,8 +42,9 @@ def _log_p(x: Any, row: int, weights: Any, means: Any, variances: Any, log_p: An
     for k in range(weights.shape[1]):
         mean, variance = means[row, k], variances[row, k]
         c, h = real(math.log(weights[row, k]) - 0.5 * math.log(2 * math.pi * variance)), real(0.5 / variance)
+        of_component = log_p[k]
         for i in range(len(x)):
-            log_p[k, i] = c - h * (x[i] - mean) ** 2
+            of_component[i] = c - h * (x[i] - mean) ** 2
 
 
 @compiled
@@ -63,9 +61,9 @@ def _decay(x: Any, result: Any) -> None:
 @compiled
 def _share_of_two(log_p: Any, first: int, share: Any, ratio: Any) -> None:
     """The responsibility of component `first` of two."""
-    one = share.dtype.type(1)
+    one, own, other = share.dtype.type(1), log_p[first], log_p[1 - first]
     for i in range(len(share)):
-        share[i] = log_p[first, i] - log_p[1 - first, i]
+        share[i] = own[i] - other[i]
     _decay(share, ratio)
     for i in range(len(share)):
         larger = one / (one + ratio[i])

@@ -1,13 +1,13 @@
-"""Where a fit starts, for CPU tensors: centres, and the division of a row between them.
+"""Where a fit starts, for CPU tensors: centres, and the division of a row among them.
 
-A value belongs to the nearest centre. One M-step on that division gives the first weights, means and variances, as scikit-learn
-takes them from its k-means. Centres ascend, so the components of a fit do where they do not cross.
+A value belongs to the nearest centre. One M-step on this division gives the first weights, means and variances, as in
+scikit-learn with its k-means. Centres ascend. So the components of a fit ascend too, unless they cross.
 
     quantile   the values of rank (2 j + 1) n // 2 k
     random     k values of the row, at distinct positions
-    kmeans     two centres of up to `EXACT` values: the division with the least sum of squares; else Lloyd's iteration: the
-               centres become the means of what belongs to them, until nothing changes sides, `LLOYD_PASSES` times at most. It
-               starts from the row's mean, the boundary of two centres, or from the quantiles for more.
+    kmeans     two centres of up to `EXACT` values: the division with the least sum of squares. Otherwise Lloyd's iteration: the
+               centres become the means of their values, until no value changes its centre, `LLOYD_PASSES` times at most. It
+               starts from the row's mean as the boundary of two centres, and from the quantiles for more centres.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def kmeans(y: Any, centre: Any) -> None:
 @compiled
 def divide(y: Any, centre: Any, resp: Any) -> None:
     """resp[j]: 1 where a value belongs to centre j, else 0."""
-    edge = boundaries(centre)
+    edge, zero, one = boundaries(centre), y.dtype.type(0), y.dtype.type(1)
     for j in range(len(centre)):
+        low, high, inside = edge[j], edge[j + 1], resp[j]
         for i in range(len(y)):
-            resp[j, i] = (y[i] > edge[j]) & (y[i] <= edge[j + 1])
+            inside[i] = one if (y[i] > low) & (y[i] <= high) else zero
