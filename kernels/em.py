@@ -34,9 +34,11 @@ from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
+from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
 from paa_gpu.kernels.em_k import launch_components
 from paa_gpu.kernels.em_k import launch_rule as components_rule
 from paa_gpu.kernels.em_long import LONG_ROW, launch_long
+from paa_gpu.kernels.em_mixed import choose, decide_narrow, fit_narrow
 from paa_gpu.kernels.starts import begin
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
@@ -58,62 +60,6 @@ def _add5(a, b, c, d, e, a_, b_, c_, d_, e_):
 @triton.jit
 def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
     return a + a_, b + b_, c + c_, d + d_, e + e_, f * f_
-
-
-@triton.jit
-def _load_pairs(ptr, offset, mask, other):
-    """Load a tile as two blocks [BLOCK_K // 2], so that the pairs stay in one thread."""
-    first, second = tl.split(offset)
-    first_mask, second_mask = tl.split(mask)
-    return tl.join(tl.load(ptr + first, mask=first_mask, other=other), tl.load(ptr + second, mask=second_mask, other=other))
-
-
-@triton.jit
-def _store_pairs(ptr, offset, value, mask):
-    """The counterpart of `_load_pairs`."""
-    first, second = tl.split(offset)
-    first_value, second_value = tl.split(value)
-    first_mask, second_mask = tl.split(mask)
-    tl.store(ptr + first, first_value, mask=first_mask)
-    tl.store(ptr + second, second_value, mask=second_mask)
-
-
-@triton.jit
-def _positions(start, BLOCK_K: tl.constexpr):
-    """Positions of a tile in its row, [BLOCK_K // 2, 2]: the pairs (i, i + BLOCK_K // 2)."""
-    first = start + tl.arange(0, BLOCK_K // 2)
-    return tl.join(first, first + BLOCK_K // 2)
-
-
-@triton.jit
-def _load_tile(row, start, BLOCK_K: tl.constexpr):
-    """A tile of the row less the row's minimum, zero outside, and where inside."""
-    x_ptr, stride_xk, n, shift = row
-    position = _positions(start, BLOCK_K)
-    x = _load_pairs(x_ptr, position.to(tl.int64) * stride_xk, position < n, 0.0).to(shift.dtype)
-    return tl.where(position < n, x - shift, 0.0), position < n
-
-
-@triton.jit
-def _tile(x, row, start, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
-    """The tile at `start`: that in registers, `x`, where it is the only one."""
-    if LONG:
-        return _load_tile(row, start, BLOCK_K)
-    return x, _positions(start, BLOCK_K) < row[2]
-
-
-@triton.jit
-def _find_range(x_ptr, stride_xk, n, end, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The smallest and the largest finite value of a row, and whether it can be fitted."""
-    smallest, largest = tl.full((), float("inf"), DTYPE), tl.full((), float("-inf"), DTYPE)
-    finite = tl.full((), 0, tl.int32)
-    for start in range(0, end, BLOCK_K):
-        x, inside = _load_tile((x_ptr, stride_xk, n, tl.full((), 0.0, DTYPE)), start, BLOCK_K)
-        inside = inside & (tl.abs(x) < float("inf"))
-        smallest = tl.minimum(smallest, tl.min(tl.where(inside, x, float("inf"))))
-        largest = tl.maximum(largest, tl.max(tl.where(inside, x, float("-inf"))))
-        finite += tl.sum(inside.to(tl.int32))
-    return smallest, largest, (n >= 2) & (finite == n)
 
 
 @triton.jit
@@ -149,7 +95,7 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
         zero = tl.zeros([BLOCK_K // 2], x.dtype)
         n0, s0, n1, s1, log_density = zero, zero, zero, zero, zero
         for start in range(0, end, BLOCK_K):
-            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
             r0, r1, nearest, density = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
             pair = tl.reduce((r0, r0 * tile, r1, r1 * tile, nearest, density), 1, _add5_multiply)  # each [BLOCK_K // 2]
             n0, s0, n1, s1 = n0 + pair[0], s0 + pair[1], n1 + pair[2], s1 + pair[3]
@@ -162,7 +108,7 @@ def _fit(x, row, valid, w0, w1, m0, m1, v0, v1, options, TIED: tl.constexpr, BLO
         q0, q1 = zero, zero
         for start in range(0, end, BLOCK_K):
             # In a row of one tile the compiler sees that it has these responsibilities already.
-            tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+            tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
             r0, r1, _, _ = _responsibilities(tile, inside, w0, w1, m0, m1, v0, v1)
             pair = tl.reduce((r0 * (tile - new_m0) * (tile - new_m0), r1 * (tile - new_m1) * (tile - new_m1)), 1, _add2)
             q0, q1 = q0 + pair[0], q1 + pair[1]
@@ -234,6 +180,7 @@ def _fit_rows_kernel(
     seed: tl.int64,
     INIT: tl.constexpr,
     PLAIN: tl.constexpr,
+    MIXED: tl.constexpr,
     TIED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG: tl.constexpr,
@@ -243,9 +190,9 @@ def _fit_rows_kernel(
     g = number // n_init
     x_ptr, stride_xk, n = locate(source, width, g)
     end = n if LONG else BLOCK_K
-    smallest, largest, valid = _find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
+    smallest, largest, valid = find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
     row = (x_ptr, stride_xk, n, smallest)
-    x, _ = _load_tile(row, 0, BLOCK_K)
+    x, _ = load_tile(row, 0, BLOCK_K)
 
     if PLAIN:
         half, one = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE)
@@ -259,7 +206,13 @@ def _fit_rows_kernel(
         )
         start = (w0, w1, m0, m1, v0, v1)
         valid &= good
-    fit = _fit(x, row, valid, *start, (tol, reg_covar, max_iter), TIED, BLOCK_K, LONG)
+    doubtful = valid
+    if MIXED:
+        narrow, _, sure = fit_narrow(x, row, valid, largest - smallest, (tol, reg_covar, max_iter), BLOCK_K)
+        doubtful = valid & (sure == 0)
+    fit = _fit(x, row, doubtful, *start, (tol, reg_covar, max_iter), TIED, BLOCK_K, LONG)
+    if MIXED:
+        fit = choose(doubtful, fit, narrow)
     _store_fit(fit_ptrs, number, smallest, valid & _is_fit(smallest, fit), *fit)
 
 
@@ -277,16 +230,26 @@ def _first_best(x, row, end, fit, among_foreground, TIE: tl.constexpr, BLOCK_K: 
     """Position of the first foreground (or background) candidate that ties with the highest score; `NOBODY` without one."""
     best = tl.full((), float("-inf"), x.dtype)
     for start in range(0, end, BLOCK_K):
-        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
         score, foreground = _score(tile, inside, fit, TIE)
         best = tl.maximum(best, tl.max(tl.where(foreground == among_foreground, score, float("-inf"))))
     first = tl.full((), NOBODY, tl.int32)
     for start in range(0, end, BLOCK_K):
-        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
+        tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
         score, foreground = _score(tile, inside, fit, TIE)
         tied = inside & (foreground == among_foreground) & (score >= best - TIE)
-        first = tl.minimum(first, tl.min(tl.where(tied, _positions(start, BLOCK_K), NOBODY)))
+        first = tl.minimum(first, tl.min(tl.where(tied, positions(start, BLOCK_K), NOBODY)))
     return first
+
+
+@triton.jit
+def _best(x, row, end, fit, SCHEME: tl.constexpr, TIE: tl.constexpr, BLOCK_K: tl.constexpr, LONG: tl.constexpr):
+    """The first best candidate of the foreground; and of the background, where the scheme asks for it."""
+    threshold = _first_best(x, row, end, fit, True, TIE, BLOCK_K, LONG)
+    best_background = threshold
+    if SCHEME.ignore_before_background:
+        best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
+    return threshold, best_background
 
 
 @triton.jit
@@ -309,6 +272,18 @@ def _separate(foreground, inside, position, threshold, best_background, SCHEME: 
     return positive, ignored
 
 
+@triton.jit
+def _give_back_tile(images, targets, num_pos_ptr, image_ptr, g, index, positive, ignored, INDS: tl.constexpr):
+    """Give the positives of a tile their targets back, where targets are written. index: positions in the batch."""
+    if image_ptr is not None:
+        image = tl.load(image_ptr + g)
+        first_index, second_index = tl.split(index - field(images, image, FIRST_POSITION))
+        first_positive, second_positive = tl.split(positive)
+        first_ignored, second_ignored = tl.split(ignored)
+        give_back(images, targets, num_pos_ptr, image, first_index, first_positive, first_ignored, INDS)
+        give_back(images, targets, num_pos_ptr, image, second_index, second_positive, second_ignored, INDS)
+
+
 @triton.jit(do_not_specialize=["width", "n_images", "max_iter"])
 def _fit_candidates_kernel(
     loss_ptr,  # Tensor[G, K], contiguous like all [G, K] here
@@ -328,6 +303,7 @@ def _fit_candidates_kernel(
     tol: tl.float64,
     reg_covar: tl.float64,
     max_iter,
+    MIXED: tl.constexpr,
     TIED: tl.constexpr,
     SCHEME: tl.constexpr,
     SINGLETON_POSITIVE: tl.constexpr,
@@ -341,43 +317,49 @@ def _fit_candidates_kernel(
     loss_ptr += g * width
     n = tl.minimum(tl.maximum(tl.load(count_ptr + g), 0), width).to(tl.int32)
     end = n if LONG else BLOCK_K
-    smallest, largest, valid = _find_range(loss_ptr, 1, n, end, DTYPE, BLOCK_K)
+    smallest, largest, valid = find_range(loss_ptr, 1, n, end, DTYPE, BLOCK_K)
     row = (loss_ptr, 1, n, smallest)
-    x, _ = _load_tile(row, 0, BLOCK_K)
+    x, _ = load_tile(row, 0, BLOCK_K)
 
     half, one, zero = tl.full((), 0.5, DTYPE), tl.full((), 1.0, DTYPE), tl.full((), 0.0, DTYPE)
     options = (tol, reg_covar, max_iter)
-    fit = _fit(x, row, valid, half, half, zero, largest - smallest, one, one, options, TIED, BLOCK_K, LONG)
+    doubtful = valid
+    if MIXED:
+        narrow, error, sure = fit_narrow(x, row, valid, largest - smallest, options, BLOCK_K)
+        foreground, threshold, best_background, decided = decide_narrow(
+            x, n, narrow, error, SCHEME.ignore_before_background, BLOCK_K
+        )
+        doubtful = valid & ((sure & decided) == 0)
+    fit = _fit(x, row, doubtful, half, half, zero, largest - smallest, one, one, options, TIED, BLOCK_K, LONG)
+    if MIXED:
+        fit = choose(doubtful, fit, narrow)
+        if doubtful:
+            threshold, best_background = _best(x, row, end, fit, SCHEME, TIE, BLOCK_K, LONG)
+            foreground = _score(x, positions(0, BLOCK_K) < n, fit, TIE)[1]
+    elif SCHEME is not None:
+        threshold, best_background = _best(x, row, end, fit, SCHEME, TIE, BLOCK_K, LONG)
     valid &= _is_fit(smallest, fit)
     _store_fit(fit_ptrs, g, smallest, valid, *fit)
 
-    if SCHEME is not None:
-        threshold = _first_best(x, row, end, fit, True, TIE, BLOCK_K, LONG)
-        best_background = threshold
-        if SCHEME.ignore_before_background:
-            best_background = _first_best(x, row, end, fit, False, TIE, BLOCK_K, LONG)
     for start in range(0, width if LONG else BLOCK_K, BLOCK_K):
-        position = _positions(start, BLOCK_K)
-        tile, inside = _tile(x, row, start, BLOCK_K, LONG)
-        score, foreground = _score(tile, inside & valid, fit, TIE)
+        position = positions(start, BLOCK_K)
+        tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
+        if MIXED:
+            foreground = foreground & valid
+        else:
+            score, foreground = _score(tile, inside & valid, fit, TIE)
         if assignment_ptr is not None:
-            _store_pairs(assignment_ptr + g * width, position, foreground, position < width)
-            _store_pairs(score_ptr + g * width, position, score, position < width)
+            store_pairs(assignment_ptr + g * width, position, foreground, position < width)
+            store_pairs(score_ptr + g * width, position, score, position < width)
         if SCHEME is not None:
             positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
             if SINGLETON_POSITIVE:
                 # The smallest finite value is infinite where the only candidate is not finite.
                 positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
-            index = _load_pairs(index_ptr + g * width, position, inside, -1)
-            _store_pairs(positive_ptr, index, positive, positive & (index >= 0))
-            _store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
-            if image_ptr is not None:
-                images, image = (table_ptr, n_images), tl.load(image_ptr + g)
-                first_index, second_index = tl.split(index - field(images, image, FIRST_POSITION))
-                first_positive, second_positive = tl.split(positive)
-                first_ignored, second_ignored = tl.split(ignored)
-                give_back(images, targets, num_pos_ptr, image, first_index, first_positive, first_ignored, INDS)
-                give_back(images, targets, num_pos_ptr, image, second_index, second_positive, second_ignored, INDS)
+            index = load_pairs(index_ptr + g * width, position, inside, -1)
+            store_pairs(positive_ptr, index, positive, positive & (index >= 0))
+            store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))
+            _give_back_tile((table_ptr, n_images), targets, num_pos_ptr, image_ptr, g, index, positive, ignored, INDS)
 
 
 def launch_rule(width: int) -> dict[str, int]:
@@ -390,6 +372,11 @@ def launch_rule(width: int) -> dict[str, int]:
     if width > block:
         return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
+
+
+def can_be_mixed(width: int, covariance_type: str) -> bool:
+    """Rows of one warp, whose variances are not tied. Other rows are fitted in float64 where the precision is mixed."""
+    return width <= 64 and covariance_type != "tied"
 
 
 def fit_gmm_1d(
@@ -430,7 +417,10 @@ def fit_gmm_1d(
             launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=covariance_type == "tied")
         elif n_components == 2:
             plain = init == "minmax" and weights_init is means_init is precisions_init is None
-            _fit_rows_kernel[(programs,)](source, width, inits, tried, *options, PLAIN=plain, **constants, **launch_rule(width))
+            mixed = precision == "mixed" and plain and can_be_mixed(width, covariance_type)
+            _fit_rows_kernel[(programs,)](
+                source, width, inits, tried, *options, PLAIN=plain, MIXED=mixed, **constants, **launch_rule(width)
+            )
         else:
             launch_components(programs, source, width, inits, tried, options, **constants, **components_rule(n_components))
         if n_init > 1:
@@ -453,6 +443,7 @@ def launch_fit(
     singleton: str = "background",
     targets: tuple[Any, ...] = (None, None, 0, None, None),
     inds: torch.dtype = torch.int64,
+    mixed: bool = False,
 ) -> None:
     """Fit the candidates of every ground truth in one launch, and separate them.
 
@@ -470,6 +461,7 @@ def launch_fit(
         targets: with `separation`, the image of each row, the table of the images and their number, the targets that are given
             back to the positives, and the counted positives of each image.
         inds: dtype of the potential positives' anchors in the table.
+        mixed: fit in float32 where the decisions are those of float64 for sure. `fit` is of float64.
     """
     rows, width = loss.shape
     if rows == 0:
@@ -489,6 +481,7 @@ def launch_fit(
             1e-3,
             1e-6,
             100,
+            MIXED=mixed and separation is not None and can_be_mixed(width, covariance_type),
             TIED=covariance_type == "tied",
             SCHEME=None if separation is None else SCHEMES[separation],
             SINGLETON_POSITIVE=singleton == "positive",

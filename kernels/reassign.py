@@ -161,6 +161,7 @@ def paa_reassign_batch(
         singleton=singleton,
         targets=(image, *images, tuple(targets), num_pos),
         inds=pos_inds[0].dtype,
+        mixed=precision == "mixed",
     )
     keep(num_pos, batch.table)
     return *targets, num_pos, *fit, image, gt, positive, ignored

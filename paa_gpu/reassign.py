@@ -83,7 +83,9 @@ def paa_reassign(
             that it marks as both is positive.
         singleton: the rule for a ground truth with one candidate. "background": it gets no positive (mmdetection). "positive":
             its candidate is positive (the authors' repository).
-        precision: "float64" or "float32", of the fit.
+        precision: of the fit. "float64"; "float32"; or "mixed". "mixed" decides as "float64" does. Kernels then fit in float32,
+            and once more in float64 where float32 is not sure of a decision (`docs/options.md`). Loops for CPU tensors fit in
+            float64.
         num_gt: ground truths of the image. None: the largest of `pos_gt_inds` plus one. Reading it waits for the device.
         validate: check the values too. This waits for the device.
 

@@ -116,7 +116,7 @@ def test_recorded_images(mode):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("late")])
 def test_lanes_agree_on_convergence(mode, precision):
     """Two thousand rows of every width class: a lane that leaves the loop alone would be a divergence or a deadlock."""
@@ -125,8 +125,9 @@ def test_lanes_agree_on_convergence(mode, precision):
         x = torch.from_numpy(rng.gamma(2.0, 1.0, (2000 if width < 65 else 100, width))).sort(1).values
         got, wanted = run(mode, paa_gpu.fit_gmm_1d, x, precision=precision)
         assert got.valid.all()
-        if precision == "float64":
+        if precision != "float32":
+            tolerance = 1e-9 if precision == "float64" else 1e-4
             assert torch.equal(got.n_iter, wanted.n_iter) and torch.equal(got.converged, wanted.converged)
-            torch.testing.assert_close(got.means, wanted.means, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(got.means, wanted.means, rtol=tolerance, atol=tolerance)
         else:
             assert (got.n_iter == wanted.n_iter).float().mean() > 0.95
