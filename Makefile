@@ -144,7 +144,7 @@ bench-quick: $(READY)
 # Against mmdetection's own code, instead of our copy of its loops.
 bench-mmdet: $(MMDET_READY)
 	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.ratios
-	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
+	PYTHONPATH=tests/mmdet:tests OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)
