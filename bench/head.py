@@ -39,6 +39,7 @@ from paa_gpu.integrations.mmdet.versions import Truth
 
 from . import machine, matching
 
+CHANNELS = 256  # of the published configuration's features
 BATCHES = ((2, 7), (16, 7), (16, 60))  # images, boxes of each
 PARTS = ("anchors and IoU assignment", "losses of the candidates", "reassignment", "classification loss", "box and IoU losses")
 Maps = list[list[torch.Tensor]]
@@ -62,7 +63,9 @@ def main() -> None:
         samples = heads.make_samples([boxes] * images, size, small.num_classes, generator)
         loss(small, heads.make_features(images, size, 32, generator), samples, rounds)
     head = spread(heads.build().eval(), 0.03)  # some 2,000 scores of an image are above the threshold
-    predict(head, heads.make_features(2, size, 256, generator), heads.make_samples([0, 0], size, head.num_classes, generator))
+    predict(
+        head, heads.make_features(2, size, CHANNELS, generator), heads.make_samples([0, 0], size, head.num_classes, generator)
+    )
 
 
 def spread(head: Any, std: float) -> Any:
