@@ -71,7 +71,7 @@ Medians = dict[str, dict[str, float]]
 
 
 def medians(result: dict[str, Any]) -> Medians:
-    """Seconds by group and provider; on a GPU those between two events."""
+    """Seconds by group and provider. On a GPU, seconds between two events."""
     found: Medians = {}
     for benchmark in result["benchmarks"]:
         test, parameters = benchmark["name"].partition("[")[0], benchmark["params"] or {}

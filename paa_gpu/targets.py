@@ -1,9 +1,9 @@
-"""From the maps of the pyramid's levels and the ground truths to the targets of a whole batch, waiting for the device nowhere.
+"""From the maps of the pyramid's levels and the ground truths to the targets of a whole batch, without waiting for the device.
 
-The one training path of `PAAHead` and of the integrations: `assign_max_iou` finds the potential positives, `candidate_losses`
-scores them straight from the maps, `paa_reassign_batch` keeps the best. No shape depends on a value: the potential positives
-keep the shape [A] of the anchors, with index -1 for those that are none, and the positives stand at the front of a list whose
-length the host knows.
+`PAAHead` and the integrations all train this way. `assign_max_iou` finds the potential positives. `candidate_losses` computes
+their losses directly from the maps. `paa_reassign_batch` keeps the best. No shape depends on a value. There is an entry for each
+of the A anchors, and one that is no potential positive has index -1. The positives stand at the front of a list whose length
+Python knows.
 
 Shapes: N images, C classes, A anchors of an image over all levels, G_n ground truths of image n. Boxes are x1, y1, x2, y2 in
 pixels.
@@ -28,7 +28,7 @@ __all__ = ["Targets", "assign_targets", "flatten_levels", "on_device", "positive
 
 
 class Targets(NamedTuple):
-    """What the N * A anchors of a batch are trained with, image after image."""
+    """The targets of the N * A anchors of a batch, image after image."""
 
     label: Tensor  #: Tensor[N * A] int64, the class after the reassignment, C for background
     label_weight: Tensor  #: Tensor[N * A], of the classification: 0 where an anchor is not trained
@@ -63,10 +63,11 @@ def assign_targets(
         anchors: per level Tensor[A_l, 4], the same for all images.
         cls_scores: per level Tensor[N, C, H_l, W_l], logits.
         bbox_preds: per level Tensor[N, 4, H_l, W_l], offsets; see `candidate_losses`.
-        boxes: per image Tensor[G_n, 4] floating, ground truths; G_n may be 0. Any floating dtype: computed in that of `anchors`.
+        boxes: per image Tensor[G_n, 4] of any floating dtype, ground truths. G_n may be 0. Arithmetic is in the dtype of
+        `anchors`.
         labels: per image Tensor[G_n] int64 or int32 in [0, C).
         ignored: per image Tensor[I_n, 4], boxes to ignore, see `assign_max_iou`.
-        valid: per image BoolTensor[A], the anchors that are trained; None: all.
+        valid: per image BoolTensor[A], the anchors to train. None: all.
         num_classes: C, the label of background.
         pos_weight: the classification weight of positives and of potential positives.
         assignment, losses, reassignment: options of `assign_max_iou`, `candidate_losses` and `paa_reassign_batch`, by name.
@@ -74,14 +75,14 @@ def assign_targets(
             `candidate_losses`: for who has to round as somebody else does. None: those of `candidate_losses`.
 
     Returns:
-        `Targets`. Its list of positives has S = min(G * K, N * A) entries, where G is the number of ground truths of the batch
-        and K that of candidates that one can have: `topk` of each level, or all anchors of a level that has fewer.
+        `Targets`. Its list of positives has S = min(G * K, N * A) entries. G is the number of ground truths of the batch. K is
+        the most candidates that one can have: `topk` of each level, or all anchors of a level with fewer.
 
     Raises:
         TypeError, ValueError: as the three functions do.
 
-    A label outside [0, C) is of no class. No graph is recorded, inputs are not modified, nothing synchronises. Source: PAA (arXiv
-    2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
+    A label outside [0, C) belongs to no class. The function does not modify its inputs, records no graph, and does not wait for
+    the device. Source: PAA (arXiv 2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
     """
     options, dtype, device = {"topk": 9, **(reassignment or {})}, anchors[0].dtype, anchors[0].device
     boxes = [image.to(dtype) for image in boxes]
@@ -125,13 +126,13 @@ def assign_targets(
 def positive_losses(
     targets: Targets, anchors: Tensor, bbox_preds: Sequence[Tensor], iou_preds: Sequence[Tensor], stds: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the positives cost, with gradients: GIoU loss [S], cross entropy of the predicted IoU [S], and their IoU [S], without.
+    """The losses of the positives: GIoU loss [S], cross entropy of the predicted IoU [S], and IoU [S]. The IoU has no gradient.
 
     Args:
-        targets: of the batch; what its list of S positives has behind them costs 0 and has IoU 0.
+        targets: of the batch. Its list of S positives ends in unused entries. Their losses and their IoU are 0.
         anchors: Tensor[A, 4].
         bbox_preds, iou_preds: per level Tensor[N, 4, H_l, W_l] and Tensor[N, 1, H_l, W_l].
-        stds: deviations by which the offsets were divided.
+        stds: deviations that the offsets were divided by.
     """
     index, found = targets.positive, targets.found
     boxes = decode(anchors[index % len(anchors)], flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index), stds)
@@ -148,9 +149,9 @@ def flatten_levels(levels: Sequence[Tensor]) -> Tensor:
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor: on a GPU through pinned memory, so that nobody waits for the copy.
+    """Make a tensor of Python numbers. For a GPU it goes through pinned memory, so nothing waits for the copy.
 
-    A compiler, and fake tensors without a GPU, know no pinned memory.
+    A compiler has no pinned memory, and neither have fake tensors without a GPU.
     """
     pinned = device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling()
     return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)

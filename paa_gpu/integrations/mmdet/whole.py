@@ -1,8 +1,8 @@
 """The whole loss of a published head, from the levels' outputs, without waiting for the device.
 
-It is `paa_gpu.targets` with a head's options. It takes the place of the assigner, the sampler, `get_targets`, `get_pos_loss` and
-the losses, and computes what they do. `obstacles` says where it would not, because a head has another of these or a method of its
-own: there they stay in use.
+It is `paa_gpu.targets` with a head's options. It replaces the assigner, the sampler, `get_targets`, `get_pos_loss` and the
+losses, and computes the same. A head may have another of these parts, or override a method. Then the head's own code stays in
+use, and `obstacles` says why.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ METHODS = ("get_anchors", "get_targets", "_get_targets_single", "get_pos_loss", 
 
 
 def overrides(head: Any, method: str, base: type) -> bool:
-    """Whether a head has another method of this name than `base`: from its class, or set on the object."""
+    """Whether a head's method of this name differs from that of `base`, in its class or on the object."""
     return getattr(getattr(head, method), "__func__", None) is not getattr(base, method)
 
 
 def obstacles(head: Any) -> list[str]:
-    """Why the whole loss of a head cannot be computed here; empty where it can."""
+    """The reasons why this module cannot compute the whole loss of a head. Empty if it can."""
     found = [f"it has a `{name}` of its own" for name in METHODS if overrides(head, name, PAAHead)]
     if not hasattr(head, "assigner"):
         return [*found, "it has no assigner (`train_cfg`)"]
@@ -69,7 +69,7 @@ def obstacles(head: Any) -> list[str]:
 
 
 class _Grid(NamedTuple):
-    """What depends on the sizes of the levels only."""
+    """Everything that depends only on the sizes of the levels."""
 
     anchors: list[Tensor]  # per level Tensor[A_l, 4]
     cells: Tensor  # Tensor[A, 2] int64: column and row
@@ -77,7 +77,7 @@ class _Grid(NamedTuple):
 
 
 class Grids:
-    """The anchors for the sizes of the last batches: making them copies to the device, which waits. Not copied, not pickled."""
+    """The anchors for the sizes of the last batches. Making them copies to the device, which waits. Not copied, not pickled."""
 
     MOST = 32  # of training with many sizes of images; at 800 x 1333 pixels 1 MB each
 
@@ -103,7 +103,7 @@ class Grids:
 
 
 def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> tuple[Tensor, Targets]:
-    """The anchors of an image [A, 4] and what those of the batch are trained with."""
+    """The anchors of an image [A, 4], and the targets of the batch."""
     sizes = [(level.shape[-2], level.shape[-1]) for level in cls_scores]
     grid = vars(head).setdefault("grids", Grids()).of(head, sizes, cls_scores[0].device)
     assigner, options = head.assigner, head.reassignment()
@@ -190,9 +190,9 @@ def _mean(values: Tensor, number: Tensor) -> Tensor:
 
 
 class LabelAssignment(Sequence[Any]):
-    """A teacher's assignment, as its student takes it: the seven results of the published `get_label_assignment`.
+    """A teacher's assignment for its student: the seven results of the published `get_label_assignment`.
 
-    They are made, and waited for, when somebody asks for one of them; the accelerated student does not.
+    They are computed when code reads one of them, and this waits. The accelerated student does not read them.
     """
 
     def __init__(self, anchors: Tensor, targets: Targets) -> None:
