@@ -1,11 +1,11 @@
 """`make bench-mmdet`: mmdetection's real PAAHead and the accelerated one, on the CPU, side by side in one run.
 
-Training: the loss of the published configuration (80 classes, 5 levels) from the levels' outputs, without the towers that make them.
-Three ways: published; accelerated before there was a whole loss, which the heads with parts of their own still take; accelerated.
-Results are checked before anything is timed. Times are medians of interleaved rounds; those of the parts are taken inside the same
-calls. Waits are counted as a CUDA device has them; memory is the peak of the process, reset before each call (Linux).
+Training: the loss of the published configuration (80 classes, 5 levels), from the outputs of the levels. The towers are left out. There
+are three ways: the published head; the accelerated head as it was before, which a head with parts of its own still is; the accelerated
+head. Results are checked before anything is timed. Times are medians of interleaved rounds. The times of the parts come from the same
+calls. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
 
-Inference: `predict` of the published configuration, towers included, on random features of two images.
+Inference: `predict` of the published configuration, with its towers, on random features of two images.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def spread(head: Any, std: float) -> Any:
-    """Scores that vary as a trained head's do. A fresh head's losses lie so close together that scikit-learn refuses them in float32."""
+    """Scores that vary as a trained head's do. scikit-learn refuses the losses of a new head: in float32 they are too close together."""
     torch.nn.init.normal_(head.atss_cls.weight, std=std)
     torch.nn.init.constant_(head.atss_cls.bias, -8.5)
     return head
@@ -79,7 +79,7 @@ def spread(head: Any, std: float) -> Any:
 
 
 class Parts:
-    """What the parts of a loss took since the last reading, in seconds. A part within another counts as the other."""
+    """The seconds that each part of a loss took since the last reading. A part inside another counts as the outer one."""
 
     def __init__(self) -> None:
         self.elapsed: Counter[str] = Counter()
@@ -103,7 +103,7 @@ class Parts:
         return elapsed
 
 
-#: Where each part is: of the published head and of what is left of it, and in the library.
+#: Where each part is, in the published head and in the library.
 OWN_PARTS = {"get_anchors": PARTS[0], "get_targets": PARTS[0], "get_pos_loss": PARTS[1]}
 OWN_LOSSES = {"loss_cls": PARTS[3], "loss_bbox": PARTS[4], "loss_centerness": PARTS[4]}
 LIBRARY_PARTS = [
@@ -167,7 +167,7 @@ def loss(head: Any, features: list[torch.Tensor], samples: list[Any], rounds: in
 
 
 def check(accelerated: Any, oracle: Any, head: Any, features: list[torch.Tensor], samples: list[Any]) -> int:
-    """The accelerated head is right; how many labels of the published one, which fits in float32, differ."""
+    """Check the accelerated head. Return how many labels of the published head differ, which fits in float32."""
     got = heads.step(accelerated, features, samples)
     heads.assert_same_step(got, heads.step(oracle, features, samples))
     with mock.patch.object(ours, "_whole", lambda *_: False):
@@ -176,7 +176,7 @@ def check(accelerated: Any, oracle: Any, head: Any, features: list[torch.Tensor]
 
 
 def old_way(head: Any) -> Any:
-    """A head whose methods are wrapped to be timed seems to have methods of its own, and takes the way of those."""
+    """A head with timed methods looks like a head with methods of its own. Here it always takes the way of such heads."""
     return mock.patch.object(ours, "_whole", lambda *_: False) if "get_targets" in vars(head) else ExitStack()
 
 
@@ -202,7 +202,7 @@ def waits_of(head: Any, maps: Maps, truth: tuple[Any, ...]) -> int:
 
 
 def peak_of(name: str, head: Any, maps: Maps, truth: tuple[Any, ...]) -> float:
-    """From the maps to what the anchors are trained with: bytes, the median of three."""
+    """The bytes that assignment takes, from the maps to the targets: the median of three calls."""
     assign = whole.assign if name == "accelerated" else ours._assign
     call = functools.partial(assign, head, *maps[:2], Truth.of(*truth))
     return statistics.median(matching.measure(call)["bytes"] for _ in range(3))
