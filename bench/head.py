@@ -3,7 +3,7 @@
 Training: the loss of the published configuration (80 classes, 5 levels), from the outputs of the levels. The towers are left out. There
 are three ways: the published head; the accelerated head as it was before, which a head with parts of its own still is; the accelerated
 head. Results are checked before anything is timed. Times are medians of interleaved rounds. The times of the parts come from the same
-calls. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
+calls. With `--loaded`, for a machine with other work to do, they are CPU times of the process, on one thread. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
 
 Inference: `predict` of the published configuration, with its towers, on random features of two images.
 """
@@ -49,12 +49,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(320, 512), help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loaded", action="store_true", help="one thread, and CPU time instead of wall time")
     options = parser.parse_args()
     size, rounds = tuple(options.size), options.rounds
-    torch.set_num_threads(os.cpu_count() or 1)
-    print(f"{datetime.date.today()}, {machine.describe()['cpu']}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, mmdet "
-          f"{mmdet.__version__}, torch {torch.__version__}, scikit-learn {sklearn.__version__}, paa_gpu {paa_gpu.__version__}, "
-          f"commit {machine.commit()}; images of {size[0]} x {size[1]} pixels")  # fmt: skip
+    torch.set_num_threads(1 if options.loaded else os.cpu_count() or 1)
+    Parts.clock = time.process_time if options.loaded else time.perf_counter
+    versions = (
+        f"mmdet {mmdet.__version__}, torch {torch.__version__}, scikit-learn {sklearn.__version__}, paa_gpu {paa_gpu.__version__}"
+    )
+    print(f"{datetime.date.today()}, {machine.describe()['cpu']}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+          f"{'CPU time on one thread' if options.loaded else 'wall time'}, {versions}, commit {machine.commit()}; images of "
+          f"{size[0]} x {size[1]} pixels")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     small = heads.build(in_channels=32, feat_channels=32, stacked_convs=1)  # the outputs have the same shapes
@@ -81,6 +86,8 @@ def spread(head: Any, std: float) -> Any:
 class Parts:
     """The seconds that each part of a loss took since the last reading. A part inside another counts as the outer one."""
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(self) -> None:
         self.elapsed: Counter[str] = Counter()
         self.running = False
@@ -89,12 +96,12 @@ class Parts:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self.running:
                 return function(*args, **kwargs)
-            self.running, start = True, time.perf_counter()
+            self.running, start = True, self.clock()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.running = False
-                self.elapsed[part] += time.perf_counter() - start
+                self.elapsed[part] += self.clock() - start
 
         return timed
 
@@ -185,13 +192,13 @@ def one_call(head: Any, maps: Maps, truth: tuple[Any, ...], parts: Parts) -> Cou
     leaves = [[level.clone().requires_grad_() for level in levels] for levels in maps]
     parts.read()
     with old_way(head):
-        start = time.perf_counter()
+        start = parts.clock()
         losses = head.loss_by_feat(*leaves, *truth)
-        end = time.perf_counter()
+        end = parts.clock()
     taken = parts.read()
     taken["rest"], taken["all"] = end - start - sum(taken.values()), end - start
     sum(losses.values()).backward()
-    taken["backward"] = time.perf_counter() - end
+    taken["backward"] = parts.clock() - end
     return taken
 
 
@@ -223,10 +230,10 @@ def predict(head: Any, features: list[torch.Tensor], samples: list[Any]) -> None
         each.score_voting = parts.around("voting", each.score_voting)
     for _ in range(3):
         for name, each in (("published", theirs), ("accelerated", accelerated)):
-            start = time.perf_counter()
+            start = parts.clock()
             each.predict(features, samples)
             taken = parts.read()
-            taken["all"] = time.perf_counter() - start
+            taken["all"] = parts.clock() - start
             times.setdefault(name, []).append(taken)
     print(f"predict, images with {[len(image) for image in found]} detections")
     for name, calls in times.items():
