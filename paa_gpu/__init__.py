@@ -3,6 +3,7 @@
 from .assign import Assignment, assign_max_iou
 from .distributed import reduce_mean
 from .em import fit_gmm_1d
+from .fusion import FusedBoxes, weighted_boxes_fusion
 from .head import PAAHead, levels_to_images
 from .losses import candidate_losses
 from .mixture import GaussianMixture1D
@@ -17,6 +18,7 @@ __all__ = [
     "Assignment",
     "Candidates",
     "Detections",
+    "FusedBoxes",
     "GaussianMixture1D",
     "PAAHead",
     "Reassignment",
@@ -31,4 +33,5 @@ __all__ = [
     "score_voting",
     "score_voting_batch",
     "select_candidates",
+    "weighted_boxes_fusion",
 ]

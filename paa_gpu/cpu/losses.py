@@ -1,4 +1,4 @@
-"""Losses of the potential positives for CPU tensors: what they need is gathered from the maps, then one by one.
+"""Losses of the potential positives for CPU tensors. Their inputs are gathered from the maps, then computed one by one.
 
 s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
 focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others, in the
