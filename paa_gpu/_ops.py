@@ -377,8 +377,12 @@ def score_voting(
     sigma: float,
     offset: float,
     keep_order: bool,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The voted det_bboxes [D, 5] and det_labels [D] of all images; within an image by class, or in the order of the inputs."""
+    """The voted det_bboxes [D, 5] and det_labels [D] of all images. Within an image by class, or in the order of the inputs.
+
+    With `weights`, of P pools, there are P candidate tensors per image, so B * P of boxes and of scores.
+    """
     return empty_voted(det_bboxes, det_labels)
 
 

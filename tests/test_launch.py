@@ -9,10 +9,11 @@ import pytest
 import torch
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, poison
 from test_fusion import make_models
+from test_voting import make_pools
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops, assign_max_iou, candidate_losses, weighted_boxes_fusion
+from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
 from paa_gpu._ops import kernels_on_cpu
 from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import device_guard, keep, stage
@@ -145,6 +146,11 @@ def _vote(images: int, rng) -> None:
     voting.score_voting(*make_predictions([(i + 1, 20 + i) for i in range(images + 1)], rng), 0.05, 0.01, 0.025, 0.0, False)
 
 
+def _vote_pools(images: int, rng) -> None:
+    _, pooled = make_pools(rng, images + 1)
+    score_voting_batch(*pooled, 0.05)
+
+
 def _losses(images: int, rng) -> None:
     batch = make_head_batch([7 + images] * images, rng, ((6, 5), (3, 2)), num_classes=5)
     candidate_losses(*batch)
@@ -169,7 +175,9 @@ def _forms() -> dict[str, int]:
 
 @pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    "call", [_reassign, _vote, _losses, _assign, _fuse], ids=["reassign", "vote", "losses", "assign", "fuse"]
+    "call",
+    [_reassign, _vote, _vote_pools, _losses, _assign, _fuse],
+    ids=["reassign", "vote", "pools", "losses", "assign", "fuse"],
 )
 def test_one_compiled_form_for_all_batch_sizes(call, rng):
     """Another form would be compiled in the middle of training, or inside a capture: by a size of 1, or by where in a table a part
