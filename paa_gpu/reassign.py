@@ -146,8 +146,8 @@ def paa_reassign_batch(
             `separation` gets the ground truths of all images at once.
 
     Returns:
-        `Reassignment`. With `num_gts`, and without `validate`, nothing synchronises, and a CUDA graph can capture the call; keep
-        what that returned as long as the graph is replayed: it holds the pinned memory that each replay reads.
+        `Reassignment`. With `num_gts`, and without `validate`, nothing synchronises, and a CUDA graph can capture the call. Make it
+        once before the capture: this compiles the kernels, and reserves the pinned memory that each replay reads.
 
     Raises:
         TypeError, ValueError: as `paa_reassign`, naming the image; lists that are empty or differ in length.
