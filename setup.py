@@ -30,9 +30,10 @@ setup(
     extras_require={
         "demo": ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.7"],
         "head": ["torchvision>=0.24"],
+        "onnx": ["onnx>=1.19", "onnxscript>=0.5.4"],
         "examples": ["paa-gpu[demo,head]", "pycocotools>=2.0.8", "tqdm>=4"],
         "test": [
-            *("paa-gpu[examples]", "build>=1.2.1", "ensemble-boxes>=1.0.9", "hypothesis>=6.100"),
+            *("paa-gpu[examples,onnx]", "build>=1.2.1", "ensemble-boxes>=1.0.9", "hypothesis>=6.100", "onnxruntime>=1.23"),
             *("pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5"),
         ],
         "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8.1"],

@@ -1,4 +1,4 @@
-"""Named inputs of the benchmarks: where they come from, and how large they are."""
+"""Named inputs of the benchmarks, with their origin and size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def recorded_voting() -> dict[str, Voting]:
 
 
 def predictions(detections: int) -> Voting:
-    """So many detections of 80 classes among 5,000 boxes."""
+    """This many detections of 80 classes among 5,000 boxes."""
     made = testing.make_predictions([(detections, 5000)], np.random.default_rng(4))
     return (*(column[0] for column in made), 0.05)
 
@@ -70,7 +70,7 @@ def one_box() -> testing.Batch:
 
 
 def large_groups() -> testing.Batch:
-    """4 images of 7 boxes with some 900 potential positives each, for a `topk` beyond the usual."""
+    """4 images of 7 boxes with about 900 potential positives each, for a larger `topk` than usual."""
     rng = np.random.default_rng(5)
     return testing.make_batch([7] * 4, rng, ["bimodal"], (600, 1200), level_sizes=COCO_LEVELS, dtype=torch.float32)
 
@@ -102,7 +102,7 @@ FITS = {"7x45": (7, 45), "112x45": (112, 45), "2000x45": (2000, 45), "10000x45":
 
 
 def split(call: Call) -> list[Call]:
-    """The images of a call, each in a call of its own."""
+    """One call for each image of a call."""
     batch = call.batch
     images = zip(*batch[:7], batch.num_gts, strict=True)
     return [
@@ -111,12 +111,12 @@ def split(call: Call) -> list[Call]:
 
 
 def potential_positives() -> testing.HeadBatch:
-    """What `candidate_losses` takes: two images, 80 classes, 2,000 potential positives each."""
+    """The arguments of `candidate_losses`: two images, 80 classes, 2,000 potential positives each."""
     return testing.make_head_batch([2000, 2000], np.random.default_rng(0), HEAD_SHAPES, num_classes=80)
 
 
 def suppression(images: int, boxes: int, classes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes [images, boxes, 4] of some 60 pixels in a picture of 800, scores and labels, for `batched_nms`."""
+    """Boxes [images, boxes, 4] of about 60 pixels in a picture of 800, with scores and labels, for `batched_nms`."""
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 800, (images, boxes, 2))
     corners = np.concatenate([corner, corner + rng.uniform(4, 104, (images, boxes, 2))], 2)
@@ -145,6 +145,6 @@ MIXTURES: dict[str, Callable[[], list[torch.Tensor]]] = {
 
 
 def normalised_losses(lengths: list[int]) -> list[torch.Tensor]:
-    """Losses after the warm-up of a training, float64, of which two fifths have wrong labels."""
+    """Losses after the warm-up of a training, float64. Two fifths of the labels are wrong."""
     rng = np.random.default_rng(6)
     return [torch.from_numpy(testing.make_noisy_label_losses(length, 0.4, rng)) for length in lengths]

@@ -1,7 +1,7 @@
-"""`python -m bench.compare A B`: what got slower from one saved result to the other by more than the spread of either.
+"""`python -m bench.compare A B`: the benchmarks that became slower from A to B, by more than the spread of either.
 
-The spread is the distance between the quartiles of a benchmark's rounds. Both files are what `pytest bench --benchmark-json` saves. Exits
-with 1 if something got slower.
+The spread is the distance between the quartiles of a benchmark's rounds. `pytest bench --benchmark-json` writes both files. The exit
+status is 1 if something became slower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def load(path: str | Path) -> dict[str, Statistics]:
 
 
 def slower(before: dict[str, Statistics], after: dict[str, Statistics]) -> list[str]:
-    """A line for each benchmark of both whose median grew by more than the larger of its two spreads, the worst first."""
+    """A line for each benchmark in both files whose median grew by more than the larger of its two spreads. The worst comes first."""
     found = []
     for name in before.keys() & after.keys():
         was, now = before[name], after[name]

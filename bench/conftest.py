@@ -1,4 +1,4 @@
-"""Saved results say what they were measured on."""
+"""Saved results name the machine's processor and versions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`make bench-mmdet`: mmdetection's real PAAHead with and without `accelerate`, on the CPU, side by side in one run.
 
-The published configuration (80 classes, 5 levels, 256 channels, 4 convolutions a tower) on random features of two 320 x 512
-images. Results are checked before anything is timed; times are the fastest of 3 interleaved rounds, because the convolutions take
-seconds and whatever else runs on the machine shows in them; those of the assignment are taken inside the same calls.
+The published configuration (80 classes, 5 levels, 256 channels, 4 convolutions in each tower) gets random features of two 320 x 512
+images. Results are checked before anything is timed. A time is the fastest of 3 interleaved rounds, because the convolutions take
+seconds, and other programs on the machine disturb them. The times of the assignment come from the same calls.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def spread(head: Any) -> Any:
-    """Scores that vary as a trained head's do: of those of an image some 2,000 are above the threshold."""
+    """Scores that vary as a trained head's do. About 2,000 of an image are above the threshold."""
     torch.nn.init.normal_(head.atss_cls.weight, std=0.03)
     torch.nn.init.constant_(head.atss_cls.bias, -8.5)
     return head
@@ -74,7 +74,7 @@ def loss(head: Any, features: list[torch.Tensor], samples: list[Any]) -> None:
 
 
 class Stopwatch:
-    """What the calls of a function took since the last reading."""
+    """The time that the calls of a function took since the last reading."""
 
     def __init__(self) -> None:
         self.elapsed = 0.0
@@ -94,7 +94,7 @@ class Stopwatch:
 
 
 def interleaved(calls: dict[str, tuple[Any, ...]], rounds: int = 3) -> dict[str, list[float]]:
-    """For each name, the fastest of its calls, and the least that each of its stopwatches saw in one."""
+    """For each name, the time of its fastest call, and the shortest reading of each of its stopwatches."""
     seen: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (call, *watches) in calls.items():

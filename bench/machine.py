@@ -1,4 +1,4 @@
-"""Where a result was measured: device and versions; nothing that names the machine."""
+"""The device and versions of a measurement. Nothing names the machine itself."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""`PYTHONPATH=tests python -m bench.matching --out FILE`: matching with the matrix of overlaps, as torchvision does it, and without.
+"""`PYTHONPATH=tests python -m bench.matching --out FILE`: matching with torchvision's matrix of overlaps, and without.
 
-One image of 1,333 x 800 pixels, the anchors of `retinanet_resnet50_fpn`, and more and more boxes. Where both fit into the memory
-that is free, the matches are compared first; then both are timed in turn. Peak memory is that of the process, reset before each
-call (Linux). Device operations are counted on the CPU: what is no view and no allocation. With `ptxrun` on the path those of this
-library are counted too; their number does not depend on the sizes. FILE gets the numbers, and a picture lies beside it.
+The benchmark has one image of 1,333 x 800 pixels, the anchors of `retinanet_resnet50_fpn`, and more and more boxes. If both ways
+fit into free memory, their matches are compared first. Then both are timed in turn. Peak memory is that of the process, reset
+before each call (Linux). Device operations are counted on the CPU: all but views and allocations. With `ptxrun` on the path, the
+operations of this library are counted too. Their number does not depend on the sizes. FILE gets the numbers. A picture is written
+beside it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BYTES_A_PAIR = 28
 
 
 def anchors(height: int = HEIGHT, width: int = WIDTH) -> Tensor:
-    """Tensor[A, 4] of one image, which the network pads to multiples of 32."""
+    """Tensor[A, 4] for one image, which the network pads to multiples of 32."""
     height, width = (-(-side // 32) * 32 for side in (height, width))
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -72,7 +73,7 @@ def status(file: str, key: str) -> int:
 
 
 def measure(call: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and the most bytes that the process took beyond what it had."""
+    """Seconds, and the most additional bytes that the process took."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left free is given back, so that it counts when it is taken again
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before, start = status("/proc/self/status", "VmRSS"), time.perf_counter()
@@ -112,15 +113,17 @@ def operations() -> dict[str, int]:
 def draw(result: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
     for axis, what, scale, label in zip(axes, ("bytes", "seconds"), (2**20, 1), ("peak memory [MiB]", "time [s]"), strict=True):
         for name, color, text in (("matrix", "#0072B2", "torchvision, with the matrix"), ("paa_gpu", "#D55E00", "accelerated")):
             known = [(one["boxes"], max(one[name][what] / scale, 1e-3)) for one in result["points"] if name in one]
             axis.loglog(*zip(*known, strict=True), marker="o", color=color, label=text)
         axis.set(xlabel="boxes in the image", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(file, dpi=90)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:,g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:

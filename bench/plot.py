@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after its backend
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from . import scaling
+
+plt.rcParams.update({f"{of}.labelsize": 9 for of in ("axes", "xtick", "ytick")} | {"axes.titlesize": 9, "legend.fontsize": 9})
+
+#: Inches. A page shows about 700 pixels, 96 an inch, so 9 points stay 9 points.
+WIDTH = 7.2
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- benchmarks: written by bench.plot -->", "<!-- end of benchmarks -->"
@@ -64,7 +71,7 @@ Medians = dict[str, dict[str, float]]
 
 
 def medians(result: dict[str, Any]) -> Medians:
-    """Seconds by group and provider; on a GPU those between two events."""
+    """Seconds by group and provider. On a GPU, seconds between two events."""
     found: Medians = {}
     for benchmark in result["benchmarks"]:
         test, parameters = benchmark["name"].partition("[")[0], benchmark["params"] or {}
@@ -126,44 +133,47 @@ def caption(result: dict[str, Any]) -> str:
 
 def picture(found: Medians, path: Path) -> None:
     """A dot per case and provider, on a logarithmic axis of seconds."""
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(found) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(found) + 1.4), layout="constrained")
     groups = list(found)[::-1]
     for name, (text, colour) in PROVIDERS.items():
         points = [(found[group][name], place) for place, group in enumerate(groups) if name in found[group]]
         if points:
             marker = "|" if name == "limit" else "o"
-            axes.plot(*zip(*points, strict=True), marker, color=colour, label=text, markersize=9, markeredgewidth=2)
-    axes.set(xscale="log", xlabel="time of a call [s], median", yticks=range(len(groups)), yticklabels=groups)
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=text, markersize=7, markeredgewidth=1.5)
+    axes.set(xscale="log", xlabel="time of a call, median", yticks=range(len(groups)), yticklabels=groups)
+    axes.xaxis.set_major_formatter(EngFormatter("s"))
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def scaling_picture(result: dict[str, Any], path: Path) -> None:
-    """A row per axis that grows, a column per quantity, each with its slope."""
+    """A row for each axis that grows, a column for each quantity, and a slope for each curve."""
     grown = result["axes"]
-    figure, grid = plt.subplots(len(grown), len(UNITS), figsize=(13, 2.6 * len(grown)), layout="constrained", squeeze=False)
+    size = WIDTH, 1.7 * len(grown) + 0.4
+    figure, grid = plt.subplots(len(grown), len(UNITS), figsize=size, layout="constrained", squeeze=False)
     for row, (name, points) in zip(grid, grown.items(), strict=True):
         for axes, (what, unit) in zip(row, UNITS.items(), strict=True):
+            heading = "\n".join(textwrap.wrap(unit, 18)) + "\n" if name == next(iter(grown)) else ""
             known = [(point["x"], point[what]) for point in points if point.get(what)]
             if not known:
                 axes.set_axis_off()
                 continue
             x, y = zip(*known, strict=True)
-            axes.plot(x, y, "o-", color="#0072B2")
+            axes.plot(x, y, "o-", color="#0072B2", markersize=4)
             # A decade at least, or what hardly grows would look steep.
             margin = 1.2 * max(10 * min(y) / max(y), 1) ** 0.5
-            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, ylim=(min(y) / margin, max(y) * margin))
-            axes.set_title(f"slope {scaling.slope(points, what):.2f}", fontsize=10)
-            shown = sorted({x[0], x[len(x) // 2], x[-1]})
-            axes.set_xticks(shown, labels=[f"{value:,}" for value in shown])
+            axes.set(xscale="log", yscale="log", xlabel=name, ylim=(min(y) / margin, max(y) * margin))
+            axes.set_title(f"{heading}slope {scaling.slope(points, what):.2f}")
+            axes.set_xticks((x[0], x[-1]), labels=[f"{value:,}" for value in (x[0], x[-1])])
             axes.minorticks_off()
+            axes.yaxis.set_major_formatter(EngFormatter("s" if what == "seconds" else "", sep=""))
             axes.grid(color="0.9")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 

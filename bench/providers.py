@@ -1,4 +1,4 @@
-"""Who answers: the published loop, scikit-learn, gmm-gpu, this library, and the physical limit. What is timed is checked first."""
+"""What is compared: the published loop, scikit-learn, gmm-gpu, this library, and the physical limit. Results are checked first."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def library(call: Call) -> Targets:
 
 
 def library_one_by_one(call: Call) -> Targets:
-    """`paa_reassign` for one image after the other; it finds the number of ground truths itself, as the published loop does."""
+    """`paa_reassign` for one image after the other. It finds the number of ground truths itself, as the published loop does."""
     options = {"num_classes": call.batch.num_classes, "topk": call.topk}
     return [paa_gpu.paa_reassign(*arguments, **options) for arguments in zip(*call.batch.arguments, strict=True)]
 
@@ -77,7 +77,7 @@ def check(got: Targets, wanted: Targets) -> None:
 
 
 def reassign_limit(call: Call) -> Callable[[], Any]:
-    """The least that a reassignment must do: copy the three outputs once, into new memory, one exp and one log per candidate and iteration."""
+    """The least work of a reassignment: one copy of the three outputs into new memory, one exp and one log per candidate and iteration."""
     fit = paa_gpu.paa_reassign_batch(*call.batch.arguments, **call.options).fit
     batch = call.batch
     counts = [
@@ -122,7 +122,7 @@ def gmm_gpu_fit(x: torch.Tensor) -> Any:
 
 
 def fit_limit(count: torch.Tensor, n_iter: torch.Tensor) -> Callable[[], None]:
-    """One exp and one log, numpy's, per value and iteration of each row; on one thread, in a cache."""
+    """One exp and one log (numpy's) per value and iteration of each row, on one thread, in a cache."""
     rest = int((count * n_iter).sum())
     x = np.linspace(-20, 0, 4096)
     exp, log = np.empty_like(x), np.empty_like(x)
@@ -143,7 +143,7 @@ DIVIDEMIX = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
 
 
 def mixture_input(rows: list[torch.Tensor]) -> Any:
-    """What the library takes: rows of one length as a table."""
+    """The library's input: rows of one length as a table."""
     return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
 
 
@@ -154,7 +154,7 @@ def mixture_library(x: Any) -> tuple[paa_gpu.GaussianMixture1D, Any]:
 
 
 def mixture_estimator(row: torch.Tensor) -> tuple[int, Any]:
-    """The same through the estimator, in DivideMix's words."""
+    """The same with the estimator, in DivideMix's lines."""
     from paa_gpu.integrations.sklearn import GaussianMixture
 
     mixture = GaussianMixture(n_components=2, **DIVIDEMIX).fit(row[:, None])
@@ -162,7 +162,7 @@ def mixture_estimator(row: torch.Tensor) -> tuple[int, Any]:
 
 
 def mixture_scikit_learn(rows: list[torch.Tensor]) -> list[Any]:
-    """scikit-learn's estimator, row after row; "diag" is the fastest of its covariance types."""
+    """scikit-learn's estimator, row after row. "diag" is the fastest of its covariance types."""
     from sklearn.mixture import GaussianMixture
 
     found = []
@@ -190,7 +190,7 @@ def two_means_start(x: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def mixture_limit(rows: list[torch.Tensor], n_iter: torch.Tensor) -> Callable[[], None]:
-    """One exp and one log per value and iteration, as for the fit, and as many for reading it out."""
+    """One exp and one log per value and iteration, as for the fit, and the same again for reading it out."""
     return fit_limit(torch.tensor([len(row) for row in rows]), n_iter + 1)
 
 
@@ -205,8 +205,10 @@ def published_voting(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_voting(*arguments: Any) -> float:
-    """Raise unless the library gives the published order, labels and scores, and boxes within a thousandth of a pixel; returns the
-    largest difference."""
+    """Raise unless order, labels and scores are the published ones, and boxes agree within 0.001 pixels.
+
+    Returns the largest difference.
+    """
     (got, labels), (wanted, wanted_labels) = paa_gpu.score_voting(*arguments), published_voting(*arguments)
     difference = float((got - wanted).abs().max())
     if not (torch.equal(labels, wanted_labels) and torch.equal(got[:, 4], wanted[:, 4]) and difference <= 1e-3):
@@ -218,8 +220,11 @@ def check_voting(*arguments: Any) -> float:
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Sequence[int] | None = None) -> list[float]:
-    """The median time of each call, in seconds, over `rounds` in which each takes its turn, the mean of its `repeats` at a time:
-    a call of a millisecond is not timed once after a loop of half a second, with cold caches and a sleeping core."""
+    """The median time of each call in seconds, over `rounds`. In a round, each call takes its turn and runs `repeats` times.
+
+    The mean of the repeats counts. So a call of a millisecond is not timed once after a loop of half a second, with cold caches and
+    a sleeping core.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -240,7 +245,7 @@ def on_cuda(value: Any) -> Any:
 
 
 def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, float]:
-    """Medians of `run(*arguments)` on the GPU, its caches cold, and on the host that launches it."""
+    """Medians of `run(*arguments)` on the GPU, with cold caches, and on the host that launches it."""
     there = on_cuda(list(arguments))
     on_device, on_host = diagnose.Cuda().seconds(lambda: run(*there))
     return {"event_seconds": on_device, "host_seconds": on_host}

@@ -1,7 +1,7 @@
 """`python -m bench.ratios`: this library against the published loop, on the CPU, side by side in one run.
 
-Every result is checked before it is timed; times are medians of 5 interleaved rounds. Run it with OMP_NUM_THREADS=1, as `make
-bench` does: more threads make the published loop slower and erratic. The library's loops get all cores all the same.
+Every result is checked before it is timed. Times are medians of 5 interleaved rounds. Run it with OMP_NUM_THREADS=1, as `make
+bench` does. More threads make the published loop slower and erratic. The library's loops get all cores anyway.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def voting() -> None:
 
 
 def suppression() -> None:
-    """`batched_nms` without a limit of detections, against torchvision's image by image, which must keep the same boxes."""
+    """`batched_nms` without a limit of detections, against torchvision's, image by image. Both must keep the same boxes."""
     for images, boxes, classes in itertools.product((1, 16), (1000, 5000, 20000), (1, 80)):
         batch = cases.suppression(images, boxes, classes)
         found = paa_gpu.batched_nms(*batch, 0.6)
@@ -116,7 +116,7 @@ def suppression() -> None:
 
 
 def fits() -> None:
-    """Microseconds a row and iteration of many rows, and what a call of a few rows takes beyond that."""
+    """Microseconds per row and iteration for many rows, and the additional time of a call with a few rows."""
     few, many = cases.losses(7, 45), cases.losses(2000, 45)
     few_iterations, iterations = (int(paa_gpu.fit_gmm_1d(x).n_iter.sum()) for x in (few, many))
     (many_time,) = providers.interleaved([lambda: paa_gpu.fit_gmm_1d(many)], rounds=51)

@@ -1,9 +1,10 @@
 """`PYTHONPATH=tests python -m bench.scaling --out FILE`: how `paa_reassign_batch` grows.
 
-Four axes, the rest held: boxes of one image over the same 20,000 potential positives; potential positives of seven boxes; images of
-seven boxes; `topk`. The suite checks results; here it is the time of a call (median), the most memory that its arrays take at once,
-and, where ptxrun can be imported, the instructions and the sectors of the compiled kernels, which say how the GPU path grows
-without a GPU. The slope of an axis is that of log(y) against log(x) over its upper half: above 1 it grows faster than linearly.
+One of four sizes grows while the others stay: boxes of one image over the same 20,000 potential positives; potential positives of
+seven boxes; images of seven boxes; `topk`. The suite checks results. This module measures the time of a call (median) and the most
+memory that its arrays take at once. If ptxrun can be imported, it also counts instructions and sectors of the compiled kernels. They
+show without a GPU how the GPU path grows. The slope of an axis is that of log(y) against log(x) over its upper half. Above 1, growth
+is faster than linear.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def measure(call: cases.Call) -> dict[str, float]:
 
 
 def _peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that arrays took at once during `run`, results included: what numpy allocates, it tells tracemalloc."""
+    """The most memory that arrays took at once during `run`, with results. numpy tells tracemalloc about its allocations."""
     tracemalloc.start()
     keep = run()
     _, peak = tracemalloc.get_traced_memory()
@@ -103,7 +104,7 @@ def _work(call: cases.Call) -> dict[str, float]:
 
 
 def slope(points: list[dict[str, float]], what: str) -> float:
-    """Of log(what) against log(x), least squares over the upper half of the points that have it."""
+    """The slope of log(what) against log(x): least squares over the upper half of the points that have a value."""
     known = [(math.log(point["x"]), math.log(point[what])) for point in points if point.get(what)]
     if len(known) < 2:
         return math.nan

@@ -1,4 +1,4 @@
-"""The fit alone: rows x length, checked against scikit-learn's iterations and means, then timed."""
+"""The fit alone: rows x length. It is checked against scikit-learn's iterations and means, then timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two steps before the reassignment: checked against their unfused forms, then timed beside them."""
+"""The two steps before the reassignment. They are checked against their unfused forms, then timed beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures with DivideMix's arguments and the k-means start, fitted and read out: checked against scikit-learn, then timed."""
+"""Fitting and reading mixtures with DivideMix's arguments and the k-means start. Checked against scikit-learn, then timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKED = 3
 
 @pytest.fixture(autouse=True)
 def all_cores():
-    """`OMP_NUM_THREADS=1`, which scikit-learn's own loops need, is not for ours."""
+    """Ignore `OMP_NUM_THREADS=1`. scikit-learn's loops need it, ours do not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield
@@ -31,7 +31,7 @@ def rows(case):
 
 
 def check(answers, case):
-    """Iterations and probabilities are scikit-learn's from the same start."""
+    """Iterations and probabilities must be scikit-learn's from the same start."""
     for row, (n_iter, low) in zip(rows(case)[:CHECKED], answers, strict=False):
         start = providers.two_means_start(row.numpy())
         oracle = GaussianMixture(2, **providers.DIVIDEMIX, **start).fit(row[:, None].numpy())

@@ -1,9 +1,9 @@
-"""`PYTHONPATH=tests python -m bench.work`: what the compiled kernels do, counted on the CPU by ptxrun. No time: there is no GPU in it.
+"""`PYTHONPATH=tests python -m bench.work`: the work of the compiled kernels. ptxrun counts it on the CPU. It measures no time.
 
-Warp instructions (PTX, moves left out) by class, and the 32-byte sectors that loads touch over those their bytes fill, for one
-`paa_reassign_batch` of the recorded images, of a crowded image and of ten times fewer boxes over the same potential positives; then the EM loop
-alone, a row and iteration; then `score_voting` of recorded predictions with one class and with 80, `candidate_losses`, and
-`assign_max_iou` of few boxes and of many.
+It counts warp instructions (PTX, without moves) by class. It also counts the 32-byte sectors that loads touch, over those that their
+bytes fill. The calls are: `paa_reassign_batch` of the recorded images, of a crowded image, and of ten times fewer boxes over the same
+potential positives; the EM loop alone, per row and iteration; `score_voting` of recorded predictions with one class and with 80;
+`candidate_losses`; and `assign_max_iou` of few boxes and of many.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def count(function: Callable[..., Any], *args: Any, **options: Any) -> None:
-    """Run a public function on the compiled kernels, and print what each did."""
+    """Run a public function on the compiled kernels, and print the work of each kernel."""
     with execute(CAPABILITY, seed=None, racecheck=0, count=True) as session:
         function(*args, **options)
     for kernel, counters in session.by_kernel().items():
@@ -56,13 +56,13 @@ def count(function: Callable[..., Any], *args: Any, **options: Any) -> None:
 
 
 def crowd(boxes: int) -> testing.Batch:
-    """One image of 200,000 potential positives, however many boxes share them."""
+    """One image of 200,000 potential positives, shared by any number of boxes."""
     rng, each = np.random.default_rng(0), 200_000 // boxes
     return testing.make_batch([boxes], rng, ["bimodal"], (each, each), level_sizes=(200_000, 50_000), dtype=torch.float32)
 
 
 def em_iteration(precision: str) -> Counter[str]:
-    """The difference between 13 and 3 iterations of 20 rows, for one."""
+    """The work of one iteration: the difference between 13 and 3 iterations of 20 rows."""
     x, counted = cases.losses(20, 45), []
     for max_iter in (3, 13):
         with execute(CAPABILITY, seed=None, racecheck=0, count=True) as session:

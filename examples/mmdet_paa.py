@@ -1,7 +1,7 @@
 """From mmdetection's configuration of PAA to training with this library: `python examples/mmdet_paa.py 20`.
 
-On the picture of trees in the package and, to be bearable on a CPU, with a small backbone. With mmengine's Runner it is one line
-as well: `accelerate(runner.model)` before `runner.train()`.
+It trains on the picture of trees in the package. The backbone is small, so it also works on a CPU. With mmengine's Runner it is
+one line too: call `accelerate(runner.model)` before `runner.train()`.
 """
 
 import sys

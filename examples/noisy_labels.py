@@ -20,7 +20,7 @@ import paa_gpu
 
 
 def load(noise: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels [N, 64], right labels [N], and labels [N] of which the part `noise` is drawn anew among all ten."""
+    """Pixels [N, 64], right labels [N], and labels [N]. A part `noise` of the latter is drawn again among all ten."""
     digits = load_digits()
     order = torch.randperm(len(digits.target))
     pixels = torch.from_numpy(digits.data).float()[order] / 16

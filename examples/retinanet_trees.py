@@ -1,9 +1,9 @@
 """Does PAA help? The same small RetinaNet with torchvision's IoU matching and with PAA: `python examples/retinanet_trees.py`.
 
-Trained on the aerial photographs of one site (YELL) in the package `deepforest`, tested on those of two others (OSBS and SOAP),
-of which no image is trained on. Both arms of a seed start from the same weights and see the same crops in the same order, for
-the same number of steps and at the same learning rate; only the assignment differs. Writes a JSON file with all numbers, anew
-after each run, and a picture. Needs `pip install paa-gpu[examples] deepforest pycocotools`; 25 minutes on two CPU cores.
+The aerial photographs come from the package `deepforest`. The model trains on one site (YELL), and is tested on two others (OSBS
+and SOAP). Both arms of a seed start from the same weights. They see the same crops in the same order, for the same number of
+steps, at the same learning rate. Only the assignment differs. After each run, the example writes a JSON file with all numbers. At
+the end it draws a picture. You need `pip install paa-gpu[examples] deepforest pycocotools`, and 25 minutes on two CPU cores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Picture = tuple[Tensor, Tensor]
 
 
 def folder() -> Path:
-    """Where `deepforest` keeps its pictures; the package is not imported."""
+    """The folder of the pictures of `deepforest`. The package is not imported."""
     package = importlib.util.find_spec("deepforest")
     if package is None:
         raise SystemExit("the annotated photographs come with the package `deepforest`: pip install deepforest")
@@ -55,8 +55,10 @@ def read(path: Path) -> Picture:
 
 
 def detector() -> RetinaNet:
-    """ResNet-18 up to stride 16 and a pyramid of 64 channels, from a random start; half of torchvision's anchor sizes, since the
-    crowns are small."""
+    """ResNet-18 up to stride 16 and a pyramid of 64 channels, with random weights.
+
+    The anchors have half of torchvision's sizes, because the crowns are small.
+    """
     body = resnet18(norm_layer=lambda channels: nn.GroupNorm(16, channels))
     backbone = BackboneWithFPN(body, {"layer2": "0", "layer3": "1"}, [128, 256], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
     sizes = tuple(tuple(side * 2 ** (i / 3) for i in range(3)) for side in (16, 32, 64, 128))
@@ -67,7 +69,7 @@ def detector() -> RetinaNet:
 
 
 def crop(picture: Picture, size: int, random: torch.Generator) -> Picture:
-    """A random square of a picture, mirrored and turned at random, and the boxes of which 30 % or more are in it."""
+    """A random square of a picture, mirrored and turned at random. It keeps boxes with 30 % or more of their area inside."""
     image, boxes = picture
     y, x = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
     inside = (boxes - torch.tensor([x, y, x, y])).clamp(0, size)
@@ -86,7 +88,7 @@ def labelled(boxes: Tensor) -> dict[str, Tensor]:
 
 
 def batches(pictures: list[Picture], options: argparse.Namespace, seed: int):
-    """Crops, of the larger pictures more."""
+    """Crops. Larger pictures give more."""
     random = torch.Generator().manual_seed(seed)
     areas = torch.tensor([float(image.shape[1] * image.shape[2]) for image, _ in pictures])
     for _ in range(options.steps):
@@ -97,7 +99,7 @@ def batches(pictures: list[Picture], options: argparse.Namespace, seed: int):
 
 @torch.no_grad()
 def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
-    """What the model finds in a picture at its own size, at which the crops are in training."""
+    """The model's detections in a picture at its own size. In training, crops have this size too."""
     sides = image.shape[1:]
     model.eval().transform.min_size, model.transform.max_size = (min(sides),), max(sides)
     (found,) = model([image])
@@ -105,7 +107,7 @@ def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate(model: RetinaNet, pictures: dict[str, Picture]) -> dict[str, list[float]]:
-    """AP at an IoU of 0.5, and averaged over 0.5 to 0.95, of all pictures together and of each."""
+    """AP at an IoU of 0.5, and averaged over 0.5 to 0.95, for all pictures together and for each."""
     found = {name: detect(model, image) for name, (image, _) in pictures.items()}
     truth = {
         name: {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)} for name, (_, boxes) in pictures.items()
@@ -119,7 +121,7 @@ def evaluate(model: RetinaNet, pictures: dict[str, Picture]) -> dict[str, list[f
 
 
 def train(arm: str, seed: int, options: argparse.Namespace) -> list[dict]:
-    """The records of one run: the losses of each step, AP at some, and what the last model finds."""
+    """The records of one run: the losses of each step, AP at some steps, and the detections of the last model."""
     torch.set_num_threads(1)
     trained, tested = pictures(TRAINED), pictures(TESTED)
     torch.manual_seed(seed)

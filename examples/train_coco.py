@@ -3,8 +3,9 @@
     python examples/train_coco.py --images photos --annotations train.json --test-annotations test.json
     torchrun --nproc-per-node 2 examples/train_coco.py --images photos --annotations train.json   # several processes or GPUs
 
-It shows a progress bar, keeps a checkpoint after each epoch (`--resume` goes on from it), prints COCO's average precision, and
-draws detections on the first test image. Needs `pip install -e .[examples]`; for `--backbone timm:convnext_tiny`, timm too.
+It shows a progress bar, and writes a checkpoint after each epoch (`--resume` continues from it). It prints COCO's average
+precision, and draws detections on the first test image. You need `pip install -e .[examples]`, and timm for `--backbone
+timm:convnext_tiny`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ Sample = tuple[Tensor, dict[str, Any]]
 
 
 class Detector(nn.Module):
-    """Features of strides 8 to 128, and the head. Called with targets it gives losses, without them detections."""
+    """Features of strides 8 to 128, and the head. A call with targets returns losses. A call without them returns detections."""
 
     def __init__(self, backbone: str, num_classes: int, pretrained: bool) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Detector(nn.Module):
 
 
 def make_body(name: str, pretrained: bool) -> tuple[nn.Module, list[int]]:
-    """A module that gives levels of strides 8, 16 and 32, and their numbers of channels."""
+    """A module that returns levels of strides 8, 16 and 32, and their numbers of channels."""
     if name.startswith("timm:"):
         import timm
 
@@ -71,7 +72,7 @@ def make_body(name: str, pretrained: bool) -> tuple[nn.Module, list[int]]:
 
 
 class CocoBoxes(torch.utils.data.Dataset[Sample]):
-    """The images of a COCO file with their boxes; a class is the place of its category in the sorted list of their ids."""
+    """The images of a COCO file with their boxes. A class is the position of its category in the sorted list of ids."""
 
     def __init__(self, images: str, annotations: str, size: int, training: bool) -> None:
         raw = torchvision.datasets.CocoDetection(images, annotations)
@@ -104,7 +105,7 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:
-    """One batch, padded at the right and below to the largest image and to a multiple of 128; and the size of each image."""
+    """One batch, and the size of each image. It is padded at the right and below, to the largest image and a multiple of 128."""
     sizes = [tuple(image.shape[1:]) for image, _ in samples]
     height, width = (-(-max(side) // 128) * 128 for side in zip(*sizes, strict=True))
     images = torch.zeros(len(samples), 3, height, width)
@@ -114,7 +115,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[
 
 
 def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[Any]:
-    """What `collate` made, on the device."""
+    """The batches of `collate`, on the device."""
     for images, sizes, targets in loader:
         for target in targets:
             target["boxes"], target["labels"] = target["boxes"].to(device), target["labels"].to(device)
@@ -137,7 +138,7 @@ def train_epoch(model: nn.Module, optimizer: Any, schedule: Any, loader: Any, de
 
 @torch.no_grad()
 def detect(model: Detector, data: CocoBoxes, loader: Any, device: torch.device) -> list[dict[str, Any]]:
-    """The detections in COCO's format, in pixels of the images as they lie on the disk."""
+    """The detections in COCO's format, in pixels of the images on the disk."""
     model.eval()
     found = []
     for images, sizes, targets in tqdm(batches(loader, device), total=len(loader), desc="detect"):

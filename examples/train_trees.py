@@ -1,8 +1,8 @@
 """Train a tree detector from a random start: `python examples/train_trees.py`, then look at trees.png.
 
-torchvision's ResNet-18 and feature pyramid, small enough for two CPU cores, and `paa_gpu.PAAHead`. Two aerial photographs with
-hand-drawn tree crowns are all there is, so the detections show what was learnt by heart, not what was generalised.
-Needs a checkout, and `pip install -e .[examples]`.
+The detector has torchvision's ResNet-18 and feature pyramid, small enough for two CPU cores, and `paa_gpu.PAAHead`. There are
+only two aerial photographs, with hand-drawn tree crowns. So the detections show what the detector learnt by heart. They do not
+show that it works for other photographs. You need a checkout, and `pip install -e .[examples]`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def crop(image: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A random square of a picture, flipped or not, and the boxes of which 30 % or more are in it."""
+    """A random square of a picture, flipped at random. It keeps boxes with 30 % or more of their area inside."""
     y, x = (int(torch.randint(side - size + 1, ())) for side in image.shape[1:])
     inside = (boxes - torch.tensor([x, y, x, y])).clamp(0, size)
     area, whole = ((box[:, 2:] - box[:, :2]).prod(1) for box in (inside, boxes))
@@ -81,7 +81,7 @@ def train(detector: Detector, pictures: list[tuple[Tensor, Tensor]], steps: int,
 
 
 def draw(file: str, totals: list[float], image: Tensor, boxes: Tensor, found: dict[str, Tensor]) -> None:
-    figure, (curve, picture) = plt.subplots(1, 2, figsize=(16, 9), width_ratios=(1, 2), layout="constrained")
+    figure, (curve, picture) = plt.subplots(1, 2, figsize=(10, 6), width_ratios=(1, 2), layout="constrained")
     curve.plot(totals, color="0.8")
     curve.plot(np.convolve(totals, np.full(20, 0.05), "valid"), color="black")
     curve.set(xlabel="step", ylabel="sum of the losses", ylim=(0, None), title="training")
@@ -90,7 +90,7 @@ def draw(file: str, totals: list[float], image: Tensor, boxes: Tensor, found: di
         for x1, y1, x2, y2 in corners.tolist():
             picture.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
     picture.set(title="trees drawn by people (white), and found (orange)", xticks=[], yticks=[])
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

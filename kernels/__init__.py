@@ -1,4 +1,4 @@
-"""Triton kernels of paa_gpu, one module per capability; imported as ``paa_gpu.kernels``, never as ``kernels``."""
+"""Triton kernels of paa_gpu, one module for each capability. Import them as ``paa_gpu.kernels``, never as ``kernels``."""
 
 # A public package is called `kernels`, and a file loaded under two names would register its operators twice.
 if __name__ != "paa_gpu.kernels":

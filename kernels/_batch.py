@@ -1,13 +1,13 @@
-"""The images of a batch: where the tensors of each lie, in one table of integers that the host writes and kernels read.
+"""The images of a batch. One table of integers holds the addresses of their tensors. The host writes it, and kernels read it.
 
-The potential positives of all images count as standing one after the other (P of them), and so do the anchors (A), and the ground
-truths: the rows (G). Nothing is concatenated: a kernel finds its image, and reads the image's own tensors at their addresses and
+Potential positives are counted over all images (P of them), and so are the anchors (A) and the ground truths. Ground truths are
+called rows (G). Nothing is concatenated. A kernel finds its image, and reads the image's own tensors at their addresses and
 strides. A kernel takes the table as `images`: its memory, Tensor[fields, B + 1] int64, and the number B of images. So it has one
-compiled form whatever the number of images and however their tensors lie.
+compiled form for any number of images and any layout of their tensors.
 
-    FIRST_*     where the blocks of potential positives, these themselves, the rows, the anchors and the blocks of anchors of each
-                image begin; in the last column, how many all images have
-    the others  a tensor's address, and behind it its strides; nothing in the last column
+    FIRST_*     where each image begins: its blocks of potential positives, its potential positives, its rows, its anchors and its
+                blocks of anchors. The last column has the totals of all images
+    the others  a tensor's address, then its strides. The last column is unused
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Around a launch: the tensors' device, and what the host knows on its way to it; launch rules that kernels share.
+"""Everything around a launch: the tensors' device, numbers from the host, and rules that kernels share.
 
-`device_guard` and `stage` hold the only lines of the kernels that never run without a GPU. Triton launches on the current
-stream of the current device, so inside `device_guard` a kernel runs where its tensors live, ordered after the work that made
-them. For CPU tensors (Triton's interpreter, or compiled kernels run on the CPU) there is nothing to guard and nothing to copy.
+Only `device_guard` and `stage` have lines that never run without a GPU. Triton launches on the current stream of the current
+device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made them. For CPU tensors (in
+Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Device helpers of several kernels: floats as ordered integers, and sorting pairs of integers."""
+"""Device functions that several kernels use: floats as ordered integers, and sorting pairs of integers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the kernels that fit rows share: where a row is, given initial values, what is stored of a fit, the best of several fits.
+"""What kernels for the fit of rows share: finding a row, given initial values, storing a fit, and the best of several fits.
 
-A row is (pointer, stride, number of values, smallest value): strided memory of which the first `count` values are fitted, or
-a stretch of flat memory between two offsets. The fit of start s of row g is the fit number g n_init + s.
+A row is (pointer, stride, number of values, smallest value). It is strided memory, of which the first `count` values are fitted,
+or a part of flat memory between two offsets. The fit of start s of row g has the number g n_init + s.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The targets of a batch: copied, made background at every potential positive, and given back to the positives.
+"""The targets of a batch. They are copied, made background at every potential positive, and given back to the positives.
 
-`targets` are the outputs label, label_weight Tensor[A] and bbox_weight Tensor[A, 4] of all images, contiguous; what the images
-had is read at the addresses in their table (see `_batch`). Copy, background and giving back belong to three launches, one after
-the other: what a later one writes stays.
+`targets` are the outputs of all images, contiguous: label, label_weight Tensor[A] and bbox_weight Tensor[A, 4]. Kernels read the
+images' own targets at the addresses in the table (see `_batch`). Three launches copy, make background, and give back, one after
+the other. A later launch overwrites an earlier one.
 
-An anchor that occurs twice is background where none of its potential positives is positive: each positive gives the same values
-back. Its label_weight is 0 where any of them is ignored. The published loop finds by anchor index too.
+An anchor may occur twice. It is background if none of its potential positives is positive. Each positive gives the same values
+back. Its label_weight is 0 if any of them is ignored. The published loop does the same, because it finds targets by anchor index.
 """
 
 from __future__ import annotations

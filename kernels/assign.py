@@ -1,15 +1,15 @@
 """Max-IoU assignment: anchors against the ground truths of their image, without the matrix of their overlaps.
 
-Two launches. A program has a row of one image, some blocks of its anchors, and goes through the image's ground truths, all in
-float32 and rounded as torch rounds, operation by operation:
+There are two launches. A program has one row, which is some blocks of anchors of one image. It goes through the image's ground
+truths. All arithmetic is float32, and each operation rounds as torch rounds:
 
-    first    the best overlap of each anchor and whose it is; the row's best overlap with each ground truth goes into `best`,
-             [R, G]. A ground truth that does not touch the bounds of a block overlaps none of its anchors, and is passed over
-    second   the rows that hold a ground truth's best overlap look for its best anchors, which become its own, in the order of the
-             ground truths, or what they themselves overlap most
+    first    finds the best overlap of each anchor, and its ground truth. The row's best overlap with each ground truth goes into
+             `best`, [R, G]. A ground truth that does not touch the bounds of a block overlaps none of its anchors, and is skipped
+    second   the rows that contain a ground truth's best overlap look for its best anchors. These go to the ground truth, in the
+             order of the ground truths, or to the ground truth that they themselves overlap most
 
-No program reads what another of its launch writes. What the host knows comes as a table, with the addresses of the images'
-tensors. Memory is O(A + G): `best` has at most MOST_ROWS rows.
+No program reads what another program of its launch writes. A table has the addresses of the images' tensors, and what the host
+knows. Memory is O(A + G), because `best` has at most MOST_ROWS rows.
 """
 
 from __future__ import annotations

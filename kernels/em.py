@@ -1,7 +1,7 @@
 """Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
 
-A row is strided memory of which the first `count` values are fitted, or a stretch of flat memory between two offsets. All its n
-values x are taken less their minimum. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+A row is strided memory, of which the first `count` values are fitted, or a part of flat memory between two offsets. The minimum
+of a row is subtracted from all its n values x. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
 z = (x - m)^2 / 2v,
 
     E-step   d_k = q_k exp(min z - z_k): 1 for the nearer component and exp(-|z_0 - z_1|) for the other one, times q
@@ -12,10 +12,10 @@ z = (x - m)^2 / 2v,
 
 until the lower bound changes by less than `tol`.
 
-A row is one tile [BLOCK_K // 2, 2] in registers, a LONG row several that are read again in every pass. The pairs of a tile lie in
-one thread: one logarithm serves both, and every sum begins inside a thread. Were it to begin with an exchange between threads,
-Triton would fuse the products into it, and the lanes of a warp would disagree in the last bit about whether the row has
-converged. Rows of up to 64 values take one warp, no shared memory and no barrier.
+A row is one tile [BLOCK_K // 2, 2] in registers. A LONG row has several tiles, and every pass reads them again. The two values of
+a pair lie in one thread. So one logarithm serves both, and every sum begins inside a thread. This matters. If a sum began with an
+exchange between threads, Triton would fuse the products into it. Then the lanes of a warp would differ in the last bit, and
+disagree about whether the row has converged. Rows of up to 64 values take one warp, no shared memory and no barrier.
 """
 
 from __future__ import annotations

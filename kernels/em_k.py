@@ -1,8 +1,8 @@
 """One-dimensional Gaussian mixtures of any number K of components by expectation-maximisation, one program per start and row.
 
-Tiles are [BLOCK, KP], parameters [KP], KP the next power of two of K. For each tile the moments of what a component is
-responsible for are taken about the tile's own mean and merged, so that one pass over the values is an iteration (see
-`starts.merge`). Two components have a kernel of their own, `em`; long rows are shared by programs, `em_long`.
+Tiles are [BLOCK, KP] and parameters [KP]. KP is the next power of two of K. Each tile gives the moments of each component about
+the tile's own mean. Merging these moments makes one pass over the values an iteration (see `starts.merge`). Two components have a
+kernel of their own, `em`. Several programs share a long row in `em_long`.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Long rows: EM of any number of components by several programs a row, one launch after the other, and nothing waits.
+"""Long rows: EM of any number of components, with several programs for a row. Launch follows launch, and nothing waits.
 
-A launch is one pass over the values: each program leaves what it found in its part of a row, and takes a ticket. Whoever takes
-the last one of a row adds the parts up, in their order, and decides what the next launch does for that row: the phase. A launch
-for a row that is done returns at once, so the host can send as many as a row may take without looking.
+A launch is one pass over the values. Each program stores the results for its part of a row, and takes a ticket. The program with
+the last ticket of a row adds up the parts in order. It decides what the next launch does for this row, the phase. A launch for a
+finished row returns at once. So the host can queue as many launches as a row may need, without looking.
 
-    RANGE      the smallest and the largest value, the sum
-    QUANTILE   how many values are not above the middle of what a quantile can still be, by halving
-    LLOYD      how many values belong to each centre, and their sum
-    DIVISION   the moments of what belongs to each centre: the first parameters
-    EM         the moments of what each component is responsible for: an iteration
+    RANGE      the smallest and the largest value, and the sum
+    QUANTILE   the number of values up to the middle of the range where a quantile can still lie, by halving
+    LLOYD      the number of values that belong to each centre, and their sum
+    DIVISION   the moments of the values of each centre: the first parameters
+    EM         the moments of the values of each component, weighted by responsibility: an iteration
 
-The moments are the number, the mean and the sum of squares about that mean, of tiles, merged to those of parts, merged to those
-of the row (`starts.merge`). Nothing cancels in them, so every iteration reads each value once, always.
+The moments are the number, the mean and the sum of squares about this mean. Those of tiles are merged to those of parts, and then
+to those of the row (`starts.merge`). Nothing cancels in them, so every iteration reads each value once.
 
-What a program writes for another one of its launch: partial sums, a barrier of the program, then the ticket (release); what the
-last one reads: the ticket (acquire), then the sums, past the first-level cache.
+Programs of a launch exchange data in this order. The writer stores its partial sums, passes a barrier of the program, and takes
+the ticket (release). The last one takes the ticket (acquire), then reads the sums past the first-level cache.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Scores of the potential positives: focal loss over the classes plus the loss of the box.
+"""Losses of the potential positives: focal loss over the classes plus the loss of the box.
 
     s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
     focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others
     box   = weight * (1 - GIoU) of the decoded box, or weight * |delta - delta of the target| summed over the deltas
 
-The box's is float64: in float32, a good box far from the origin has no accurate loss.
+The loss of the box is float64. In float32, a good box far from the origin has no accurate loss.
 
-A program takes a block of the potential positives of one image and gathers those that exist, LANES at a time, a lane each: of a
-block without any, nothing is left to do. What they need is read where it lies: targets in the image's tensors, predictions in the
-level's maps, Tensor[B, K * C, H, W] of any strides, the channels of one anchor. Lanes mostly are neighbours there, and each sums
-the classes of its own: no sum crosses lanes.
+A program takes a block of the potential positives of one image. It gathers those that exist, LANES at a time, one for each lane.
+A block without any is finished at once. The program reads everything in place: targets in the image's tensors, and predictions in
+the level's maps, Tensor[B, K * C, H, W] of any strides, in the channels of one anchor. Lanes are mostly neighbours in the maps.
+Each lane sums its own classes, so no sum crosses lanes.
 """
 
 from __future__ import annotations

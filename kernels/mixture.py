@@ -1,4 +1,4 @@
-"""Reading mixtures out: one pass over the values, with no memory of their size but the answer.
+"""Reading mixtures out: one pass over the values, without memory of their size besides the result.
 
 For a value x and components of weight w_k, mean m_k and variance v_k,
 
@@ -6,9 +6,9 @@ For a value x and components of weight w_k, mean m_k and variance v_k,
     responsibility r_k = exp(log p_k - max log p) / total      total = sum_j exp(log p_j - max log p)
     log-density = max log p + log total                        label = the first k of the largest log p_k
 
-Rows are strided memory of which the first `count` values are read, or stretches of flat memory between two offsets. A row is
-cut into blocks, one program each, so that the terms of its components are scalars of the program, and a long row has many
-programs. The log-likelihood of a row is the sum over its blocks, which a second launch adds in their order.
+A row is strided memory, of which the first `count` values are read, or a part of flat memory between two offsets. A row is cut
+into blocks, and each block has a program. So the terms of a row's components are scalars of the program, and a long row has many
+programs. The log-likelihood of a row is the sum over its blocks. A second launch adds them in order.
 """
 
 from __future__ import annotations

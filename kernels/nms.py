@@ -1,17 +1,17 @@
-"""Non-maximum suppression of a batch: pick the best candidate, suppress or weaken what overlaps it, until there are enough.
+"""Non-maximum suppression of a batch: pick the best candidate, suppress or weaken those that overlap it, until there are enough.
 
-A list of candidates is a class of an image, or a whole image where candidates have labels, or where classes do not matter. An
-entry of a list is a box, or box * C + class. Three kernels, of which the first one runs only where `nms_pre` limits anything:
+Candidates form lists. A list is one class of an image. If candidates have labels, or if classes do not matter, it is a whole
+image. An entry of a list is a box, or box * C + class. There are three kernels. The first runs only if `nms_pre` limits anything:
 
-    limit       one program an image: the score, and among equal ones the entry, of the last candidate that takes part, found
-                bit by bit by counting
-    suppress    one program a list: gathers the candidates, in the order of their entries, as (key, entry), where a key is the
-                score as an ordered integer; then each pass over them suppresses or weakens what overlaps the last pick, and
-                finds the next. In the soft forms a score is not negative, so that its key is its bits.
-    merge       one program an image: the lists' picks by key, then entry, into rows of `Detections`
+    limit       one program per image: finds the score of the last candidate that takes part, bit by bit, by counting. Among equal
+                scores it also finds the entry
+    suppress    one program per list: gathers the candidates as (key, entry), in the order of their entries. A key is the score
+                as an ordered integer. Each pass suppresses or weakens what overlaps the last pick, and finds the next pick. In
+                the soft forms no score is negative, so a key is the score's bits
+    merge       one program per image: merges the lists' picks, by key and then by entry, into rows of `Detections`
 
-Passes over a list are as many as its picks, and a list has no more of them than an image has room for. Memory: a key and an entry
-for each candidate that a list may have. IoU is rounded operation by operation, as torchvision rounds it.
+A list has as many passes as picks, and at most as many picks as an image has room for. Memory is a key and an entry for each
+candidate that a list may have. The IoU rounds operation by operation, as torchvision does.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Reassignment: the potential positives become background, and those that turn out positive get their targets back.
+"""Reassignment: the potential positives become background, and the positives among them get their targets back.
 
     stage     the table of the images, their levels, and zeros for the buckets (see `_batch`, `topk`)
-    copy      the targets into the outputs, and beside it: count the potential positives of each row
-    scatter   the potential positives into the rows' buckets; their anchors become background
-    select    the candidates of each row (see `topk`)
-    fit       separate the candidates, and give the positives their targets back (see `em`)
+    copy      copies the targets into the outputs, and counts the potential positives of each row
+    scatter   puts the potential positives into the rows' buckets, and makes their anchors background
+    select    selects the candidates of each row (see `topk`)
+    fit       fits and separates the candidates, and gives the positives their targets back (see `em`)
 
-Five operations, whatever the batch and the widths of its rows. Programs of a launch meet in three places, and none waits for
-another. Counting: each place in a bucket is drawn by an atomic, and whoever draws the last ticket sums the counts (see `topk`).
-In the background launch, and where targets are given back, programs that meet at an anchor write the same values (see
-`_targets`). Positives of an image are counted by atomics. Everything else is ordered by the launches, one after the other.
+These are five operations for any batch and any width of its rows. Programs of a launch share memory in a few places, and none
+waits for another. An atomic gives each potential positive its place in a bucket, and the program with the last ticket sums the
+counts (see `topk`). In the launch for the background, programs that meet at an anchor write the same values. So do programs that
+give targets back (see `_targets`). Atomics count the positives of an image. The order of the launches takes care of all else.
 
-A potential positive outside its image's anchors writes nothing; one without a ground truth is not positive.
+A potential positive outside its image's anchors writes nothing. One without a ground truth is not positive.
 """
 
 from __future__ import annotations

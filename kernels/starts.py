@@ -1,7 +1,7 @@
-"""Where a fit starts: centres of the components, and the division of a row between them (see `paa_gpu/cpu/starts.py`).
+"""Where a fit starts: centres of the components, and the division of a row among them (see `paa_gpu/cpu/starts.py`).
 
-Blocks over components are [KP], KP the next power of two of the number of components K; what is behind K never has a member.
-Values are those of the row less its smallest, so their bits as an integer are in their order.
+Blocks over components are [KP]. KP is the next power of two of the number of components K. Entries beyond K never have a member.
+The smallest value of a row is subtracted from all its values. So none is negative, and their bits, as integers, have their order.
 """
 
 from __future__ import annotations

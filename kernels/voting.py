@@ -1,21 +1,20 @@
-"""Score voting: every detection becomes the weighted mean of the candidates around it.
+"""Score voting: every detection moves to the weighted mean of the candidates around it.
 
     weight = exp(-(1 - IoU)^2 / sigma) * score  where score > score_thr and IoU > iou_thr, else 0
     box = detection + sum(weight * (candidate - detection)) / sum(weight)
 
-The boxes of all images (N) and their detections (D) count as standing one after the other; each image's tensors are read where
-they lie. Two launches:
+Boxes (N) and detections (D) are counted over all images. Each image's tensors are read in place. There are two launches:
 
-    gather    one program per block of an image's boxes copies them, and turns their scores around, Tensor[C, N], so that those of
-              a class lie side by side: of the classes that a detection of the image has, which are all that anybody reads
-    vote      one program per detection goes through the boxes of its image in tiles: the scores of its class, then the boxes of
-              the candidates among them, a box in one access
+    gather    one program per block of an image's boxes: copies the boxes, and transposes their scores to Tensor[C, N]. So the
+              scores of a class lie side by side. It does so for the classes of the image's detections, since only these are read
+    vote      one program per detection: goes through the boxes of its image in tiles. It reads the scores of its class, then the
+              boxes of the candidates among them, one box in one access
 
-Each thread of a vote sums what it meets, tile after tile, and the threads' sums are added once: the order never changes, so
-neither does the result. Offsets from the detection lose nothing to the size of the image. The program finds the place of its
-detection by counting: the detections of its image with a smaller label, and those before it with its own.
+Each thread of a vote sums its own boxes, tile after tile. The sums of the threads are added once. The order is always the same,
+and so is the result. Sums are of offsets from the detection, so the size of the image costs no digits. A program finds the place
+of its detection by counting the detections of its image with a smaller label, and the earlier ones with the same label.
 
-A batch has a table (see `_batch`); one image is its own, and needs no copy of integers.
+A batch has a table (see `_batch`). A single image serves as its own table, and needs no copy of integers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Max-IoU assignment: which ground truth each anchor belongs to before the losses decide."""
+"""Max-IoU assignment: the ground truth of each anchor, before the losses decide."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOW_QUALITY = ("gt", "anchor")
 
 
 class Assignment(NamedTuple):
-    """What the anchors of N images were assigned to."""
+    """The assignment of the anchors of N images."""
 
-    gt_inds: list[Tensor]  #: per image Tensor[A_n] int64: i + 1, the ground truth i; 0, background; -1, neither
+    gt_inds: list[Tensor]  #: per image Tensor[A_n] int64: i + 1 is ground truth i, 0 is background, -1 is neither
     max_overlaps: list[
         Tensor
     ]  #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
@@ -40,29 +40,31 @@ def assign_max_iou(
     low_quality: str = "gt",
     eps: float = 1e-6,
 ) -> Assignment:
-    """Assign the anchors of N images to ground truths, in memory O(A + G): mmdetection's `MaxIoUAssigner`, or torchvision's
-    `Matcher` and `SSDMatcher`, for a batch.
+    """Assign the anchors of N images to ground truths, in memory O(A + G).
 
-    An anchor is background where its highest IoU is below `neg_iou_thr`, the ground truth's from `pos_iou_thr` on, neither in
-    between. With `match_low_quality` the best anchors of each ground truth become positive after that, whatever their IoU is.
+    This is mmdetection's `MaxIoUAssigner`, or torchvision's `Matcher` and `SSDMatcher`, for a batch. The highest IoU of an anchor
+    decides. Below `neg_iou_thr`, the anchor is background. From `pos_iou_thr` on, it belongs to the ground truth. In between, it
+    is neither. With `match_low_quality`, the best anchors of each ground truth also become positive, whatever their IoU.
 
     Args:
-        anchors: one list of levels for all images, Tensor[A_l, 4]: x1, y1, x2, y2 in pixels. Or one such list for each image, for
-            anchors or proposals that differ: `[[boxes] for boxes in proposals]`. A_n = sum(A_l) of image n, less than 2^31.
-        gt_bboxes: per image Tensor[G_n, 4], ground truths; G_n may be 0. One dtype, which need not be that of `anchors`.
-        gt_bboxes_ignore: per image Tensor[I_n, 4], boxes to ignore, dtype of `gt_bboxes`; only with `ignore_iof_thr` > 0.
-        valid: per image BoolTensor[A_n]; an anchor where it is False is not there: it gets -1, and is no ground truth's best.
-        pos_iou_thr, neg_iou_thr: not negative. The defaults are PAA's, as those of all options.
-        min_pos_iou: a ground truth whose best overlap is below has no best anchors. With 0, one that no anchor overlaps gets all
-            anchors without an overlap, as published.
-        ignore_iof_thr: an anchor of whose area a larger part lies in a box to ignore overlaps nothing and becomes -1, unless the
-            image has no ground truths. Not positive: nothing is ignored.
+        anchors: one list of levels for all images, Tensor[A_l, 4]: x1, y1, x2, y2 in pixels. Or one such list for each image, if
+            anchors or proposals differ: `[[boxes] for boxes in proposals]`. A_n = sum(A_l) of image n, less than 2^31.
+        gt_bboxes: per image Tensor[G_n, 4], ground truths. G_n may be 0. All have one dtype. It may differ from that of
+        `anchors`.
+        gt_bboxes_ignore: per image Tensor[I_n, 4], boxes to ignore, dtype of `gt_bboxes`. They count only if `ignore_iof_thr` >
+        0.
+        valid: per image BoolTensor[A_n]. False takes an anchor out: it gets -1, and is never the best anchor of a ground truth.
+        pos_iou_thr, neg_iou_thr: not negative. The defaults of all options are PAA's.
+        min_pos_iou: a ground truth has best anchors only if its best overlap reaches this. With 0, a ground truth without any
+            overlap gets all anchors without an overlap, as published.
+        ignore_iof_thr: an anchor becomes -1 and overlaps nothing, if a larger part of its area than this lies in a box to ignore.
+            This does not apply to images without ground truths. Zero or negative: nothing is ignored.
         match_low_quality: give each ground truth its best anchors.
-        gt_max_assign_all: all anchors that tie for the best overlap; otherwise the first of them.
-        low_quality: whose such an anchor becomes. `"gt"`: the ground truth's of which it is the best (mmdetection, `SSDMatcher`).
-            `"anchor"`: that of the ground truth which the anchor itself overlaps most (`Matcher` of torchvision).
-        eps: the least union that an intersection is divided by, in square pixels: mmdetection's 1e-6. With 0, as in torchvision,
-            an empty box overlaps nothing, with an IoU of 0.
+        gt_max_assign_all: True: all anchors that tie for the best overlap. False: the first of them.
+        low_quality: the owner of an anchor that is the best of some ground truth. `"gt"`: this ground truth (mmdetection,
+            `SSDMatcher`). `"anchor"`: the ground truth that the anchor itself overlaps most (torchvision's `Matcher`).
+        eps: the least union that an intersection is divided by, in square pixels. mmdetection has 1e-6. With 0, as in
+            torchvision, the IoU of an empty box is 0.
 
     Returns:
         `Assignment`.
@@ -71,17 +73,19 @@ def assign_max_iou(
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
             threshold or `eps`; an unknown `low_quality`.
 
-    The matches of torchvision to the bit, whose -1 is 0 here, -2 is -1, and ground truth i is i + 1::
+    With these options, the matches equal torchvision's to the bit. Its -1 is 0 here, its -2 is -1, and its i is i + 1::
 
         Matcher(high, low, True)   pos_iou_thr=high, neg_iou_thr=low, low_quality="anchor", eps=0
         Matcher(high, low, False)  pos_iou_thr=high, neg_iou_thr=low, match_low_quality=False, eps=0
         SSDMatcher(threshold)      pos_iou_thr=threshold, neg_iou_thr=threshold, gt_max_assign_all=False, eps=0
 
-    Ties: an anchor with equal overlaps belongs to the lower ground truth, one that is the best of several to the higher, as
-    published. Overlaps are float32 whatever the dtypes, each operation rounded as torch rounds it; thresholds are rounded to
-    float32. A box with a NaN overlaps nothing, which with ground truths of its kind only makes all anchors -1. Inputs are not
-    modified, no graph is recorded, nothing synchronises. Source: mmdetection 3.3.0, `MaxIoUAssigner`; torchvision 0.29,
-    `models/detection/_utils.py`; PAA (arXiv 2007.08103), section 3.2.
+    Ties: an anchor with equal overlaps belongs to the lower ground truth. An anchor that is the best of several ground truths
+    belongs to the highest, as published. Overlaps are float32 for all dtypes. Each operation rounds as torch does, and thresholds
+    are rounded to float32. A box with a NaN overlaps nothing. If all ground truths are so, all anchors are -1. The function does
+    not modify its inputs, records no graph, and does not wait for the device.
+
+    Source: mmdetection 3.3.0, `MaxIoUAssigner`; torchvision 0.29, `models/detection/_utils.py`; PAA (arXiv 2007.08103), section
+    3.2.
     """
     check_list("gt_bboxes", gt_bboxes)
     levels, sizes = _levels(anchors, len(gt_bboxes))
@@ -116,9 +120,9 @@ def assign_max_iou(
 
 
 def _levels(anchors: Sequence[Any], images: int) -> tuple[list[Tensor], list[int]]:
-    """The levels, all images' one after the other where they have their own, and the number of anchors of each image.
+    """The levels, and the number of anchors of each image. If images have their own anchors, image follows image.
 
-    As many levels for each image, since a level of no anchors changes nothing.
+    Each image gets as many levels. A level without anchors changes nothing.
     """
     check_list("anchors", anchors, "level")
     if not isinstance(anchors[0], LIST):

@@ -1,4 +1,4 @@
-"""Training in several processes: what losses are divided by, averaged over them."""
+"""Training in several processes: averages of the numbers that losses are divided by."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ __all__ = ["reduce_mean"]
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
-    """Average a tensor over the processes of `torch.distributed`, such as the number of positives that losses are divided by.
+    """Average a tensor over the processes of `torch.distributed`. An example is the number of positives.
 
-    The authors' repository divides by `reduce_mean(out.num_pos.sum()).clamp(min=1)`, mmdetection's PAA by the process's own
-    number. With one process, or without a process group, the mean is the value itself. `PAAHead.loss` does this already.
+    The authors' repository divides its losses by `reduce_mean(out.num_pos.sum()).clamp(min=1)`. mmdetection's PAA divides by the
+    process's own number. With one process, or without a process group, the mean is the value itself. `PAAHead.loss` calls this
+    function already.
 
     Args:
-        tensor: Tensor of any shape and any real dtype, the same in every process; on the device that the process group's backend
-            needs, a CUDA device for NCCL. Every process has to call as often.
+        tensor: Tensor of any real dtype. Shape and dtype are the same in every process. It must be on the device that the process
+            group's backend needs: a CUDA device for NCCL. Every process must call equally often.
 
     Returns:
         A new Tensor of the same shape and device: float64 if `tensor` is, else float32.
@@ -24,7 +25,8 @@ def reduce_mean(tensor: Tensor) -> Tensor:
     Raises:
         TypeError: not a Tensor, or complex.
 
-    `tensor` is not modified, no graph is recorded; with NCCL nothing synchronises. NaN in one process is NaN in all. Source:
+    The function does not modify `tensor`, and records no graph. With NCCL it does not wait. NaN in one process is NaN in all.
+    Source:
     `reduce_sum` of the authors' repository; `mmdet.utils.reduce_mean`, for numbers of any dtype.
     """
     if not isinstance(tensor, Tensor):

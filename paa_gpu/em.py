@@ -1,4 +1,4 @@
-"""Batched 1-D Gaussian mixtures, fitted by EM as scikit-learn's `GaussianMixture` does it."""
+"""Batched 1-D Gaussian mixtures, fitted by the same EM as scikit-learn's `GaussianMixture`."""
 
 from __future__ import annotations
 
@@ -41,48 +41,50 @@ def fit_gmm_1d(
 ) -> GaussianMixture1D:
     """Fit a 1-D Gaussian mixture to each row.
 
-    Equivalent to scikit-learn's `GaussianMixture(n_components, covariance_type=..., weights_init=..., ...)` fitted to each row
-    minus its minimum, with the variances from centred second moments, so that values close together lose no digits.
+    The fit equals that of scikit-learn's `GaussianMixture(n_components, covariance_type=..., weights_init=..., ...)` to each row
+    minus its minimum. But it takes variances from centred second moments, so values close together lose no digits.
 
     Args:
-        x: Tensor[G, K] float16, bfloat16, float32 or float64, any strides; Tensor[N], one row; or a list of G 1-D tensors of one
-            dtype and any lengths, which are kept flat, never padded. A table of one column takes `count`: without it, N
-            samples of one mixture are meant, most likely, and refused.
-        count: Tensor[G] int64 or int32, values of each row of a padded `x`; what follows is not read. None: K.
+        x: Tensor[G, K] float16, bfloat16, float32 or float64, of any strides; or Tensor[N], one row; or a list of G 1-D tensors
+            of one dtype and any lengths. A list is never padded. A table with one column needs `count`. Without `count` it raises
+            an error, because it most likely holds N samples of one mixture.
+        count: Tensor[G] int64 or int32, the number of values in each row of a padded `x`. The rest is not read. None: K.
         covariance_type: "full", "diag" and "spherical" are the same model in one dimension; "tied" shares one variance.
-        tol: a row stops when its lower bound changes by less.
+        tol: a row stops when its lower bound changes by less than this.
         reg_covar: added to the variances.
-        max_iter: iterations at most; a row that has not converged by then is no error, `converged` says so.
-        weights_init, means_init, precisions_init: Tensor[k], or Tensor[G, k] for each row, k = n_components (tied precisions:
-            Tensor[1] or Tensor[G, 1]). Each takes the place of what the start would give. A row whose are not all finite starts
-            as if there were none, so that a warm start recovers from a row that was not valid.
+        max_iter: the most iterations. A row that has not converged by then raises no error; its `converged` is False.
+        weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k], where k = n_components (tied
+            precisions: Tensor[1] or Tensor[G, 1]). They replace the values of the start. If one of a row's initial values is not
+            finite, the row ignores them all. So a warm start recovers from a row that was not valid.
         precision: "float64" or "float32", of the fit and its results.
         n_components: 1 to 8.
-        init: what is not given starts from
-            "minmax": equal weights, means spaced evenly from the minimum to the maximum, precisions 1, as PAA has it;
-            or from one M-step on a division of the row, as scikit-learn does it. A value belongs to the nearest of k centres:
-            "quantile": the values of rank (2 j + 1) n // 2 k, j = 0 ... k - 1;
-            "kmeans": the two centres with the least sum of squares in rows of up to 64 values; else Lloyd's iteration, from the
-            row's mean as the boundary of two, from the quantiles for more, until no value changes sides, or 50 times;
-            "random": values of the row at k positions drawn without replacement.
-        n_init: with "random", starts of each row, of which the one with the highest lower bound is kept, the first of those
-            within 1e-9 of it (float32: that equal it).
-            Another start is the same every time, and taken once.
-        generator: with "random", a seed in [0, 2^63), or a `torch.Generator`, which it takes one from (None: torch's own for the
+        init: where the fit starts. "minmax", as in PAA: equal weights, means at even distances from the minimum to the maximum,
+            and precisions of 1. The others divide the row into groups, and make one M-step, as scikit-learn does. Each value
+            belongs to the nearest of k centres:
+            "quantile": the centres are the values of rank (2 j + 1) n // 2 k, j = 0 ... k - 1;
+            "kmeans": two centres in a row of up to 64 values are those with the least sum of squares. Otherwise Lloyd's iteration
+            finds them. It starts from the row's mean as the boundary between two groups, and from the quantiles for more groups.
+            It stops when no value changes its group, or after 50 times;
+            "random": the centres are k values of the row, drawn without replacement.
+        n_init: with "random", the number of starts of each row. The one with the highest lower bound is kept, or the first
+            within 1e-9 of it (in float32: the first that equals it). The other values of `init` have one start.
+        generator: with "random", a seed in [0, 2^63), or a `torch.Generator` that draws the seed (None: torch's own for the
             CPU). The same seed draws the same positions on every device: Philox, counted by row, start and component.
 
     Returns:
-        `GaussianMixture1D` on the device of `x`. A row is not `valid` that has fewer than 2 values or than components, a
-        non-finite value, or a fit that ends in something not finite or in a variance of 0 (equal values with `reg_covar=0`;
-        squares beyond the range of a float32 fit).
+        `GaussianMixture1D` on the device of `x`. A row is not `valid` if it has fewer than 2 values, fewer values than
+        components, or a value that is not finite. It is not `valid` either if the fit ends in a parameter that is not finite or a
+        variance of 0. This happens for equal values with `reg_covar=0`, and for squares beyond the range of a float32 fit.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; unknown `covariance_type`, `precision` or `init`;
             negative `tol` or `reg_covar`; `max_iter`, `n_components` or `n_init` out of range. For CPU tensors also initial
-            weights that are negative or do not sum to 1, and precisions that are not positive; on a device such a row is not
+            weights that are negative or do not sum to 1, and precisions that are not positive. On a GPU, such a row is not
             `valid`.
 
-    No graph is recorded, and nothing synchronises. Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`; S.
+    The function records no graph, and does not wait for the device.
+
+    Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`; S.
     Lloyd, Least squares quantization in PCM, 1982; J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Philox).
     """
     if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == 1 and x.shape[0] > 0 and count is None:
@@ -136,7 +138,7 @@ def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) 
 
 
 def _check_initial(weights: Tensor | None, means: Tensor | None, precisions: Tensor | None) -> None:
-    """Refuse what makes no mixture, in rows whose values are all finite: the others start as if there were none. CPU only."""
+    """Refuse initial values that make no mixture. Rows with values that are not finite ignore theirs. CPU only."""
     given = [value for value in (weights, means, precisions) if value is not None]
     if not given or not given[0].is_cpu or torch.compiler.is_compiling():
         return
@@ -157,7 +159,7 @@ def _refuse(name: str, must: str, value: Tensor, wrong: Tensor) -> None:
 
 
 def _seed(generator: torch.Generator | int | None, needed: bool) -> int:
-    """A number in [0, 2^63); a generator gives another one each time. That of a device says unread where it stands."""
+    """A number in [0, 2^63). A generator gives another one each time. Reading a GPU's generator does not wait."""
     if generator is None or isinstance(generator, torch.Generator):
         if not needed:
             return 0

@@ -3,7 +3,7 @@
 Anchors, boxes and sizes are in pixels of the batch; boxes are x1, y1, x2, y2. Level `l` has one square anchor of side
 `anchor_scale * strides[l]` per cell, centred on its first pixel. Shapes: N images, A anchors over all levels, C classes.
 
-Training waits for the device nowhere: `targets.py` assigns without it, and what the losses are divided by stays on the device.
+Training never waits for the device. `targets.py` assigns without waiting, and the divisors of the losses stay on the device.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ Scales = Sequence[float | tuple[float, float]] | None
 
 
 def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
-    """From one tensor per pyramid level to one per image, the levels one after the other.
+    """Turn one tensor for each pyramid level into one tensor for each image, with the levels one after the other.
 
     Args:
-        mlvl_tensor: Tensor[N, C, H_l, W_l] of each level, of one dtype.
+        mlvl_tensor: Tensor[N, C, H_l, W_l] for each level, of one dtype.
 
     Returns:
-        N tensors Tensor[sum of H_l * W_l, C], contiguous views of one; cells row after row.
+        N tensors Tensor[sum of H_l * W_l, C]. They are contiguous views of one tensor. Cells come row after row.
 
     Raises:
         TypeError, ValueError: not a list or empty; a level whose rank, N, C, dtype or device differs from the first's.
@@ -70,29 +70,29 @@ def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PAAHead(nn.Module):
-    """Towers, losses and detections of PAA; parameters have the names of mmdetection's `PAAHead`, so its checkpoints load.
+    """Towers, losses and detections of PAA. Parameters have the same names as in mmdetection, so its checkpoints load.
 
     The defaults are the published configuration. Source: PAA (arXiv 2007.08103); mmdetection 3.3.0, `PAAHead`.
 
     Args:
-        num_classes: C; labels are 0 to C - 1.
-        in_channels: of the features of every level.
-        feat_channels: of the towers; a multiple of `norm_groups`.
-        stacked_convs: convolutions of each of the two towers.
-        norm_groups: of the towers' group normalisation.
+        num_classes: C. Labels are 0 to C - 1.
+        in_channels: channels of the features of every level.
+        feat_channels: channels of the towers; a multiple of `norm_groups`.
+        stacked_convs: convolutions in each of the two towers.
+        norm_groups: groups of the towers' group normalisation.
         strides: pixels between two cells of each level.
         anchor_scale: side of an anchor in strides.
-        target_stds: what the predicted offsets (x, y, log w, log h) are multiplied with.
+        target_stds: factors of the predicted offsets (x, y, log w, log h).
         pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, ignore_iof_thr: which anchors are potential positives, see
             `assign_max_iou`. With the default `ignore_iof_thr`, ignored boxes change nothing.
-        allowed_border: pixels by which an anchor may reach beyond its image to be trained; negative: any number.
-        topk, covariance_type, separation, singleton, precision: of the assignment, see `paa_reassign`.
-        gamma, alpha: of the focal loss.
-        bbox_loss_weight, iou_loss_weight: of GIoU loss and IoU prediction; the focal loss has weight 1.
-        nms_pre: boxes of each level at most that go on to NMS; 0: all.
-        score_thr: detections have a score above it, the root of class score * predicted IoU.
-        iou_threshold: of NMS, within a class.
-        max_per_img: detections of an image at most; 0: all.
+        allowed_border: an anchor is trained if it reaches at most this many pixels beyond its image. Negative: all are trained.
+        topk, covariance_type, separation, singleton, precision: options of the assignment, see `paa_reassign`.
+        gamma, alpha: options of the focal loss.
+        bbox_loss_weight, iou_loss_weight: weights of the GIoU loss and the IoU prediction. The focal loss has weight 1.
+        nms_pre: the most boxes of each level that go on to NMS. 0: all.
+        score_thr: the score of a detection is above this. A score is the root of class score * predicted IoU.
+        iou_threshold: threshold of NMS within a class.
+        max_per_img: the most detections of an image. 0: all.
         score_voting: whether `score_voting` refines the boxes.
 
     Raises:
@@ -189,7 +189,7 @@ class PAAHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew: convolutions from a normal distribution of deviation 0.01, every class at a score of 0.01."""
+        """Initialise again: convolutions from a normal distribution of deviation 0.01, every class at a score of 0.01."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -204,11 +204,11 @@ class PAAHead(nn.Module):
         """The predictions of every level.
 
         Args:
-            features: Tensor[N, in_channels, H_l, W_l] of each level; list or tuple.
+            features: a list or tuple with Tensor[N, in_channels, H_l, W_l] for each level.
 
         Returns:
-            `(cls_scores, bbox_preds, iou_preds)`, a list each with Tensor[N, C, H_l, W_l] logits, Tensor[N, 4, H_l, W_l] float32
-            offsets and Tensor[N, 1, H_l, W_l] logits of the IoU.
+            `(cls_scores, bbox_preds, iou_preds)`, three lists: Tensor[N, C, H_l, W_l] logits, Tensor[N, 4, H_l, W_l] float32
+            offsets, and Tensor[N, 1, H_l, W_l] logits of the IoU.
 
         Raises:
             TypeError, ValueError: not one tensor per stride; a level of another rank, N or number of channels.
@@ -230,27 +230,29 @@ class PAAHead(nn.Module):
     def loss(
         self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], image_sizes: Sequence[Size] | None = None
     ) -> dict[str, Tensor]:
-        """The losses of a batch, to be summed. float32, under autocast too; nothing synchronises.
+        """The losses of a batch. Train with their sum. They are float32, also under autocast. Nothing waits for the device.
 
         Args:
-            features: as `forward` takes them.
-            targets: for each image, as torchvision's detectors take them, `boxes`: Tensor[G, 4] floating, `labels`: Tensor[G]
-                int64 or int32 in [0, C), and if wanted `ignored_boxes`: Tensor[I, 4] (see `ignore_iof_thr`). Either may be empty.
-            image_sizes: (height, width) of each image within the batch; the cells beyond it are not trained. mmdetection gives
-                the size padded to a multiple of 32, its `pad_shape`. None: the whole batch is picture.
+            features: as for `forward`.
+            targets: a dictionary for each image, as for torchvision's detectors. `boxes`: Tensor[G, 4] floating. `labels`:
+                Tensor[G] int64 or int32 in [0, C). Optional `ignored_boxes`: Tensor[I, 4] (see `ignore_iof_thr`). G and I may be
+                0.
+            image_sizes: (height, width) of each image within the batch. The cells beyond are not trained. mmdetection passes the
+                size padded to a multiple of 32, its `pad_shape`. None: each image fills the batch.
 
         Returns:
-            `{"loss_cls", "loss_bbox", "loss_iou"}`, a scalar each; 0 for the last two in a batch without positives. What they are
-            divided by is averaged over the processes where `torch.distributed` is initialised, so that averaging the processes'
-            gradients, as DistributedDataParallel does, gives those of the joined batch.
+            `{"loss_cls", "loss_bbox", "loss_iou"}`, three scalars. In a batch without positives, the last two are 0. If
+            `torch.distributed` is initialised, the divisors are averaged over the processes. Then the average of the gradients,
+            which DistributedDataParallel takes, equals the gradient of the joined batch.
 
         Raises:
-            TypeError, ValueError: as `forward`; lists not of N entries; a target without `boxes` or `labels`, or of the wrong
-                shape, dtype or device; no `image_sizes` where `allowed_border` is not negative; a label outside [0, C), on the
-                CPU.
+            TypeError, ValueError: as `forward`; a list without N entries; a target without `boxes` or `labels`, or of the wrong
+                shape, dtype or device; no `image_sizes` although `allowed_border` is not negative; on the CPU also a label
+                outside [0, C).
 
-        On a device a label outside [0, C) is of no class: to be refused, it would have to be waited for. An image of which no
-        anchor is inside contributes nothing (mmdetection raises). Not finite losses: see `paa_reassign`.
+        On a GPU, a box with a label outside [0, C) belongs to no class. An error would have to wait for the device. An image
+        without an anchor inside it contributes nothing (mmdetection raises an error). Losses that are not finite: see
+        `paa_reassign`.
         """
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)
@@ -295,26 +297,26 @@ class PAAHead(nn.Module):
         scale_factors: Scales = None,
         padded: bool = False,
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """The detections of a batch. float32, under autocast too.
+        """The detections of a batch. They are float32, also under autocast.
 
         Args:
-            features: as `forward` takes them.
-            image_sizes: (height, width) of each image within the batch; boxes are clipped to it. Or Tensor[N, 2] of them.
-            scale_factors: how much each image was enlarged before, a number or (in x, in y); the boxes are divided by it, before
-                NMS. None: they stay in pixels of the batch.
-            padded: whether the result has a fixed shape, with room for M = `max_per_img` detections an image. Then nothing waits
-                for the device, one CUDA graph can hold it all, and `torch.compile(fullgraph=True)` and `torch.export` take it.
+            features: as for `forward`.
+            image_sizes: (height, width) of each image within the batch, or Tensor[N, 2]. Boxes are clipped to it.
+            scale_factors: how much each image was enlarged before: a number, or (in x, in y). The boxes are divided by it before
+                NMS. None: boxes stay in pixels of the batch.
+            padded: give the result a fixed shape, with room for M = `max_per_img` detections in each image. Then nothing waits
+                for the device. One CUDA graph can hold the call. `torch.compile(fullgraph=True)` and `torch.export` can take it.
 
         Returns:
-            For each image a dictionary with `boxes` Tensor[k, 4], `scores` Tensor[k] and `labels` Tensor[k] int64, by class,
-            ascending, and within a class by score, descending, as published; without voting all by score. This waits once, for
-            the numbers k. Padded, one dictionary with `boxes` Tensor[N, M, 4], `scores` and `labels` Tensor[N, M], and `count`
-            Tensor[N] int64, the numbers k; what follows them in a row are zeros, and -1 for labels.
+            A dictionary for each image: `boxes` Tensor[k, 4], `scores` Tensor[k] and `labels` Tensor[k] int64. They are ordered
+            by class, and within a class the highest score comes first, as published. Without voting they are ordered by score.
+            The call waits once, for the numbers k. With `padded`, one dictionary: `boxes` Tensor[N, M, 4], `scores` and `labels`
+            Tensor[N, M], and `count` Tensor[N] int64, the numbers k. The rest of a row is zeros, and -1 for labels.
 
         Raises:
-            TypeError, ValueError: as `forward`; lists not of N entries.
+            TypeError, ValueError: as `forward`; a list without N entries.
 
-        Suppression is that of `batched_nms`: equal scores by index, and each class by itself, exactly.
+        NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
         _check_sizes(image_sizes, _num_images(features))
         if scale_factors is not None:
@@ -337,7 +339,7 @@ class PAAHead(nn.Module):
         return [{name: rows[i, :number] for name, rows in batch.items()} for i, number in enumerate(numbers)]
 
     def _anchors(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Tensor[A_l, 4] of each level; made from numbers of the host, which costs no synchronisation."""
+        """Tensor[A_l, 4] of each level, made from Python numbers, so nothing waits."""
         anchors = []
         for level, stride in zip(levels, self.strides, strict=True):
             y, x = (torch.arange(size, device=level.device, dtype=torch.float32) * stride for size in level.shape[2:])
@@ -354,7 +356,7 @@ class PAAHead(nn.Module):
         targets: Sequence[Mapping[str, Tensor]],
         image_sizes: Sequence[Size] | None,
     ) -> Targets:
-        """What the anchors are trained with."""
+        """The targets of the anchors."""
         boxes = [target["boxes"] for target in targets]
         ignored = [target.get("ignored_boxes", boxes[0][:0]) for target in targets]
         valid = None if image_sizes is None else self._inside(torch.cat(anchors), image_sizes).unbind()

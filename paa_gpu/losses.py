@@ -35,51 +35,54 @@ def candidate_losses(
     box_loss: str = "giou",
     convention: str = "mmdet",
 ) -> list[Tensor]:
-    """The losses by which the potential positives of N images are reassigned: `PAAHead.get_pos_loss` of mmdetection for a batch.
+    """The losses that sort the potential positives of N images: `PAAHead.get_pos_loss` of mmdetection for a batch.
 
-    Each is::
+    Each loss is::
 
         loss_cls_weight * label_weight * (sigmoid focal loss, summed over the classes)
         + loss_bbox_weight * mean(bbox_weight) * (1 - GIoU(decoded box, bbox_target))  # "giou"
         + loss_bbox_weight * sum(bbox_weight * |deltas - deltas of bbox_target|)       # or "l1"
 
-    Level l of the pyramid has H_l x W_l locations with K_l anchors each; the anchors of an image, A = sum(H_l * W_l * K_l) of
-    them, are numbered level by level, row by row, location by location. The channels of a location's anchors follow one another.
-    Only the locations of the potential positives are read, from the maps as they lie.
+    Level l of the pyramid has H_l x W_l locations with K_l anchors each. An image has A = sum(H_l * W_l * K_l) anchors. They are
+    numbered level by level, row by row, location by location. The channels of a location's anchors follow one another. The
+    function reads only the locations of the potential positives, directly from the maps.
 
     Args:
         anchors: per level Tensor[H_l * W_l * K_l, 4]: x1, y1, x2, y2 in pixels, the same for all images.
-        cls_scores: per level Tensor[N, K_l * C, H_l, W_l], logits. torchvision's heads give Tensor[N, A, C]: as one level of
-            A x 1 locations it is `[cls_logits.mT[..., None]]`, a view.
-        bbox_preds: per level Tensor[N, K_l * 4, H_l, W_l], the deltas dx, dy, dw, dh, already scaled. One dtype, which need not
-            be that of `cls_scores`: under autocast it is not.
-        label: per image Tensor[A] int64, the class of each anchor; what is not in [0, C) is background.
-        label_weight: per image Tensor[A], weight of the classification loss; dtype of `anchors`, as the two below.
-        bbox_target: per image Tensor[A, 4], the target box in pixels.
-        bbox_weight: per image Tensor[A, 4], weight of the box loss, whose mean counts.
+        cls_scores: per level Tensor[N, K_l * C, H_l, W_l], logits. torchvision's heads return Tensor[N, A, C]. The view
+            `[cls_logits.mT[..., None]]` makes it one level of A x 1 locations.
+        bbox_preds: per level Tensor[N, K_l * 4, H_l, W_l], the deltas dx, dy, dw, dh, already scaled. All have one dtype. It may
+            differ from that of `cls_scores`, as under autocast.
+        label: per image Tensor[A] int64, the class of each anchor. A label outside [0, C) is background.
+        label_weight: per image Tensor[A], weight of the classification loss, dtype of `anchors`.
+        bbox_target: per image Tensor[A, 4], the target box in pixels, dtype of `anchors`.
+        bbox_weight: per image Tensor[A, 4], weight of the box loss, dtype of `anchors`. Its mean counts.
         pos_inds: per image Tensor[P_n] int64 or int32, the potential positives, in any order; P_n may be 0.
-        gamma, alpha: of the focal loss.
-        loss_cls_weight, loss_bbox_weight: of the two losses.
-        stds: deviations by which the deltas were divided. torchvision multiplies by weights instead: their inverses, here 1.
-        wh_ratio_clip: the decoded box is at most 1 / wh_ratio_clip times as wide or high as its anchor, and at least
-            wh_ratio_clip times.
-        box_loss: `"giou"`, of the decoded box (PAA; `retinanet_resnet50_fpn_v2`); or `"l1"`, of the deltas, which are not decoded
-            then (`retinanet_resnet50_fpn`).
-        convention: details of the GIoU loss. `"mmdet"`: areas are at least 1e-6. `"torchvision"`: 1e-7 is added to the areas that
-            are divided by, and `wh_ratio_clip` does not keep a box from becoming smaller.
+        gamma, alpha: options of the focal loss.
+        loss_cls_weight, loss_bbox_weight: weights of the two losses.
+        stds: deviations that the deltas were divided by. torchvision multiplies by weights, the inverses. For RetinaNet all are
+        1.
+        wh_ratio_clip: the width and the height of the decoded box are at least wh_ratio_clip times those of its anchor, and at
+            most 1 / wh_ratio_clip times.
+        box_loss: `"giou"` of the decoded box (PAA; `retinanet_resnet50_fpn_v2`), or `"l1"` of the deltas, without decoding
+            (`retinanet_resnet50_fpn`).
+        convention: details of the GIoU loss. `"mmdet"`: areas are at least 1e-6. `"torchvision"`: 1e-7 is added to areas that are
+            divisors, and `wh_ratio_clip` sets no lower limit to a box.
 
     Returns:
-        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`: float64 if any of the maps or the targets are, else
-        float32. The classes are summed in this dtype, and half precision is taken to it before any arithmetic.
+        Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`. They are float64 if a map or a target is, else float32.
+        Classes are summed in this dtype. Half precision is converted to it before any arithmetic.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
             weight or `gamma`; `wh_ratio_clip` not positive; an unknown `box_loss` or `convention`.
 
     Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
-    NaN, and `paa_reassign_batch` then leaves out its ground truth. An index out of range gives NaN and reads nothing. Inputs are
-    not modified, no graph is recorded, nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU
-    loss and `DeltaXYWHBBoxCoder`; torchvision 0.29, `models/detection/_utils.py`, `ops/giou_loss.py`.
+    NaN. `paa_reassign_batch` then gives its ground truth no positives. An index out of range gives NaN and reads nothing. The
+    function does not modify its inputs, records no graph, and does not wait for the device.
+
+    Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU loss and `DeltaXYWHBBoxCoder`; torchvision 0.29,
+    `models/detection/_utils.py`, `ops/giou_loss.py`.
     """
     _check_maps(anchors, cls_scores, bbox_preds, label)
     columns = {

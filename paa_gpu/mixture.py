@@ -1,4 +1,4 @@
-"""G fitted mixtures of 1-D Gaussians, read out: labels, responsibilities, log-densities, information criteria."""
+"""G fitted mixtures of 1-D Gaussians, and what they tell: labels, responsibilities, log-densities, information criteria."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ Rows = Tensor | Sequence[Tensor]
 
 
 class GaussianMixture1D(NamedTuple):
-    """G fitted mixtures of k 1-D Gaussians, two unless told otherwise, in the order in which they started.
+    """G fitted mixtures of k 1-D Gaussians. The components keep the order in which they started. The default k is 2.
 
-    A row is valid if it has at least 2 values and k, all finite, and if its fit ends in finite parameters and variances above
-    zero. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and `converged` False. The methods take the data as
-    `fit_gmm_1d` does: Tensor[G, K] of any strides with an optional `count`, Tensor[N] for one row, or a list of G 1-D tensors, on
-    the device of the fit, and answer in the same form. Their floats have the dtype of the fit. At padding, in rows that are not
-    valid, and for values that are not finite, probabilities are NaN and labels -1.
+    A row is valid if it has at least 2 values, at least k values, and only finite ones, and if its fit ends in finite parameters
+    and variances above zero. Otherwise its parameters and lower bound are NaN, `n_iter` is 0 and `converged` is False.
 
-    Each method is one launch, or one compiled loop, which takes no memory of the size of `x` but its answer; a list is laid out
-    flat first. No graph is recorded, and nothing synchronises. Names and meaning are those of scikit-learn's `GaussianMixture`.
+    The methods take data in the same forms as `fit_gmm_1d`: Tensor[G, K] of any strides with an optional `count`, Tensor[N] for
+    one row, or a list of G 1-D tensors. The data must be on the device of the fit. The result has the form of the data. Its
+    floats have the dtype of the fit. Probabilities are NaN and labels are -1 at padding, in rows that are not valid, and for
+    values that are not finite.
+
+    Each method is one launch, or one compiled loop. It needs no memory of the size of `x` besides its result. A list is first
+    joined into one tensor. No graph is recorded, and nothing waits for the device. Names and meaning are those of scikit-learn's
+    `GaussianMixture`.
     """
 
-    weights: Tensor  #: Tensor[G, k], summing to 1
+    weights: Tensor  #: Tensor[G, k], each row sums to 1
     means: Tensor  #: Tensor[G, k]
-    variances: Tensor  #: Tensor[G, k]; equal ones where tied
+    variances: Tensor  #: Tensor[G, k]; with "tied", all of a row are equal
     lower_bound: Tensor  #: Tensor[G], mean log-density before the last M-step
     n_iter: Tensor  #: Tensor[G] int64, EM iterations
     converged: Tensor  #: Tensor[G] bool, whether the lower bound changed by less than `tol` within `max_iter` iterations
@@ -40,7 +43,7 @@ class GaussianMixture1D(NamedTuple):
     covariance_type: str = "diag"  #: of the fit
 
     def predict(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The likeliest component of each value, the first of equal ones: int64, shape of `x`."""
+        """The likeliest component of each value: int64, shape of `x`. Of equal ones, the first."""
         return self._read("predict", x, count)
 
     def predict_proba(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
@@ -48,9 +51,9 @@ class GaussianMixture1D(NamedTuple):
         return self._read("predict_proba", x, count)
 
     def low_probability(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The responsibility of the component with the smallest mean, the first of equal ones: shape of `x`.
+        """The responsibility of the component with the smallest mean: shape of `x`. Of equal means, the first.
 
-        With losses it is the probability that a sample is clean: scikit-learn's `predict_proba(x)[:, means_.argmin()]`.
+        For losses, this is the probability that a sample is clean: scikit-learn's `predict_proba(x)[:, means_.argmin()]`.
         """
         return self._read("low_probability", x, count)
 
@@ -74,13 +77,13 @@ class GaussianMixture1D(NamedTuple):
         return -2 * log_likelihood + 2 * self._n_parameters()
 
     def sorted(self) -> GaussianMixture1D:
-        """The same mixtures with the components of each row in ascending order of their means; equal ones keep their order."""
+        """The same mixtures. The components of each row are in ascending order of their means. Equal ones keep their order."""
         order = self.means.argsort(dim=-1, stable=True)
         weights, means, variances = (values.gather(-1, order) for values in self[:3])
         return self._replace(weights=weights, means=means, variances=variances)
 
     def _n_parameters(self) -> int:
-        """The means, the weights but one, and the variances."""
+        """The number of free parameters: the means, all weights but one, and the variances."""
         components = self.weights.shape[1]
         return 2 * components - 1 + (1 if self.covariance_type == "tied" else components)
 
@@ -89,7 +92,7 @@ class GaussianMixture1D(NamedTuple):
         return shape.restore(_ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], what))
 
     def _log_likelihood(self, x: Rows, count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum of the log-densities of each row's values, NaN where not valid, and how many values there are."""
+        """The sum of the log-densities of each row's values (NaN if the row is not valid), and the number of values."""
         values, shape = flatten_rows(x, count, self.weights)
         total: Tensor = _ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], "log_likelihood")
         return torch.where(self.valid, total, torch.nan), shape.size(values).to(total.dtype)
@@ -97,7 +100,7 @@ class GaussianMixture1D(NamedTuple):
 
 @dataclass(frozen=True)
 class RowShape:
-    """How rows were given: padded, with or without counts, as a list, or one row alone."""
+    """The form of the rows: padded, with or without counts; a list; or one row alone."""
 
     count: Tensor | None
     lengths: list[int] | None
@@ -112,15 +115,14 @@ class RowShape:
         return torch.full((values.shape[0],), values.shape[1], device=values.device)
 
     def restore(self, result: Tensor) -> Tensor | list[Tensor]:
-        """A result per value, in the form the values were given."""
+        """One result for each value, in the form of the values."""
         if self.alone:
             return result[0]
         return result if self.lengths is None else list(torch.split(result, self.lengths))
 
 
 def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tuple[Tensor, RowShape]:
-    """Check the data, with a row for each of those of `fit`, on its device; a list becomes one flat tensor, so that rows of any
-    lengths take no padding."""
+    """Check the data, which has a row for each row of `fit`, on its device. A list becomes one flat tensor, without padding."""
     rows, device = (None, None) if fit is None else (fit.shape[0], fit.device)
     if isinstance(x, Tensor):
         alone = x.dim() == 1 and rows in (None, 1)

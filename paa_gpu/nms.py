@@ -1,4 +1,4 @@
-"""Non-maximum suppression of all images and classes of a batch at once, into a fixed room, so that nobody waits for a number."""
+"""Non-maximum suppression of all images and classes of a batch at once. Results have a fixed shape, so nothing waits."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ METHODS = ("hard", "linear", "gaussian")
 
 
 class Detections(NamedTuple):
-    """The detections of N images with room for M each: the first `count` of a row, then zeros, and -1 for labels and index."""
+    """The detections of N images, with room for M in each.
+
+    The first `count` entries of a row are detections. The rest is zeros, and -1 for labels and index.
+    """
 
     boxes: Tensor  #: Tensor[N, M, 4], of the dtype of the input
-    scores: Tensor  #: Tensor[N, M], of the dtype of the input; descending; those of a soft form have decayed
+    scores: Tensor  #: Tensor[N, M], of the dtype of the input; descending; a soft form has lowered them
     labels: Tensor  #: Tensor[N, M] int64
-    #: Tensor[N, M] int64: which of the image's boxes it was
+    #: Tensor[N, M] int64: the index of each detection among the image's boxes
     index: Tensor  # type: ignore[assignment]
     #: Tensor[N] int64, on the device
     count: Tensor  # type: ignore[assignment]
@@ -56,41 +59,45 @@ def batched_nms(
 ) -> Detections:
     """Keep the best boxes of every class of every image, and suppress or weaken those that overlap them.
 
-    The candidates of an image come in one of two forms: boxes with a score and a label each, as torchvision's `batched_nms`
-    takes them, or boxes with a score for every class, as mmcv's `multiclass_nms` takes them, where each box is a candidate of
-    each class. Either form is one tensor for the batch, or a list with one tensor per image, of any lengths.
+    Candidates come in one of two forms. With `labels`, each box has one score and one label, as in torchvision's `batched_nms`.
+    Without, each box has a score for every class, and is a candidate of every class, as in mmcv's `multiclass_nms`. Either form
+    is one tensor for the batch, or a list with one tensor per image, of any lengths.
 
     Args:
         boxes: Tensor[N, K, 4] floating, x1, y1, x2, y2; or a list of Tensor[K_i, 4].
-        scores: Tensor[N, K] floating with `labels`, Tensor[N, K, C] without; or a list of Tensor[K_i] or Tensor[K_i, C].
-        labels: Tensor[N, K] of any integer dtype, any integers; or a list of Tensor[K_i]. None: a label is a column of scores.
-        iou_threshold: a candidate is suppressed by a better one of its class where their IoU exceeds it; not negative.
-        score_thr: candidates have a score above it, rounded to the dtype of the scores before; None: every score is one. Padding
-            of boxes may have any score up to it.
-        nms_pre: candidates of an image, over all classes, that take part at most, the best; 0: all.
-        max_per_img: M, detections of an image at most; 0: as many as there may be, K, or K * C without labels.
-        method: "hard"; or a soft form, which suppresses nothing, but multiplies scores: "linear" with 1 - IoU where that exceeds
-            the threshold, "gaussian" with exp(-IoU^2 / sigma).
-        sigma: of "gaussian"; positive.
-        min_score: of the soft forms: candidates stay while their score is above it; not negative.
-        class_agnostic: boxes suppress or weaken those of other classes too.
+        scores: Tensor[N, K] floating with `labels`, Tensor[N, K, C] without them; or a list of Tensor[K_i] or Tensor[K_i, C].
+        labels: Tensor[N, K] of any integer dtype; or a list of Tensor[K_i]. None: the columns of the scores are the labels.
+        iou_threshold: a better candidate of the same class suppresses a candidate if their IoU is above this; not negative.
+        score_thr: the score of a candidate is above this, which is first rounded to the dtype of the scores. None: every box is
+            a candidate. A padding box has any score up to this.
+        nms_pre: the best candidates of an image, over all classes, take part: this many at most. 0: all.
+        max_per_img: M, the most detections of an image. 0: the most there can be: K, or K * C without labels.
+        method: "hard", or a soft form. A soft form suppresses nothing, but multiplies scores: "linear" with 1 - IoU if the IoU is
+            above the threshold, "gaussian" with exp(-IoU^2 / sigma).
+        sigma: for "gaussian"; positive.
+        min_score: for the soft forms: a candidate stays while its score is above this; not negative.
+        class_agnostic: boxes also suppress or weaken boxes of other classes.
 
     Returns:
-        `Detections`, by score, descending. Nothing synchronises, so a CUDA graph can hold it. `index` chooses what else belongs
-        to the boxes.
+        `Detections`, the highest score first. Nothing waits for the device, so a CUDA graph can hold the call. With `index`, you
+        can pick other properties of the boxes.
 
     Raises:
-        TypeError, ValueError: wrong type, rank, shape, dtype or device; a number out of range; an unknown method; lists and
-            tensors mixed, lists that are empty or differ in length.
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; a number out of range; an unknown method; a mix of
+            lists and tensors; lists that are empty or differ in length.
 
-    Equal scores: the lower index first, and of one box the lower class. NaN, which counts only where `score_thr` is None and
-    `method` "hard", comes before all scores, as in torchvision. IoU = intersection / union, in the dtype of the boxes or float32
-    if that is narrower, float64 where the scores are; a box with a NaN and two boxes without area, whose IoU is 0 / 0, suppress
-    nothing. So the detections are those of `torchvision.ops.nms` called for each class, exactly. (torchvision's `batched_nms`
-    shifts up to 1,000 boxes of a call by their class, which rounds their corners.) Inputs are not modified and no graph is
-    recorded. On a GPU the time grows with detections times candidates of a class, or of an image with labels: give `max_per_img`
-    where there are many. Source of the soft forms: Soft-NMS (arXiv 1704.04503); names as in mmcv's `soft_nms`, whose linear form
-    also weakens at the threshold itself.
+    The detections equal those of `torchvision.ops.nms`, called for each class, exactly. torchvision's `batched_nms` differs for
+    up to 1,000 boxes, because it shifts boxes by their class, which rounds their corners.
+
+    Equal scores: the lower index comes first, and for one box the lower class. A NaN score counts only if `score_thr` is None and
+    `method` is "hard". Then it comes before all scores, as in torchvision. IoU = intersection / union. Its dtype is that of the
+    boxes, but at least float32, and float64 if the scores are. A box with a NaN suppresses nothing. Two boxes without area, whose
+    IoU is 0 / 0, do not suppress each other.
+
+    The function does not modify its inputs, and records no graph. On a GPU, the time grows with the number of detections times
+    the number of candidates of a class (with labels: of an image). Give `max_per_img` if there are many. Source of the soft
+    forms: Soft-NMS (arXiv 1704.04503). Names are as in mmcv's `soft_nms`. mmcv's linear form also weakens at the threshold
+    itself.
     """
     _check_options(iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic)
     lengths = None
@@ -140,7 +147,7 @@ def _check_lists(boxes: Any, scores: Any, labels: Any) -> list[list[Tensor]]:
 
 
 def _check_image(end: str, image: Sequence[Any], shape: tuple[int | None, ...], first: Sequence[Tensor] | None) -> list[Tensor]:
-    """Boxes, scores and perhaps labels of an image, or of all. `shape`: of boxes, without corners; `first`: the first image."""
+    """Boxes, scores and perhaps labels of one image, or of all. `shape` is that of the boxes, `first` the first image."""
     boxes, scores, labels = image
     dtypes = (FLOATS, FLOATS, INTEGERS) if first is None else [(tensor.dtype,) for tensor in first]
     check_tensor(f"boxes{end}", boxes, (*shape, 4), dtypes[0], None if first is None else first[0].device)

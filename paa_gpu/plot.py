@@ -1,7 +1,7 @@
 """Pictures of what reassignment and score voting do. Needs matplotlib and Pillow: `pip install paa-gpu[demo]`.
 
-`plot_fit`, `plot_mixture`, `plot_schemes` and `plot_anchors` draw into given axes; `plot_recording`, `plot_separation` and
-`plot_voting` write a whole picture, 1,800 pixels wide, to be read at half that width too.
+`plot_fit`, `plot_mixture`, `plot_schemes` and `plot_anchors` draw into given axes. `plot_recording`, `plot_separation` and
+`plot_voting` write a whole picture, 1,800 pixels wide. Shown 700 pixels wide, as on a page, its text has at least 9 points.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from .topk import Candidates
 
 __all__ = ["plot_anchors", "plot_fit", "plot_mixture", "plot_recording", "plot_schemes", "plot_separation", "plot_voting"]
 
-# Okabe and Ito's colours, told apart by the colour-blind; a shape or a word says the same.
+# Okabe and Ito's colours. The colour-blind can tell them apart, and a shape or a word says the same.
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#666666", "#000000"
 
 LOSS = "loss of a candidate (classification + regression, no unit)"
-DPI = 150
+# A point is 1/72 inch, and a screen shows 96 pixels an inch: 7.2 inches become about 700 pixels, and 9 points stay 9 points.
+WIDTH, DPI, POINTS = 7.2, 250, 9
 
 
 def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive: Tensor) -> None:
@@ -40,19 +41,20 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
         positive: BoolTensor[n], which candidates are positive; without any there is no threshold to draw.
     """
     top = _plot_components(axes, loss, gmm, row)
-    base = -0.08 * top
+    base = -0.14 * top
     if positive.any():
         threshold = float(loss[positive].max())
         axes.vlines(threshold, 1.5 * base, 1.6 * top, color=BLACK, linestyle="--", linewidth=1)
         axes.annotate(
-            f"threshold {threshold:.2f}: the positives end\nwith the most likely candidate\nof the foreground",
-            (threshold, 1.57 * top), (6, 0), textcoords="offset points", va="top",
+            f"threshold {threshold:.2f}:\nthe likeliest\nforeground candidate", (threshold, 1.57 * top), (6, 0),
+            textcoords="offset points", va="top",
         )  # fmt: skip
     for mask, marker, colour, name in ((positive, "o", BLUE, "positive"), (~positive, "x", GREY, "negative")):
         number = int(mask.sum())
         axes.plot(loss[mask], [base] * number, marker, color=colour, markersize=6, label=f"{number} {name}")
-    axes.set(xlabel=LOSS, ylabel="density, per unit of loss", ylim=(3.2 * base, 1.6 * top))
-    axes.legend(loc="lower center", ncols=2, frameon=False)
+    axes.set(xlabel=LOSS, ylabel="density, per unit of loss", ylim=(3.4 * base, 1.6 * top))
+    axes.set_yticks([place for place in axes.get_yticks() if 0 <= place <= 1.6 * top])
+    axes.legend(loc="lower center", ncols=2, frameon=False, handlelength=1, columnspacing=1.5, borderaxespad=0)
 
 
 def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: int = 100) -> None:
@@ -78,7 +80,7 @@ def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: i
 
 
 def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> None:
-    """One ground truth under every separation scheme: a line for each, on which its candidates are positive, ignored or negative.
+    """One ground truth under every separation scheme. A line for each scheme shows its positive, ignored and negative candidates.
 
     Args:
         axes: matplotlib axes.
@@ -94,23 +96,26 @@ def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> N
         positive, ignored = (masks[0] for masks in separate(foreground, score, loss[None], everyone, scheme))
         for (marker, colour, name), mask in zip(kinds, (positive, ignored, ~positive & ~ignored), strict=True):
             axes.plot(loss[mask], [line] * int(mask.sum()), marker, color=colour, label=name if line == 0 else None)
+    previous, high, letter_width = -float("inf"), False, 0.02 * float(loss.max() - loss.min())
     for x, is_foreground in zip(loss.tolist(), foreground[0].tolist(), strict=True):
         letter, colour = ("F", BLUE) if is_foreground else ("B", GREY)
-        axes.text(x, -1, letter, ha="center", va="center", color=colour, fontweight="bold")
-    for letter, of, side, style in (("F: the threshold", foreground, "right", "--"), ("B", ~foreground, "left", ":")):
+        high = x - previous < letter_width and not high  # neighbours that would cover one another take two heights
+        axes.text(x, -1.25 if high else -0.8, letter, ha="center", va="center", color=colour, fontweight="bold")
+        previous = x
+    for letter, of, side, style in (("F: threshold", foreground, "right", "--"), ("B", ~foreground, "left", ":")):
         if of.any():
             among = score[0].masked_fill(~of[0], -torch.inf)
             best = float(loss[among >= among.max() - tie_tolerance(score.dtype)][0])
             axes.axvline(best, color=BLACK, linestyle=style, linewidth=1, zorder=1)
-            axes.text(best, -1.8, f" the most likely {letter} ", ha=side, va="center")
+            axes.text(best, -1.9, f" likeliest {letter} ", ha=side, va="center")
     names = ["component", *(f'"{scheme}"' for scheme in SCHEMES)]
-    axes.set(xlabel=LOSS, ylim=(len(SCHEMES) - 0.4, -2.3), yticks=range(-1, len(SCHEMES)), yticklabels=names)
+    axes.set(xlabel=LOSS, ylim=(len(SCHEMES) - 0.4, -2.5), yticks=range(-1, len(SCHEMES)), yticklabels=names)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
 
 
 def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Tensor, chosen: Tensor, gt: int) -> None:
-    """Ground truths as boxes, anchors as dots at their centres; those of ground truth `gt` stand out.
+    """Ground truths as boxes, and anchors as dots at their centres. Ground truth `gt` and its anchors stand out.
 
     Args:
         axes: matplotlib axes.
@@ -122,10 +127,10 @@ def plot_anchors(axes: Any, image: Any, boxes: np.ndarray[Any, Any], centres: Te
     """
     _plot_image(axes, image)
     everyone = torch.from_numpy(boxes)
-    _plot_boxes(axes, everyone, "white", linewidth=1)
-    axes.plot(*centres[~chosen].T, ".", color=BLUE, markersize=1 if len(centres) > 2000 else 2.5)
-    _plot_boxes(axes, everyone[gt, None], ORANGE, linewidth=2.5)
-    axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=4)
+    _plot_boxes(axes, everyone, "white", linewidth=0.8)
+    axes.plot(*centres[~chosen].T, ".", color=BLUE, markersize=0.6 if len(centres) > 2000 else 2.5)
+    _plot_boxes(axes, everyone[gt, None], ORANGE, linewidth=2)
+    axes.plot(*centres[chosen].T, ".", color=ORANGE, markersize=1 if len(centres) > 2000 else 3)
 
 
 def plot_recording(recording: Recording, result: Reassignment, candidates: Candidates, path: str | Path) -> None:
@@ -145,18 +150,20 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     of_gt = recording.pos_gt_inds == gt
 
-    figure, (before, after, fit) = _figure(5.1, 1, 3, width_ratios=[1, 1, 1.15])
-    figure.suptitle(
-        f"Which anchors are a detector's positives? {recording.num_gt} trees (boxes), the centres of anchors (dots), "
-        "and one tree with its anchors in orange"
-    )
-    plot_anchors(before, image, boxes, centres, of_gt, gt)
-    before.set_title(f"Before: {len(centres):,} potential positives,\nall with an IoU of at least 0.1 with a tree", fontsize=11)
-    plot_anchors(after, image, boxes, centres[positive], of_gt[positive], gt)
-    after.set_title(f"After: {int(positive.sum()):,} positives,\nthose of the lowest losses", fontsize=11)
-    plot_fit(fit, candidates.loss[gt, : len(index)], result.fit, gt, positive[index])
-    fit.set_title(f"The orange tree: {len(index)} candidates,\ntwo Gaussians fitted to their losses", fontsize=11)
-    figure.savefig(path, dpi=DPI)
+    with _text():
+        figure, (before, after, fit) = _figure(3.4, 1, 3, width_ratios=[1, 1, 1.3])
+        figure.suptitle(
+            f"Which anchors are a detector's positives? {recording.num_gt} trees (boxes), the centres\n"
+            "of anchors (dots), and one tree with its anchors in orange"
+        )
+        plot_anchors(before, image, boxes, centres, of_gt, gt)
+        before.set_title(f"Before: {len(centres):,} anchors\noverlap a tree (IoU >= 0.1)")
+        plot_anchors(after, image, boxes, centres[positive], of_gt[positive], gt)
+        after.set_title(f"After: {int(positive.sum()):,} positives,\nthe lowest losses")
+        plot_fit(fit, candidates.loss[gt, : len(index)], result.fit, gt, positive[index])
+        fit.set_title(f"The orange tree: two Gaussians\nfitted to the losses of {len(index)} anchors")
+        fit.set_xlabel("loss of a candidate")
+        figure.savefig(path, dpi=DPI)
 
 
 def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | Path) -> None:
@@ -168,17 +175,16 @@ def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | 
         row: the row of `gmm`.
         path: where the picture goes.
     """
-    figure, (fit, schemes) = _figure(7.2, 2, 1, sharex=True, height_ratios=[1, 1.15])
-    top = _plot_components(fit, loss, gmm, row)
-    fit.set(ylabel="density, per unit of loss", ylim=(0, 1.35 * top))
-    fit.tick_params(labelbottom=True)
-    fit.set_title(f"The two Gaussians fitted to the losses of {len(loss)} candidates of one ground truth", fontsize=11)
-    plot_schemes(schemes, loss, gmm, row)
-    schemes.set_title(
-        "The candidates: F or B, the component likelier to have made it; then what each scheme makes of it", fontsize=11
-    )
-    figure.legend(*schemes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    with _text():
+        figure, (fit, schemes) = _figure(5.2, 2, 1, sharex=True, height_ratios=[1, 1.15])
+        top = _plot_components(fit, loss, gmm, row)
+        fit.set(ylabel="density, per unit of loss", ylim=(0, 1.35 * top))
+        fit.tick_params(labelbottom=True)
+        fit.set_title(f"The two Gaussians fitted to the losses of {len(loss)} candidates of one ground truth")
+        plot_schemes(schemes, loss, gmm, row)
+        schemes.set_title("Each candidate's likelier component (F or B), and what each scheme makes of it")
+        figure.legend(*schemes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=DPI)
 
 
 def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tensor, path: str | Path) -> None:
@@ -199,37 +205,55 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
     iou = overlaps(det[chosen : chosen + 1, :4], boxes, 0.0)[0]
     weights = torch.exp(-((1 - iou) ** 2) / 0.025) * scores * (iou > 0.01)
 
-    figure, (all_axes, one_axes) = _figure(6.7, 1, 2)
-    figure.suptitle(f"Score voting: each of {len(det)} detections moves to the weighted mean of the boxes around it, its voters")
-    median, most = distance.median().item(), distance.max().item()
-    _plot_image(all_axes, image)
-    _plot_boxes(all_axes, voted[:, :4], ORANGE, linewidth=1.5)
-    all_axes.set_title(f"All detections after voting: moved by {median:.1f} pixels\n(median), at most {most:.1f}", fontsize=11)
-
-    _plot_image(one_axes, image)
     x1, y1, x2, y2 = det[chosen, :4].tolist()
     margin = 0.3 * max(x2 - x1, y2 - y1)
     region = torch.tensor([x1 - margin, y1 - margin, x2 + margin, y2 + margin])
-    _plot_boxes(all_axes, region[None], BLACK, linewidth=2, linestyle="--")
-    all_axes.annotate("shown on the right", (region[0], region[1]), (0, 3), textcoords="offset points", fontweight="bold")
-    opacity = (weights / weights.max())[iou > 0.01].clamp(min=0.1).tolist()
-    _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
-    _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=3, linestyle="--")
-    _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=3)
-    _show(one_axes, region)
-    one_axes.set_title(
-        "One of them before (blue, dashed) and after (orange),\n"
-        f"and its {int((iou > 0.01).sum())} voters, darker the more they weigh",
-        fontsize=11,
+
+    with _text():
+        figure, (all_axes, one_axes) = _figure(4.7, 1, 2)
+        figure.suptitle(f"Score voting: each of {len(det)} detections moves to the weighted mean of the boxes around it")
+        _plot_image(all_axes, image)
+        _plot_boxes(all_axes, voted[:, :4], ORANGE, linewidth=1)
+        _plot_boxes(all_axes, region[None], BLACK, linewidth=1.5, linestyle="--")
+        note = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        place = {"xytext": (0, 4), "textcoords": "offset points"}
+        all_axes.annotate("shown on the right", (region[0], region[1]), **place, bbox=note)
+        median, most = distance.median().item(), distance.max().item()
+        all_axes.set_title(f"All detections after voting. They moved\nby {median:.1f} pixels (median), at most by {most:.1f}.")
+
+        _plot_image(one_axes, image)
+        opacity = (weights / weights.max())[iou > 0.01].clamp(min=0.1).tolist()
+        _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
+        _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=2, linestyle="--")
+        _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=2)
+        _show(one_axes, region)
+        number = int((iou > 0.01).sum())
+        one_axes.set_title(f"One before (blue, dashed) and after (orange),\nand its {number} voters. Darker ones weigh more.")
+        figure.savefig(path, dpi=DPI)
+
+
+def _text() -> Any:
+    """A context in which all text has `POINTS` points. The caller's settings stay as they are."""
+    from matplotlib import rc_context
+
+    names = (
+        "font.size",
+        "figure.titlesize",
+        "axes.titlesize",
+        "axes.labelsize",
+        "xtick.labelsize",
+        "ytick.labelsize",
+        "legend.fontsize",
     )
-    figure.savefig(path, dpi=DPI)
+    settings: Any = dict.fromkeys(names, POINTS)
+    return rc_context(settings)
 
 
 def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
-    """A figure 12 inches wide and its axes; of no backend, which stays the caller's."""
+    """A figure `WIDTH` inches wide and its axes. It has no backend, so the caller's backend stays."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -243,15 +267,15 @@ def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) 
     weights, means, variances = (values[row].tolist() for values in gmm[:3])
     low, high = float(loss.min()), float(loss.max())
     x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
-    names, sides, top = ("foreground", "background"), ("right", "center"), 0.0
-    for name, colour, side, *parameters in zip(names, (BLUE, GREY), sides, weights, means, variances, strict=True):
+    top = 0.0
+    for name, colour, *parameters in zip(("foreground", "background"), (BLUE, GREY), weights, means, variances, strict=True):
         density = _density(x, *parameters)
         axes.fill_between(x, density, color=colour, alpha=0.25, linewidth=0)
         axes.plot(x, density, color=colour)
         peak = int(density.argmax())
         axes.annotate(
-            f"{name}\ncomponent", (x[peak], density[peak]), (0, 5), textcoords="offset points", ha=side, color=colour,
-            fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            name, (x[peak], density[peak]), (0, 5), textcoords="offset points", ha="center", color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         top = max(top, float(density.max()))
     return top
@@ -266,7 +290,7 @@ def _show(axes: Any, region: Tensor) -> None:
     """The part of an image to be seen: x1, y1, x2, y2 in pixels."""
     x1, y1, x2, y2 = region.tolist()
     axes.set(xlim=(x1, x2), ylim=(y2, y1), xticks=[], yticks=[])
-    axes.set_xlabel(f"{x2 - x1:.0f} x {y2 - y1:.0f} pixels", fontsize=9)
+    axes.set_xlabel(f"{x2 - x1:.0f} x {y2 - y1:.0f} pixels")
 
 
 def _plot_boxes(axes: Any, boxes: Tensor, colour: str, alpha: list[float] | None = None, **style: Any) -> None:
@@ -277,7 +301,7 @@ def _plot_boxes(axes: Any, boxes: Tensor, colour: str, alpha: list[float] | None
 
 
 def _telling(gmm: GaussianMixture1D, candidates: Candidates, positive: Tensor) -> int:
-    """A ground truth with many positives and negatives, and two components of like weight that lie apart."""
+    """A ground truth that explains itself: many positives and negatives, and two components of similar weight, far apart."""
     valid = candidates.index >= 0
     kept = positive[candidates.index.clamp(min=0)] & valid
     smaller = torch.minimum(kept.sum(1), (valid & ~kept).sum(1))

@@ -41,9 +41,9 @@ class Reassignment(NamedTuple):
     num_pos: Tensor  #: Tensor[B] int64, positives of each image
     fit: GaussianMixture1D  #: the mixtures of all G ground truths of the batch, image after image
     fit_image: Tensor  #: Tensor[G] int64, the image of each row of `fit`
-    fit_gt: Tensor  #: Tensor[G] int64, which of its image's ground truths it is
-    positive: list[Tensor]  #: per image BoolTensor[P] over its `pos_inds`
-    ignored: list[Tensor]  #: per image BoolTensor[P] over its `pos_inds`
+    fit_gt: Tensor  #: Tensor[G] int64, the ground truth of each row within its image
+    positive: list[Tensor]  #: per image BoolTensor[P], which entries of `pos_inds` are positive
+    ignored: list[Tensor]  #: per image BoolTensor[P], which entries of `pos_inds` are ignored
 
 
 def paa_reassign(
@@ -68,40 +68,41 @@ def paa_reassign(
 
     Args:
         pos_losses: Tensor[P] float16, bfloat16, float32 or float64, loss of each potential positive.
-        label: Tensor[A] int64, class of each anchor, `num_classes` for background.
+        label: Tensor[A] int64, class of each anchor; background is `num_classes`.
         label_weight: Tensor[A] floating, classification weight.
         bbox_weight: Tensor[A, 4] floating, regression weight.
         pos_inds: Tensor[P] int64 or int32, anchor index of each potential positive; unique, in any order.
         pos_gt_inds: Tensor[P] int64 or int32, ground truth of each potential positive, from 0.
         anchors: one entry per pyramid level: Tensor[A_l, 4], or the number of anchors A_l.
         num_classes: the label of background.
-        topk: candidates of each level and ground truth at most.
-        covariance_type: "full", "diag", "spherical" (the same in one dimension) or "tied".
-        separation: "mmdet", "paper", "a", "b" or "d" (see `paa_gpu.separation`), or a callable that gets the padded batch,
-            `(assignment: BoolTensor[G, K], score: Tensor[G, K], loss: Tensor[G, K], mask: BoolTensor[G, K])`, and returns
-            `(positive, ignored)`, two BoolTensor[G, K]. It runs once; what it marks outside `mask` is dropped, and positive
-            wins over ignored.
-        singleton: what a ground truth with one candidate gets: "background", no positive (mmdetection), or "positive", that
-            one (the authors' repository).
+        topk: the most candidates of a ground truth on each level.
+        covariance_type: "diag", "full" or "spherical", which are the same in one dimension; or "tied".
+        separation: "mmdet", "paper", "a", "b" or "d" (see `paa_gpu.separation`), or a function. The function gets the padded
+            batch, `(assignment: BoolTensor[G, K], score: Tensor[G, K], loss: Tensor[G, K], mask: BoolTensor[G, K])`. It returns
+            `(positive, ignored)`, two BoolTensor[G, K]. It runs once. The library drops what it marks outside `mask`. A candidate
+            that it marks as both is positive.
+        singleton: the rule for a ground truth with one candidate. "background": it gets no positive (mmdetection). "positive":
+            its candidate is positive (the authors' repository).
         precision: "float64" or "float32", of the fit.
-        num_gt: ground truths of the image. None: the largest of `pos_gt_inds` and one more, which has to be read.
-        validate: check the values too, at the price of synchronising.
+        num_gt: ground truths of the image. None: the largest of `pos_gt_inds` plus one. Reading it waits for the device.
+        validate: check the values too. This waits for the device.
 
     Returns:
-        `(label, label_weight, bbox_weight, num_pos)`: copies of the targets, in which every potential positive that did not
-        become positive has label `num_classes` and bbox_weight 0, and an ignored one label_weight 0; and the number of positives,
-        an int: the one synchronisation.
+        `(label, label_weight, bbox_weight, num_pos)`. The first three are copies of the targets. A potential positive that did
+        not become positive has label `num_classes` and bbox_weight 0. An ignored one also has label_weight 0. `num_pos` is the
+        number of positives, an int. Reading it waits for the device once.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; `topk` < 1; an unknown option. With `validate`, a
             ValueError names the position of an index out of range or repeated, a label outside [0, num_classes], or a loss that
             is not finite.
 
-    Ties: equal losses by anchor index, scores within 1e-9 by (loss, anchor index). A ground truth with a non-finite loss among
-    its candidates gets no positives, the others are unaffected. P = 0 returns copies and 0. Without `validate` an index out
-    of range is left out; an anchor that occurs twice becomes background where none of its potential positives is positive, and
-    has label_weight 0 where any is ignored, as published. Inputs are not modified and no graph is recorded. Source: PAA (arXiv
-    2007.08103), section 3.2.
+    Ties: equal losses are ordered by anchor index. Scores within 1e-9 tie; the lower (loss, anchor index) wins. A ground truth
+    with a loss that is not finite among its candidates gets no positives. Others are not affected. P = 0 returns copies and 0.
+
+    Without `validate`, an index out of range is left out. An anchor may occur twice. It becomes background if none of its
+    potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. The function does not modify
+    its inputs, and records no graph. Source: PAA (arXiv 2007.08103), section 3.2.
     """
     columns, sizes = _checked(
         [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
@@ -135,24 +136,24 @@ def paa_reassign_batch(
     num_gts: Sequence[int] | None = None,
     validate: bool = False,
 ) -> Reassignment:
-    """Reassign the anchors of a batch of images at once; equal, image by image, to `paa_reassign`.
+    """Reassign the anchors of a batch of images at once. For each image, the result equals that of `paa_reassign`.
 
     Args:
-        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds: lists with one tensor per image, as `paa_reassign`
-            takes them; dtypes do not vary within a list.
+        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds: lists with one tensor per image. Shapes and dtypes
+            are those of `paa_reassign`. A list has one dtype.
         anchors: one list of levels (Tensor[A_l, 4] or ints) for all images, or a list of such lists, one per image.
-        num_gts: ground truths of each image. None: one synchronisation reads the largest `pos_gt_inds` of each image.
-        num_classes, topk, covariance_type, separation, singleton, precision, validate: as in `paa_reassign`. A callable
-            `separation` gets the ground truths of all images at once.
+        num_gts: ground truths of each image. None: the call reads the largest `pos_gt_inds` of each image, and waits once.
+        num_classes, topk, covariance_type, separation, singleton, precision, validate: as in `paa_reassign`. If
+            `separation` is a function, it gets the ground truths of all images at once.
 
     Returns:
-        `Reassignment`. With `num_gts`, and without `validate`, nothing synchronises, and a CUDA graph can capture the call. Make it
-        once before the capture: this compiles the kernels, and reserves the pinned memory that each replay reads.
+        `Reassignment`. With `num_gts`, and without `validate`, nothing waits for the device, and a CUDA graph can capture the
+        call. Make the call once before the capture. It compiles the kernels and reserves the pinned memory that replays read.
 
     Raises:
-        TypeError, ValueError: as `paa_reassign`, naming the image; lists that are empty or differ in length.
+        TypeError, ValueError: as `paa_reassign`, with the number of the image; lists that are empty or differ in length.
 
-    An image without potential positives keeps its targets, with `num_pos` 0. Source: PAA (arXiv 2007.08103), section 3.2.
+    An image without potential positives keeps its targets. Its `num_pos` is 0. Source: PAA (arXiv 2007.08103), section 3.2.
     """
     check_list("pos_losses", pos_losses)
     images = len(pos_losses)
@@ -185,7 +186,7 @@ def paa_reassign_batch(
 
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
-    """The level sizes of each image; as many for each, since a level of no anchors changes nothing."""
+    """The level sizes of each image. Each image gets as many levels. A level without anchors changes nothing."""
     if not isinstance(anchors, LIST) or not anchors or not isinstance(anchors[0], LIST):
         return [level_sizes_of("anchors", anchors)] * images
     check_list("anchors", anchors, length=images)
@@ -207,8 +208,9 @@ def _checked(
     validate: bool,
     suffix: Sequence[str],
 ) -> tuple[list[list[Tensor]], list[int]]:
-    """The six lists of tensors, one entry per image and detached; the level sizes of all images. The names of an image's tensors
-    end in its `suffix` in errors."""
+    """The six lists of tensors, detached, with one entry for each image; and the level sizes of all images.
+
+    In errors, the names of an image's tensors end in its `suffix`."""
     _check_tensors(columns, level_sizes, suffix)
     check_int("num_classes", num_classes, 1)
     check_int("topk", topk, 1)
@@ -240,7 +242,7 @@ def _with_callable(
     singleton: str,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """What the operator `paa_reassign_batch` returns, with a caller's scheme between two operators."""
+    """The results of the operator `paa_reassign_batch`, with a caller's scheme between two operators."""
     pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
         pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts or _ops.count_gts(pos_gt_inds), topk, covariance_type, precision

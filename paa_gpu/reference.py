@@ -1,17 +1,19 @@
-"""The published loops, ground truth by ground truth and detection by detection: oracle of the tests, baseline of the benchmarks.
+"""The published loops. They go from ground truth to ground truth, and from detection to detection.
 
-Written for clarity; slow, on the CPU. scikit-learn is imported when called. Two conventions, two precisions:
+The tests use them as an oracle, and the benchmarks as a baseline. They are written for clarity. They are slow, and run on the
+CPU. scikit-learn is imported at the first call. There are two conventions and two precisions:
 
-* mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`; the authors'
+* mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`. The authors'
   repository: `"full"`, `"paper"`, `"positive"`.
-* `published=True` fits the losses as they come, as both do: float32, not shifted, ties of the score decided by the last bit, and
-  whatever scikit-learn raises. `published=False` fits them in float64 minus their minimum, with the library's rule for ties.
+* `published=True` fits the losses without changes, as both do: in float32, and not shifted. The last bit decides ties of the
+  score, and scikit-learn may raise errors. `published=False` fits in float64, minus the minimum, with the library's rule for
+  ties.
 
-Score voting likewise: `published=True` is mmdetection's `PAAHead.score_voting`, `published=False` the same in float64 with the
-library's rules for boxes that nobody votes for.
+Score voting is similar. `published=True` is mmdetection's `PAAHead.score_voting`. `published=False` computes in float64, with the
+library's rules for boxes without voters.
 
-`candidate_losses` and `assign_max_iou` are `PAAHead.get_pos_loss` and `MaxIoUAssigner` of mmdetection, in torch: the losses in
-any precision, the assignment with the matrix of all overlaps.
+`candidate_losses` and `assign_max_iou` are `PAAHead.get_pos_loss` and `MaxIoUAssigner` of mmdetection, in torch. The losses come
+in any precision. The assignment uses the matrix of all overlaps.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ TIE = 1e-9  # scores and densities that differ by less are equal but for roundin
 
 
 class GroundTruth(NamedTuple):
-    """What became of one ground truth; indices are positions in `pos_inds`."""
+    """The results for one ground truth. Indices are positions in `pos_inds`."""
 
     candidates: Array  #: ascending by (loss, anchor index)
     positive: Array  #: as indices, like the candidates
@@ -58,7 +60,7 @@ def paa_reassign(
     singleton: str = "background",
     published: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`PAAHead.paa_reassign` of mmdetection; arguments and results as `paa_gpu.paa_reassign`."""
+    """`PAAHead.paa_reassign` of mmdetection. Arguments and results are those of `paa_gpu.paa_reassign`."""
     label, label_weight, bbox_weight = label.clone(), label_weight.clone(), bbox_weight.clone()
     positive = np.zeros(len(pos_inds), bool)
     for gt in ground_truths(
@@ -124,7 +126,7 @@ def select(members: Array, losses: Array, inds: Array, level: Array, topk: int) 
 
 
 def fit(x: Array, covariance_type: str) -> Any:
-    """scikit-learn's mixture, started as PAA starts it: weights 1/2, means at the extremes, precisions 1."""
+    """scikit-learn's mixture, with PAA's start: weights 1/2, means at the extremes, precisions 1."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -178,9 +180,9 @@ def score_voting(
     keep_order: bool = False,
     published: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`PAAHead.score_voting` of mmdetection; arguments as `paa_gpu.score_voting`, boxes float64 unless `published`.
+    """`PAAHead.score_voting` of mmdetection. Arguments are those of `paa_gpu.score_voting`. Boxes are float64 unless `published`.
 
-    The published form drops detections of classes without candidates, and divides 0 by 0 where there are no voters.
+    The published form drops detections of classes without candidates, and divides 0 by 0 if there are no voters.
     """
     candidates = mlvl_nms_scores > score_thr
     if not published:
@@ -240,8 +242,10 @@ def candidate_losses(
     convention: str = "mmdet",
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """`PAAHead.get_pos_loss` of mmdetection, image by image from permuted maps, in this dtype; otherwise as
-    `paa_gpu.candidate_losses`."""
+    """`PAAHead.get_pos_loss` of mmdetection, image by image from permuted maps, in this dtype.
+
+    All else is as for `paa_gpu.candidate_losses`.
+    """
     classes, boxes, limit = (
         cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1],
         torch.cat(list(anchors)),
@@ -313,8 +317,10 @@ def assign_max_iou(
     low_quality: str = "gt",
     eps: float = 1e-6,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32; arguments and results as those
-    of `paa_gpu.assign_max_iou`."""
+    """`MaxIoUAssigner` of mmdetection, image by image from the matrix of all overlaps, in float32.
+
+    Arguments and results are those of `paa_gpu.assign_max_iou`.
+    """
     results: tuple[list[Tensor], list[Tensor]] = [], []
     for image, boxes in enumerate(gt_bboxes):
         levels = anchors if isinstance(anchors[0], Tensor) else anchors[image]
@@ -332,7 +338,7 @@ def assign_max_iou(
 
 
 def _overlaps(boxes: Tensor, priors: Tensor, eps: float, of_prior: bool = False) -> Tensor:
-    """Tensor[G, A]: intersection over union, or over the area of the prior; -1 where that is no number."""
+    """Tensor[G, A]: intersection over union, or over the area of the prior; -1 if the quotient is NaN."""
     size = torch.min(boxes[:, None, 2:], priors[:, 2:]) - torch.max(boxes[:, None, :2], priors[:, :2])
     overlap = size.clamp(min=0).prod(2)
     whole = _area(priors).expand_as(overlap) if of_prior else _area(boxes)[:, None] + _area(priors) - overlap

@@ -1,7 +1,7 @@
 """The separation schemes of PAA: which candidates of a fitted ground truth are positive, ignored or negative.
 
-Figure 3 of the paper draws four boundaries, (a) to (d). Here each is a row of `SCHEMES`, read by every implementation,
-and `separate` says in torch operations, over a padded batch, what the row means.
+Figure 3 of the paper draws four boundaries, (a) to (d). Here each is a row of `SCHEMES`. Every implementation reads the row.
+`separate` defines its meaning, with torch operations on a padded batch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ class Scheme(NamedTuple):
     """One row of the table. The threshold is the foreground candidate with the highest score."""
 
     stop_at_threshold: bool  #: positives end with the threshold candidate
-    foreground_only: bool  #: background candidates between the positives are not positive
+    foreground_only: bool  #: background candidates among the positives are not positive
     ignore_foreground: bool  #: foreground candidates that are not positive are ignored
-    ignore_before_background: bool  #: so are those after the threshold and before the best background candidate
+    ignore_before_background: bool  #: candidates between the threshold and the best background candidate are ignored
     all_without_foreground: bool  #: a ground truth without foreground keeps all its candidates
 
 
 #: The built-in schemes.
 SCHEMES = {
     #                stop_at_threshold, foreground_only, ignore_foreground, ignore_before_background, all_without_foreground
-    "mmdet": Scheme(True, True, False, False, False),  # figure 3c, as mmdetection counts
-    "paper": Scheme(True, False, False, False, True),  # figure 3c, as the authors' repository counts
+    "mmdet": Scheme(True, True, False, False, False),  # figure 3c, in mmdetection's version
+    "paper": Scheme(True, False, False, False, True),  # figure 3c, in the version of the authors' repository
     "a": Scheme(False, True, False, False, False),
     "b": Scheme(True, False, False, True, False),
     "d": Scheme(True, True, True, False, False),
@@ -36,10 +36,10 @@ SCHEMES = {
 
 
 def tie_tolerance(dtype: torch.dtype) -> float:
-    """Scores (log-densities) this close to the highest count as equal to it: rounding alone decides between them.
+    """Scores (log-densities) this close to the highest count as equal to it. Only rounding decides between them.
 
-    A foreground of two candidates is symmetric about its mean, so float64 scores differ in their last bits only. In a
-    float32 fit 1e-9 is below the spacing of the scores, which leaves equality.
+    A foreground of two candidates is symmetric about its mean. So their float64 scores differ only in the last bits. In a
+    float32 fit, 1e-9 is below the spacing of the scores, so only equal scores tie.
     """
     return 1e-9 if dtype == torch.float64 else 0.0
 
@@ -55,7 +55,7 @@ def _first_best(score: Tensor, among: Tensor) -> Tensor:
 def separate(assignment: Tensor, score: Tensor, loss: Tensor, mask: Tensor, scheme: str = "mmdet") -> tuple[Tensor, Tensor]:
     """Apply a built-in scheme to a padded batch of fitted ground truths.
 
-    It has the signature of a `separation` callable, so a scheme of one's own can start from a built-in one::
+    It has the signature of a `separation` function. So your own scheme can start from a built-in one::
 
         def cautious(assignment, score, loss, mask):
             positive, ignored = paa_gpu.separation.separate(assignment, score, loss, mask, "mmdet")
@@ -64,12 +64,12 @@ def separate(assignment: Tensor, score: Tensor, loss: Tensor, mask: Tensor, sche
     Args:
         assignment: BoolTensor[G, K], True where the candidate belongs to the foreground component.
         score: Tensor[G, K], log-density of the mixture at each candidate. Ties (see `tie_tolerance`) go to the first.
-        loss: Tensor[G, K], ascending along a row; not used by the built-in schemes.
+        loss: Tensor[G, K], ascending along a row. The built-in schemes do not use it.
         mask: BoolTensor[G, K], True at candidates, False at padding and in rows without a fit.
         scheme: a key of `SCHEMES`.
 
     Returns:
-        `(positive, ignored)`, two BoolTensor[G, K]; a candidate in neither is negative.
+        `(positive, ignored)`, two BoolTensor[G, K]. A candidate that is neither is negative.
 
     Source: PAA, section 3.2 and figure 3.
     """

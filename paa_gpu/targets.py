@@ -1,9 +1,9 @@
-"""From the maps of the pyramid's levels and the ground truths to the targets of a whole batch, waiting for the device nowhere.
+"""From the maps of the pyramid's levels and the ground truths to the targets of a whole batch, without waiting for the device.
 
-The one training path of `PAAHead` and of the integrations: `assign_max_iou` finds the potential positives, `candidate_losses`
-scores them straight from the maps, `paa_reassign_batch` keeps the best. No shape depends on a value: the potential positives
-keep the shape [A] of the anchors, with index -1 for those that are none, and the positives stand at the front of a list whose
-length the host knows.
+`PAAHead` and the integrations all train this way. `assign_max_iou` finds the potential positives. `candidate_losses` computes
+their losses directly from the maps. `paa_reassign_batch` keeps the best. No shape depends on a value. There is an entry for each
+of the A anchors, and one that is no potential positive has index -1. The positives stand at the front of a list whose length
+Python knows.
 
 Shapes: N images, C classes, A anchors of an image over all levels, G_n ground truths of image n. Boxes are x1, y1, x2, y2 in
 pixels.
@@ -12,7 +12,7 @@ pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ __all__ = ["Targets", "assign_targets", "flatten_levels", "on_device", "positive
 
 
 class Targets(NamedTuple):
-    """What the N * A anchors of a batch are trained with, image after image."""
+    """The targets of the N * A anchors of a batch, image after image."""
 
     label: Tensor  #: Tensor[N * A] int64, the class after the reassignment, C for background
     label_weight: Tensor  #: Tensor[N * A], of the classification: 0 where an anchor is not trained
@@ -55,6 +55,7 @@ def assign_targets(
     assignment: Mapping[str, Any] | None = None,
     losses: Mapping[str, Any] | None = None,
     reassignment: Mapping[str, Any] | None = None,
+    classification: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Targets:
     """The targets of a batch.
 
@@ -62,23 +63,26 @@ def assign_targets(
         anchors: per level Tensor[A_l, 4], the same for all images.
         cls_scores: per level Tensor[N, C, H_l, W_l], logits.
         bbox_preds: per level Tensor[N, 4, H_l, W_l], offsets; see `candidate_losses`.
-        boxes: per image Tensor[G_n, 4] floating, ground truths; G_n may be 0. Any floating dtype: computed in that of `anchors`.
+        boxes: per image Tensor[G_n, 4] of any floating dtype, ground truths. G_n may be 0. Arithmetic is in the dtype of
+        `anchors`.
         labels: per image Tensor[G_n] int64 or int32 in [0, C).
         ignored: per image Tensor[I_n, 4], boxes to ignore, see `assign_max_iou`.
-        valid: per image BoolTensor[A], the anchors that are trained; None: all.
+        valid: per image BoolTensor[A], the anchors to train. None: all.
         num_classes: C, the label of background.
         pos_weight: the classification weight of positives and of potential positives.
         assignment, losses, reassignment: options of `assign_max_iou`, `candidate_losses` and `paa_reassign_batch`, by name.
+        classification: the classification losses Tensor[N * A] for labels and weights Tensor[N * A], instead of those of
+            `candidate_losses`: for who has to round as somebody else does. None: those of `candidate_losses`.
 
     Returns:
-        `Targets`. Its list of positives has S = min(G * K, N * A) entries, where G is the number of ground truths of the batch
-        and K that of candidates that one can have: `topk` of each level, or all anchors of a level that has fewer.
+        `Targets`. Its list of positives has S = min(G * K, N * A) entries. G is the number of ground truths of the batch. K is
+        the most candidates that one can have: `topk` of each level, or all anchors of a level with fewer.
 
     Raises:
         TypeError, ValueError: as the three functions do.
 
-    A label outside [0, C) is of no class. No graph is recorded, inputs are not modified, nothing synchronises. Source: PAA (arXiv
-    2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
+    A label outside [0, C) belongs to no class. The function does not modify its inputs, records no graph, and does not wait for
+    the device. Source: PAA (arXiv 2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
     """
     options, dtype, device = {"topk": 9, **(reassignment or {})}, anchors[0].dtype, anchors[0].device
     boxes = [image.to(dtype) for image in boxes]
@@ -96,10 +100,14 @@ def assign_targets(
     bbox_target = torch.cat([boxes[0].new_zeros(1, 4), *boxes]).index_select(0, row)
     weights = label_weight.unbind(), bbox_weight[..., None].expand(-1, -1, 4).unbind()
     pos_inds = torch.where(is_trained[1], torch.arange(gt_inds.shape[1], device=device), -1).unbind()
+    boxes_only = {} if classification is None else {"loss_cls_weight": 0.0}
     pos_losses = candidate_losses(
         anchors, cls_scores, bbox_preds, label.unbind(), weights[0], bbox_target.view(*gt_inds.shape, 4).unbind(), weights[1],
-        pos_inds, **(losses or {}),
+        pos_inds, **{**(losses or {}), **boxes_only},
     )  # fmt: skip
+    if classification is not None:
+        own = classification(label.flatten(), label_weight.flatten()).view_as(label)
+        pos_losses = list((torch.stack(pos_losses) + own).unbind())
     reassigned = paa_reassign_batch(
         pos_losses, label.unbind(), *weights, pos_inds, (gt_inds - 1).unbind(), anchors,
         num_classes=num_classes, num_gts=num_gts, **options,
@@ -118,20 +126,20 @@ def assign_targets(
 def positive_losses(
     targets: Targets, anchors: Tensor, bbox_preds: Sequence[Tensor], iou_preds: Sequence[Tensor], stds: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the positives cost, with gradients: GIoU loss [S], cross entropy of the predicted IoU [S], and their IoU [S], without.
+    """The losses of the positives: GIoU loss [S], cross entropy of the predicted IoU [S], and IoU [S]. The IoU has no gradient.
 
     Args:
-        targets: of the batch; what its list of S positives has behind them costs 0 and has IoU 0.
+        targets: of the batch. Its list of S positives ends in unused entries. Their losses and their IoU are 0.
         anchors: Tensor[A, 4].
         bbox_preds, iou_preds: per level Tensor[N, 4, H_l, W_l] and Tensor[N, 1, H_l, W_l].
-        stds: deviations by which the offsets were divided.
+        stds: deviations that the offsets were divided by.
     """
     index, found = targets.positive, targets.found
     boxes = decode(anchors[index % len(anchors)], flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index), stds)
     bbox_target = targets.bbox_target[index]
     iou = torch.where(found, iou_and_union(boxes.detach(), bbox_target)[0], 0)
     iou_pred = flatten_levels(iou_preds).flatten().index_select(0, index)
-    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou.to(iou_pred.dtype), reduction="none")
+    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none")
     return giou_loss(boxes, bbox_target) * found, cross_entropy * found, iou
 
 
@@ -141,9 +149,9 @@ def flatten_levels(levels: Sequence[Tensor]) -> Tensor:
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor: on a GPU through pinned memory, so that nobody waits for the copy.
+    """Make a tensor of Python numbers. For a GPU it goes through pinned memory, so nothing waits for the copy.
 
-    A compiler, and fake tensors without a GPU, know no pinned memory.
+    A compiler has no pinned memory, and neither have fake tensors without a GPU.
     """
     pinned = device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling()
     return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)

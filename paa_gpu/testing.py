@@ -1,4 +1,4 @@
-"""Inputs and tolerances shared by tests and benchmarks, ours and others'."""
+"""Inputs and tolerances for tests and benchmarks, ours and yours."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 def make_losses(shape: str, size: int, rng: np.random.Generator) -> Array:
-    """The losses of one ground truth: float64 [size], or [2] or [1] for the shapes of that name."""
+    """The losses of one ground truth: float64 [size]. The shapes "one" and "two" have [1] and [2]."""
     size = {"two": 2, "one": 1}.get(shape, size)
     if shape == "bimodal":
         centre = np.where(rng.random(size) < rng.uniform(0.2, 0.8), rng.uniform(0.3, 1), rng.uniform(1.5, 3))
@@ -122,10 +122,11 @@ def _make_image(
 def make_noisy_label_losses(
     size: int, noise: float, rng: np.random.Generator, *, symmetric: bool = True, late: bool = False
 ) -> Array:
-    """Cross entropies of `size` samples, a share `noise` labelled wrongly, scaled to [0, 1] as methods for noisy labels do.
+    """Cross entropies of `size` samples, scaled to [0, 1] as methods for noisy labels do. A share `noise` has wrong labels.
 
-    Wrong labels are of any class (`symmetric`), or of the one most alike, which costs less. After the warm-up of a training
-    both kinds of losses overlap; `late` they are far apart, those of right labels next to zero, and some wrong ones are learnt.
+    With `symmetric`, a wrong label is any class. Otherwise it is the most similar class, and its loss is lower. After the warm-up
+    of a training, the losses of right and wrong labels overlap. With `late`, they are far apart. Then the losses of right labels
+    are near zero, and the model has learnt some wrong labels.
     """
     wrong = rng.random(size) < noise
     if late:
@@ -162,9 +163,9 @@ def make_predictions(
 ) -> Predictions:
     """Random images with these numbers of detections and of boxes before NMS.
 
-    Boxes crowd around objects, some twenty each, in an image of side `size`. A `share` of the scores is between 0.05 and 1, the
-    others, and those of a last column for the background, are zero. A detection is a box and the class of one of its scores,
-    where it has any: it votes for itself.
+    Boxes crowd around objects, about twenty around each, in an image of side `size`. A `share` of the scores is between 0.05 and
+    1. The others are zero, and so is a last column for the background. A detection is one of the boxes, with a class for which it
+    has a score, if it has any. So it votes for itself.
     """
     images = [_make_predictions(*shape, rng, num_classes, share, size, dtype) for shape in shapes]
     return Predictions._make(map(list, zip(*images, strict=True)))
@@ -232,8 +233,8 @@ def make_head_batch(
 ) -> HeadBatch:
     """Random float32 predictions for images with these numbers of potential positives, in random order.
 
-    The anchors of a location, `per_location` of them, have a corner in common and are of different sizes. Target
-    boxes and deltas differ from the anchors by `error` of their size, more or less; labels may be background.
+    A location has `per_location` anchors. They share a corner and differ in size. Target boxes and deltas differ from the anchors
+    by about `error` of their size. Labels may be background.
     """
     anchors, images = [boxes.repeat_interleave(per_location, 0) for boxes in make_anchors(shapes)], len(potential)
     for level in anchors:
@@ -259,11 +260,11 @@ def make_head_batch(
 
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Run the Triton kernels for CPU tensors too, in every operator of the library, while the context is open.
+    """A context in which every operator of the library runs its Triton kernels for CPU tensors too.
 
-    Triton itself must run on the CPU: under its interpreter (`TRITON_INTERPRET=1` in the environment before the kernels are
-    first imported), or with a driver for CPU tensors such as `ptxrun`, which executes the compiled kernels. It holds for the
-    whole process, for all threads.
+    Triton itself must run on the CPU. Use its interpreter (set `TRITON_INTERPRET=1` in the environment before the first import of
+    the kernels), or a driver for CPU tensors such as `ptxrun`, which executes the compiled kernels. The context holds for all
+    threads of the process.
 
     Raises:
         RuntimeError: Triton would look for a GPU.

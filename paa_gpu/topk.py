@@ -14,12 +14,12 @@ __all__ = ["Candidates", "select_candidates"]
 
 
 class Candidates(NamedTuple):
-    """The candidates of G ground truths, at most K each, a row ascending by (loss, anchor index)."""
+    """The candidates of G ground truths, at most K each. A row ascends by (loss, anchor index)."""
 
     loss: Tensor  #: Tensor[G, K], dtype of the losses; +inf at padding
     #: Tensor[G, K] int64 into `pos_inds`; -1 at padding
     index: Tensor  # type: ignore[assignment]
-    #: Tensor[G] int64, candidates of each ground truth; what follows them is padding
+    #: Tensor[G] int64, the number of candidates of each ground truth; the rest of a row is padding
     count: Tensor  # type: ignore[assignment]
 
 
@@ -40,8 +40,8 @@ def select_candidates(
         pos_gt_inds: Tensor[P] int64 or int32, ground truth of each potential positive.
         level_sizes: anchors of each pyramid level (or the anchors, Tensor[A_l, 4] each); level l owns the anchor indices
             from sum(level_sizes[:l]) on.
-        num_gt: G, ground truths of the image; one without potential positives has no candidates.
-        topk: candidates a level at most.
+        num_gt: G, ground truths of the image. One without potential positives has no candidates.
+        topk: the most candidates of a ground truth on each level.
 
     Returns:
         `Candidates`, K = min(P, sum of min(topk, size of the level)).
@@ -49,8 +49,10 @@ def select_candidates(
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype, device; `topk` < 1; a negative `num_gt` or level size.
 
-    Order: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign, equal losses by anchor index. A potential positive whose
-    anchor or ground truth is out of range is nobody's candidate. No synchronisation. Source: PAA, section 3.2, algorithm 1.
+    Order: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign. Equal losses are ordered by anchor index. A potential
+    positive is left out if its anchor or ground truth is out of range. Nothing waits for the device.
+
+    Source: PAA, section 3.2, algorithm 1.
     """
     check_tensor("pos_losses", pos_losses, (None,), FLOATS)
     size, device = pos_losses.shape[0], pos_losses.device

@@ -1,4 +1,4 @@
-"""Score voting: every detection that NMS kept becomes the weighted mean of the boxes around it that vote for its class."""
+"""Score voting: every detection that NMS kept moves to the weighted mean of the boxes around it."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def score_voting(
 ) -> tuple[Tensor, Tensor]:
     """Refine the detections of one image: a drop-in for `PAAHead.score_voting` of mmdetection.
 
-    The voters of a detection are the boxes before NMS whose score of its class exceeds `score_thr` and whose IoU with it exceeds
-    `iou_thr`. Its new box is their mean, weighted with `exp(-(1 - IoU)^2 / sigma) * score`; its score and class stay.
+    Boxes before NMS vote for a detection. A box votes if its score for the detection's class exceeds `score_thr`, and its IoU
+    with the detection exceeds `iou_thr`. The new box is the mean of the voters, weighted with `exp(-(1 - IoU)^2 / sigma) *
+    score`. The score and the class of the detection stay.
 
     Args:
-        det_bboxes: Tensor[k, 5] float16, bfloat16, float32 or float64: x1, y1, x2, y2 in pixels and the score, of the detections
-            that NMS kept.
-        det_labels: Tensor[k] of any integer dtype, the class of each.
+        det_bboxes: Tensor[k, 5] float16, bfloat16, float32 or float64, the detections that NMS kept: x1, y1, x2, y2 in pixels,
+            and the score.
+        det_labels: Tensor[k] of any integer dtype, the class of each detection.
         mlvl_bboxes: Tensor[N, 4] floating, the boxes before NMS.
-        mlvl_nms_scores: Tensor[N, C] floating, their scores; a last column for the background, of zeros, changes nothing.
-        score_thr: rounded to the dtype of the scores before it is compared.
-        iou_thr: not negative.
-        sigma: positive, the width of the weights.
-        offset: added to widths and heights where the IoU is computed: 0, continuous boxes (mmdetection), or 1 (the authors'
-            repository).
-        keep_order: detections come back in the order of the input; otherwise by ascending class, within a class in the order
-            of the input, as mmdetection returns them.
+        mlvl_nms_scores: Tensor[N, C] floating, their scores. There may be a last column of zeros for the background.
+        score_thr: the score of a voter is above this. It is first rounded to the dtype of the scores.
+        iou_thr: the IoU of a voter is above this; not negative.
+        sigma: the width of the weights; positive.
+        offset: 0 or 1, added to widths and heights for the IoU. mmdetection uses 0, the authors' repository uses 1.
+        keep_order: True: detections come back in the order of the input. False: they are sorted by class, and keep their order
+            within a class, as in mmdetection.
 
     Returns:
         `(det_bboxes, det_labels)`: Tensor[k, 5] and Tensor[k], of the dtypes of the inputs.
@@ -61,10 +61,10 @@ def score_voting(
         TypeError, ValueError: wrong type, rank, shape, dtype or device; `sigma` not positive, `iou_thr` negative, `offset`
             neither 0 nor 1.
 
-    Sums are float64 if any of the tensors is, else float32. A box is kept as it is where the weights sum to zero: without
-    voters, for a class without candidates or a label outside [0, C) (mmdetection divides 0 by 0, or drops the detection). A box
-    of the N with an infinity or NaN votes for nothing, a detection with one is kept as it is. Inputs are not modified and no
-    graph is recorded; nothing synchronises. Source: PAA (arXiv 2007.08103), section 3.3.
+    Sums are float64 if any of the tensors is, else float32. A detection keeps its box if the weights sum to zero. This happens
+    without voters, for a class without candidates, and for a label outside [0, C). mmdetection divides 0 by 0 there, or drops the
+    detection. A box with an infinity or NaN does not vote. A detection with one keeps its box. The function does not modify its
+    inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
     """
     columns = [[det_bboxes], [det_labels], [mlvl_bboxes], [mlvl_nms_scores]]
     return _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, [""])
@@ -82,22 +82,22 @@ def score_voting_batch(
     keep_order: bool = False,
     count: Tensor | None = None,
 ) -> tuple[Any, Any]:
-    """Refine the detections of a batch of images at once; equal, image by image, to `score_voting`.
+    """Refine the detections of a batch of images at once. For each image, the result equals that of `score_voting`.
 
     Args:
-        det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores: lists with one tensor per image, as `score_voting` takes them;
-            neither dtypes nor the number of classes vary within a list. Or tensors of N images of one size: Tensor[N, M, 5],
+        det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores: lists with one tensor per image, shaped as for `score_voting`. A
+            list has one dtype, and all images have the same classes. Or padded tensors of N images: Tensor[N, M, 5],
             Tensor[N, M], Tensor[N, K, 4], Tensor[N, K, C].
         score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
-        count: Tensor[N] int64 or int32, with tensors only: detections of each image. What follows them in a row is padding,
-            which stays where and as it is.
+        count: Tensor[N] int64 or int32, the number of detections of each image. Only with tensors. The rest of a row is padding,
+            and stays as it is.
 
     Returns:
-        `(det_bboxes, det_labels)`: lists with one tensor per image, or tensors, as the inputs. Nothing synchronises.
+        `(det_bboxes, det_labels)`: lists if the inputs are lists, tensors if they are tensors. Nothing waits for the device.
 
     Raises:
-        TypeError, ValueError: as `score_voting`, naming the image; lists that are empty or differ in length; lists and tensors
-            mixed; `count` with lists.
+        TypeError, ValueError: as `score_voting`, with the number of the image; lists that are empty or differ in length; a mix of
+            lists and tensors; `count` with lists.
 
     An image may have no detections, or no boxes. Source: PAA (arXiv 2007.08103), section 3.3.
     """
@@ -146,8 +146,10 @@ def _vote(
     keep_order: bool,
     suffix: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
-    """Check, and run the operator. `columns`: the four lists of tensors, one entry per image, whose names in errors end in
-    `suffix`."""
+    """Check the arguments, and run the operator.
+
+    `columns` has the four lists of tensors, with one entry for each image. In errors, their names end in `suffix`.
+    """
     _check_tensors(columns, suffix)
     _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]

@@ -17,7 +17,10 @@ BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
 
 def with_python() -> list:
     found = dict.fromkeys(block.page for block in BLOCKS)
-    return [pytest.param(page, id=str(page.relative_to(pages.ROOT))) for page in found]
+    return [
+        pytest.param(page, id=str(page.relative_to(pages.ROOT)), marks=[pytest.mark.long] * (page.stem == "export"))
+        for page in found
+    ]
 
 
 @pytest.mark.parametrize("page", with_python())

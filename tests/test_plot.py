@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import paa_gpu
@@ -72,9 +73,12 @@ def test_the_schemes_show_what_reassignment_does(call):
     assert len(seen) == len(SCHEMES)
 
 
-def test_the_pictures(call, tmp_path):
+def test_the_pictures(call, tmp_path, monkeypatch):
     trees, result, candidates = call
-    backend = matplotlib.get_backend()
+    backend, save, drawn = matplotlib.get_backend(), Figure.savefig, []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: (drawn.append(figure), save(figure, *args, **options))
+    )
     voting = data.load_voting()[-1]
     voted, labels = paa_gpu.score_voting(*voting.arguments, keep_order=True)
     plot.plot_recording(trees, result, candidates, tmp_path / "recording.png")
@@ -83,6 +87,10 @@ def test_the_pictures(call, tmp_path):
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.width == 1800
+    for figure in drawn:
+        points = 700 / 96 / figure.get_figwidth()  # on a page 700 pixels wide, for a point of the figure
+        assert min(text.get_fontsize() * points for text in figure.findobj(Text) if text.get_text()) >= 9
+    assert len(drawn) == 3
     assert matplotlib.get_backend() == backend
 
 

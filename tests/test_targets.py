@@ -124,4 +124,4 @@ def test_device_operations(num_gts, rng):
     print(len(operations), len(launches), operations)
     assert not SYNCHRONISING & set(operations)
     assert sum(name in SMALL for name in operations) == 15
-    assert len(operations) + len(launches) <= 46
+    assert len(operations) + len(launches) <= 33

@@ -1,4 +1,4 @@
-"""Recorded calls of the published head on real images: one in the package, for the demonstration; more in a checkout."""
+"""Recorded calls of the published head on real images. One is in the package, for the demonstration. A checkout has more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLED = HERE / "g01_OSBS_029_late.npz"
 
 
 class Recording(NamedTuple):
-    """The arguments of one recorded call of `PAAHead.paa_reassign`, and what is known of its results."""
+    """The arguments of one recorded call of `PAAHead.paa_reassign`, and its known results."""
 
     name: str  #: the file's, without its ending
     pos_losses: Tensor  #: Tensor[P] float32
@@ -59,13 +59,13 @@ class Voting(NamedTuple):
 
 
 def paths() -> list[Path]:
-    """The recordings at hand: the bundled one, and those of a checkout."""
+    """The recordings on this machine: the one in the package, and those of a checkout."""
     checkout = sorted((HERE.parents[1] / "tests" / "data").glob("g*.npz"))
     return [BUNDLED, *checkout]
 
 
 def voting_paths() -> list[Path]:
-    """The recordings of score voting at hand: those of `paths`, and in a checkout those with 80 classes."""
+    """The recordings of score voting on this machine: those of `paths`, and in a checkout also those with 80 classes."""
     return [*paths(), *sorted((HERE.parents[1] / "tests" / "data").glob("voting*.npz"))]
 
 
@@ -129,7 +129,7 @@ def _anchors(height: int, width: int, stride: int) -> Tensor:
 
 
 def picture(recording: Recording) -> Any:
-    """The recording's image as the network saw it, for Pillow; those not cut from the bundled picture need a checkout."""
+    """The recording's image as the network saw it, for Pillow. Images other than the one in the package need a checkout."""
     from PIL import Image
 
     file, scale = {

@@ -1,1 +1,1 @@
-"""The library inside detection frameworks; none of them is a dependency, each module imports its own."""
+"""The library inside other frameworks. None of them is a dependency. Each module imports its own framework."""

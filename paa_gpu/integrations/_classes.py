@@ -1,4 +1,4 @@
-"""Modules that change their class in place: parameters, buffers, hooks and `state_dict` stay; copies and pickles work."""
+"""Modules that change their class in place. Parameters, buffers, hooks and `state_dict` stay. Copies and pickles work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["change_class", "restore_class"]
 
 
 def change_class(module: Any, base: Any) -> None:
-    """Let a module be of class `base`, a subclass of the class `base.published` that it has or inherits from.
+    """Change the class of a module to `base`. The module's class must be `base.published` or inherit from it.
 
-    What a subclass of the published class overrides comes first: its methods reach those of `base` by `super()`.
+    A subclass of the published class keeps the methods that it overrides. Their `super()` calls those of `base`.
     """
     restore_class(module)
     published: Any = type(module)
@@ -22,7 +22,7 @@ def change_class(module: Any, base: Any) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `change_class`. Other modules, and those of a class that somebody wrote on top of such a `base`, stay as they are."""
+    """Undo `change_class`. Other modules stay as they are, and so does a class that somebody derived from a `base`."""
     published = vars(type(module)).get("published")
     if published is not None:
         module.__class__ = published
@@ -37,7 +37,7 @@ def _changed(published: Any, base: Any) -> Any:
 
 
 def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
-    """For pickle and copy, which cannot find a class made by `_changed` by its name."""
+    """For pickle and copy. They cannot find a class made by `_changed` by its name."""
     return _new, (module.published, module.base), object.__reduce_ex__(module, 2)[2]
 
 

@@ -1,8 +1,8 @@
 """scikit-learn's `GaussianMixture` for data of one feature, fitted and read by this library.
 
-    from paa_gpu.integrations.sklearn import GaussianMixture  # instead of sklearn.mixture
+Code that fits losses, scores or counts changes one line:
 
-is all that changes where losses, scores or counts go into a mixture.
+    from paa_gpu.integrations.sklearn import GaussianMixture  # instead of sklearn.mixture
 """
 
 from __future__ import annotations
@@ -67,24 +67,26 @@ class _Data(NamedTuple):
 class GaussianMixture(mixture.GaussianMixture):
     """scikit-learn's estimator for one feature: the same arguments, methods, attributes, shapes, checks and warnings.
 
-    Data are Tensor or array [N, 1], as scikit-learn has them, or [N]. Results and attributes are numpy arrays of the dtype that
-    scikit-learn gives them. They are tensors on the device of `X` where `X` is a CUDA tensor, which nothing then brings to the
-    host but the few numbers of `converged_`, `n_iter_` and `lower_bound_`, and for CPU tensors under scikit-learn's
-    `config_context(array_api_dispatch=True)`. The fit is `fit_gmm_1d` in float64, whatever the dtype of `X`.
+    Data are a Tensor or array of shape [N, 1], as in scikit-learn, or [N]. Results and attributes are numpy arrays of
+    scikit-learn's dtypes. If `X` is a CUDA tensor, they are tensors on its device. Then only the numbers `converged_`, `n_iter_`
+    and `lower_bound_` come to the CPU. They are also tensors for CPU tensors under scikit-learn's
+    `config_context(array_api_dispatch=True)`. The fit is `fit_gmm_1d` in float64, for every dtype of `X`.
 
-    `init_params` chooses the start, in which given `weights_init`, `means_init` and `precisions_init` replace what they give:
+    `init_params` chooses the start. `weights_init`, `means_init` and `precisions_init` replace its values:
 
-    * "kmeans": `fit_gmm_1d(init="kmeans")`, a division that does not depend on `random_state`, with the components in ascending
-      order. scikit-learn's seeds find the same division or a worse one. `n_init` would repeat the same fit, and is one.
-    * "random", "random_from_data", "k-means++": the numbers that scikit-learn draws, hence the same fit, seed by seed. All
-      `n_init` starts are fitted in one call. They are drawn on the host, from a copy of CUDA data.
+    * "kmeans": `fit_gmm_1d(init="kmeans")`. The division does not depend on `random_state`. The components are in ascending
+      order. scikit-learn's seeds find the same division or a worse one. `n_init` counts as 1, because all fits would be the same.
+    * "random", "random_from_data", "k-means++": the same random numbers as in scikit-learn, so the same seed gives the same fit.
+      All `n_init` starts are fitted in one call. They are drawn on the CPU, from a copy of CUDA data.
 
-    Differences from scikit-learn: `lower_bounds_` exists only where iterations are taken one by one, with `verbose` or at a warm
-    start; values close together lose no digits, so a fit does not fail for a variance that rounding made negative; CUDA tensors
-    are not checked for NaN and infinity before they are read, where `predict` says -1 and `predict_proba` NaN.
+    There are three differences from scikit-learn:
+
+    * `lower_bounds_` exists only with `verbose` and at a warm start, because only then iterations run one by one.
+    * Values close together lose no digits. So rounding cannot make a variance negative, and a fit does not fail for that reason.
+    * CUDA tensors are not checked for NaN and infinity. For such values, `predict` returns -1 and `predict_proba` NaN.
 
     Raises:
-        ValueError: more than one feature, or more than 8 components; and whatever scikit-learn raises.
+        ValueError: more than one feature, more than 8 components, or an error of scikit-learn.
     """
 
     def fit(self, X: Any, y: Any = None) -> GaussianMixture:
@@ -93,7 +95,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return self
 
     def fit_predict(self, X: Any, y: Any = None) -> Any:
-        """Fit the mixture to X, and give the likeliest component of each value: int64 [N]."""
+        """Fit the mixture to X, and return the likeliest component of each value: int64 [N]."""
         return self._answer("predict", self._fit(X))
 
     def predict(self, X: Any) -> Any:
@@ -125,7 +127,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return float(self._answer("aic", self._data(X)))
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
-        """Draw values [n_samples, 1] and their components [n_samples], those that scikit-learn draws from `random_state`."""
+        """Draw values [n_samples, 1] and their components [n_samples], the same as scikit-learn for the same `random_state`."""
         check_is_fitted(self)
         if not isinstance(self.means_, Tensor):
             drawn: tuple[Any, Any] = super().sample(n_samples)
@@ -138,7 +140,7 @@ class GaussianMixture(mixture.GaussianMixture):
 
     @property
     def lower_bounds_(self) -> list[float]:
-        """The lower bound of each iteration, where iterations were taken one by one."""
+        """The lower bound of each iteration, if iterations ran one by one."""
         kept: list[float] | None = getattr(self, "_lower_bounds", None)
         if kept is None:
             raise AttributeError("`lower_bounds_` is kept where `verbose` is at least 1, and at a warm start; use `lower_bound_`")
@@ -168,7 +170,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return data
 
     def _check_initial(self, n_samples: int) -> None:
-        """scikit-learn's own checks of the given initial values, which leave them as arrays."""
+        """Check the given initial values as scikit-learn does. They become arrays."""
         for name in ("weights_init", "means_init", "precisions_init"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
@@ -182,7 +184,7 @@ class GaussianMixture(mixture.GaussianMixture):
         self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)), **namespace)
 
     def _starts(self, x: Tensor) -> dict[str, Any]:
-        """What tells `fit_gmm_1d` where to start: a name and what replaces it, or initial values [n_init, n_components]."""
+        """The start for `fit_gmm_1d`: a name and given values, or initial values [n_init, n_components]."""
         given = {
             name: torch.tensor(np.asarray(getattr(self, name)).reshape(1, -1), dtype=torch.float64, device=x.device)
             for name in INITIAL
@@ -198,7 +200,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return {name: given.get(name, column).expand(self.n_init, -1) for name, column in zip(INITIAL, columns, strict=True)}
 
     def _responsibilities(self, x: Array, rng: np.random.RandomState) -> Array:
-        """Those that scikit-learn draws, [N, n_components]."""
+        """The responsibilities that scikit-learn draws, [N, n_components]."""
         if self.init_params == "random":
             uniform: Array = rng.uniform(size=(len(x), self.n_components)).astype(x.dtype)
             uniform /= uniform.sum(1, keepdims=True)
@@ -246,7 +248,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return _Best(fit.weights[best], fit.means[best], fit.variances[best], lower_bound, int(n_iter), bool(converged), None)
 
     def _iterate(self, x: Tensor, again: bool) -> _Best:
-        """The best of all starts, or what continues the last solution, one iteration at a time, with scikit-learn's messages."""
+        """The best of all starts, or the continued last solution. Iterations run one by one, with scikit-learn's messages."""
         found = []
         for init, start in enumerate([self._as_start(self._mixture(x.double()))] if again else self._split(self._starts(x))):
             self._print_verbose_msg_init_beg(init)
@@ -319,12 +321,12 @@ class GaussianMixture(mixture.GaussianMixture):
         )
 
     def _answer(self, name: str, data: _Data) -> Any:
-        """What the mixture's method of this name says of the data."""
+        """The result of the mixture's method of this name for the data."""
         answer = getattr(self._mixture(data.x), name)(data.x[None])[0]
         return answer if data.tensors else answer.numpy()
 
     def _data(self, X: Any, reset: bool = False) -> _Data:
-        """The values, after scikit-learn's checks; `reset` where they are to be fitted."""
+        """The values, after scikit-learn's checks. `reset` is True for a fit."""
         if not reset:
             check_is_fitted(self)
         if not isinstance(X, Tensor) and not hasattr(X, "ndim"):
@@ -345,7 +347,7 @@ class GaussianMixture(mixture.GaussianMixture):
         return _Data(torch.from_numpy(column if column.strides[0] >= 0 else column.copy()), False)
 
     def _check_tensor(self, X: Tensor, reset: bool) -> Tensor:
-        """What `validate_data` checks of arrays, of a tensor whose values are not waited for."""
+        """The checks of `validate_data`, for a tensor. They do not wait for its values."""
         if X.ndim != 2 or X.shape[1] != 1:
             raise ValueError(f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}")
         least = 2 if reset else 1

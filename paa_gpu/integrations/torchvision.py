@@ -1,15 +1,15 @@
-"""torchvision's detectors, and what is built on them: matching without the matrix of overlaps, and RetinaNet trained by PAA.
+"""torchvision's detectors, and models that contain them: matching without the matrix of overlaps, and RetinaNet trained by PAA.
 
     accelerate(model)   # RetinaNet, SSD, SSDLite, Faster, Mask and Keypoint R-CNN: the same matches, in memory O(A + G)
     use_paa(model)      # RetinaNet: probabilistic anchor assignment instead of IoU thresholds; no new parameter
     restore(model)      # as it was
 
-Modules change their class in place: parameters, buffers, hooks and `state_dict` stay, `deepcopy` and pickling work. What a
-subclass of torchvision's classes overrides stays in force, and reaches this library by `super()`. A scripted module cannot change
-its class; restore a model before `torch.jit.script`.
+Modules change their class in place. Parameters, buffers, hooks and `state_dict` stay. `deepcopy` and pickling work. A subclass of
+torchvision's classes keeps the methods that it overrides. Their `super()` calls this library. A scripted module cannot change its
+class, so restore a model before `torch.jit.script`.
 
-PAA is not offered for FCOS: its centerness is defined inside a ground truth only, and an anchor that overlaps one by 0.1 may have
-its centre outside.
+There is no PAA for FCOS. FCOS defines its centerness only inside a ground truth. An anchor with an IoU of 0.1 may have its centre
+outside.
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ class PAAOptions(NamedTuple):
 
 
 def accelerate(model: Model) -> Model:
-    """Let every RetinaNet, SSD, region proposal network and RoI head of a model match boxes without the matrix of their overlaps.
+    """Match boxes without the matrix of overlaps in every RetinaNet, SSD, region proposal network and RoI head of a model.
 
-    Matches, and with them losses, gradients and the random sampling of proposals, are those of torchvision to the bit; memory is
-    O(A + G) instead of O(A * G), and nothing synchronises. Boxes in float32 are matched so, also against anchors in half
-    precision, as autocast makes them; with others, whose overlaps torchvision rounds otherwise, the module makes its matrix.
+    The matches equal torchvision's to the bit. So do losses, gradients and the random sampling of proposals. Memory is O(A + G)
+    instead of O(A * G), and nothing waits for the device. This holds for boxes in float32, also with anchors in half precision,
+    as under autocast. For other dtypes torchvision rounds overlaps differently. There the module still makes its matrix.
 
     Args:
-        model: a detector of torchvision (SSDLite, Faster, Mask and Keypoint R-CNN included), or any module with one, or with
-            their RPN or RoI heads, in it. What is accelerated already, or uses PAA, stays so.
+        model: a detector of torchvision (also SSDLite, Faster, Mask and Keypoint R-CNN), or a module that contains one, or that
+            contains their RPN or RoI heads. Modules that are accelerated already, or use PAA, do not change.
 
     Returns:
         `model`, the same object.
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: no such module in it; one with a matcher or a measure of similarity that is not torchvision's, named. Nothing
-            is changed then.
+        ValueError: it contains no such module, or one whose matcher or measure of similarity is not torchvision's. The error
+            names it. Then nothing has changed.
     """
     found = [(name, module, _base_of(module)) for name, module in _modules(model) if _base_of(module) is not None]
     if not found:
@@ -103,29 +103,29 @@ def use_paa(
     singleton: str = "background",
     score_voting: bool = False,
 ) -> Model:
-    """Train every RetinaNet of a model by probabilistic anchor assignment (PAA) instead of by thresholds of the IoU.
+    """Train every RetinaNet of a model by probabilistic anchor assignment (PAA), and no longer by thresholds of the IoU.
 
-    In training, the potential positives of a ground truth are the anchors that overlap it by `pos_iou_thr`, and its best ones.
-    Each is scored by its focal loss, summed over the classes, plus its box loss: that of the regression head, L1 over the four
-    offsets (`retinanet_resnet50_fpn`) or GIoU (`retinanet_resnet50_fpn_v2`). `paa_reassign_batch` keeps the best, and the head
-    computes its own losses on them. No parameter is added: checkpoints load in both directions.
+    In training, the potential positives of a ground truth are its best anchors, and all anchors with an IoU of `pos_iou_thr` or
+    more. Their losses sort them. Each is the focal loss, summed over the classes, plus the box loss of the regression head: L1
+    over the four offsets (`retinanet_resnet50_fpn`) or GIoU (`retinanet_resnet50_fpn_v2`). `paa_reassign_batch` keeps the best.
+    The head computes its own losses on them. There is no new parameter, so checkpoints load in both directions.
 
     Args:
-        model: a RetinaNet, or a module with RetinaNets in it, such as a DeepForest. Called again, it replaces the options.
-        topk: candidates of each level and ground truth.
+        model: a RetinaNet, or a module that contains RetinaNets, such as a DeepForest. A second call replaces the options.
+        topk: the most candidates of a ground truth on each level.
         pos_iou_thr: not negative.
         covariance_type, separation, singleton: see `paa_reassign`.
-        score_voting: at inference, replace each detection by the weighted mean of the boxes around it; see `score_voting`. The
-            voters are all anchors whose score of the class exceeds the model's `score_thresh`.
+        score_voting: at inference, move each detection to the weighted mean of the boxes around it; see `score_voting`. Every
+            anchor may vote if its score for the class exceeds the model's `score_thresh`.
 
     Returns:
         `model`, the same object.
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: no RetinaNet in it; one whose anchors are not made by torchvision's `AnchorGenerator`, which makes the same
-            for all images, level by level; one whose box loss is neither L1 nor GIoU; an option as in `paa_reassign`. Nothing is
-            changed then.
+        ValueError: it contains no RetinaNet; the anchors of one do not come from torchvision's `AnchorGenerator`, which makes the
+            same for all images, level by level; its box loss is neither L1 nor GIoU; an option, as in `paa_reassign`. Then
+            nothing has changed.
 
     Source: PAA (arXiv 2007.08103), section 3.
     """
@@ -143,7 +143,7 @@ def use_paa(
 
 
 def restore(model: Model) -> Model:
-    """Undo `accelerate` and `use_paa`: every module gets the class back that it had. Others stay as they are.
+    """Undo `accelerate` and `use_paa`. Every module gets its old class back. Other modules do not change.
 
     Raises:
         TypeError: not a module, or a scripted one.
@@ -217,7 +217,7 @@ class AcceleratedRoIHeads(_Accelerated, RoIHeads):
 
 
 class RetinaNetPAA(_Accelerated, RetinaNet):
-    """torchvision's RetinaNet, trained by PAA; see `use_paa`. Its arguments are RetinaNet's."""
+    """torchvision's RetinaNet, trained by PAA; see `use_paa`. It takes RetinaNet's arguments."""
 
     published: ClassVar[type] = RetinaNet
     paa_options = PAAOptions()
@@ -271,8 +271,10 @@ class _Batch(NamedTuple):
 
 
 def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -> _Batch | None:
-    """What RetinaNet and SSD compute before they match. None outside training, and where torchvision's own `forward` is to say
-    what is wrong with the targets."""
+    """The part of `forward` of RetinaNet and SSD before they match.
+
+    None outside training. Also None if the targets are wrong, because torchvision's own `forward` reports this.
+    """
     if not model.training or targets is None or not all(_are_boxes(target["boxes"]) for target in targets):
         return None
     batch, sized = model.transform(images, targets)
@@ -291,8 +293,10 @@ def _are_boxes(boxes: Any) -> bool:
 
 
 def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
-    """`matcher(box_iou(boxes, anchors))` of each image, without the matrix: Tensor[A] int64, the ground truth, -1 below the low
-    threshold, -2 between the two. An image without boxes: -1."""
+    """`matcher(box_iou(boxes, anchors))` of each image, without the matrix.
+
+    Tensor[A] int64: the ground truth, -1 below the low threshold, -2 between the two. In an image without boxes, all are -1.
+    """
     pairs = list(zip(boxes, anchors, strict=True))
     if type(matcher) not in OPTIONS or not all(_in_float32(*pair) for pair in pairs):
         return [matcher(box_iou(*pair)) if len(pair[0]) else _background(pair[1]) for pair in pairs]
@@ -310,8 +314,10 @@ OPTIONS: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 
 def _in_float32(boxes: Tensor, anchors: Tensor) -> bool:
-    """Whether torchvision computes overlaps in float32; in half precision it rounds before it multiplies. Its matcher refuses an
-    image without anchors."""
+    """Whether torchvision computes overlaps in float32. In half precision it rounds before it multiplies.
+
+    Its matcher refuses an image without anchors.
+    """
     dtypes = {boxes.dtype, anchors.dtype}
     return len(anchors) > 0 and torch.float32 in dtypes and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
 
@@ -324,7 +330,7 @@ def _background(anchors: Tensor) -> Tensor:
 def _paa_matches(
     model: RetinaNetPAA, targets: Targets, head_outputs: dict[str, Tensor], anchors: list[Tensor], level_sizes: list[int]
 ) -> Tensor:
-    """Tensor[N, A] int64: the ground truth of each positive, -1 for background, -2 for what is ignored."""
+    """Tensor[N, A] int64: the ground truth of each positive, -1 for background, -2 for ignored anchors."""
     scores, offsets = head_outputs["cls_logits"], head_outputs["bbox_regression"]
     boxes, labels = [target["boxes"] for target in targets], [target["labels"] for target in targets]
     num_classes, options = scores.shape[2], model.paa_options

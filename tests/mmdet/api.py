@@ -35,6 +35,15 @@ __all__ = ["Config", "build_detector", "build_head"]  # and what is defined here
 
 #: The published configuration of PAA, for versions whose wheel has no configurations.
 _PAA = {
+    "type": "PAA",
+    "backbone": {
+        "type": "ResNet", "depth": 50, "num_stages": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 1,
+        "norm_cfg": {"type": "BN", "requires_grad": True}, "norm_eval": True, "style": "pytorch",
+    },
+    "neck": {
+        "type": "FPN", "in_channels": [256, 512, 1024, 2048], "out_channels": 256, "start_level": 1,
+        "add_extra_convs": "on_output", "num_outs": 5,
+    },
     "bbox_head": {
         "type": "PAAHead", "reg_decoded_bbox": True, "score_voting": True, "topk": 9, "num_classes": 80, "in_channels": 256,
         "stacked_convs": 4, "feat_channels": 256,
@@ -132,6 +141,20 @@ def detector_loss(model: Any, images: Tensor, samples: list[Any]) -> dict[str, T
         return model.loss(images, samples)
     boxes, labels, metas, ignored = truth_of(samples)
     return model.forward_train(images, metas, boxes, labels, ignored)
+
+
+def detector_predict(model: Any, images: Tensor, samples: list[Any]) -> list[Any]:
+    """The detections of each image: bboxes, scores, labels."""
+    if IS_3X:
+        return [sample.pred_instances for sample in model.predict(images, samples, rescale=False)]
+    return [_of_classes(image) for image in model.simple_test(images, _metas(samples), rescale=False)]
+
+
+def _of_classes(arrays: list[np.ndarray]) -> Instances:
+    """The instances of one array [k, 5] for each class."""
+    rows = torch.from_numpy(np.concatenate(arrays))
+    labels = torch.repeat_interleave(torch.arange(len(arrays)), torch.tensor([len(array) for array in arrays]))
+    return Instances(bboxes=rows[:, :4], scores=rows[:, 4], labels=labels)
 
 
 def assign(teacher: Any, features: list[Tensor], samples: list[Any]) -> Any:

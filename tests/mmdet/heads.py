@@ -79,13 +79,21 @@ def build(config: str = PAA, part: str = "bbox_head", **changes: Any) -> Any:
 
 
 def variants(head: Any) -> Heads:
-    kind = "LADHead" if LADHead is not None and isinstance(head, LADHead) else "PAAHead"
     return Heads(
         copy.deepcopy(head),
-        as_class(head, globals()[f"Float64{kind}"]),
-        as_class(head, globals()[f"TieRule{kind}"]),
+        as_class(head, globals()[f"Float64{_kind(head)}"]),
+        under_the_tie_rule(head),
         accelerate(copy.deepcopy(head)),
     )
+
+
+def under_the_tie_rule(head: Any) -> Any:
+    """A copy of a published head as `TieRule` makes it."""
+    return as_class(head, globals()[f"TieRule{_kind(head)}"])
+
+
+def _kind(head: Any) -> str:
+    return "LADHead" if LADHead is not None and isinstance(head, LADHead) else "PAAHead"
 
 
 def as_class(head: Any, other: type) -> Any:

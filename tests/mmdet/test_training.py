@@ -13,7 +13,7 @@ from heads import as_class, assert_same_outside, assert_same_step, build, compar
 from synchronisations import Synchronisations
 
 from paa_gpu import reference, targets
-from paa_gpu.integrations.mmdet import accelerate, explain
+from paa_gpu.integrations.mmdet import accelerate, explain, versions
 from paa_gpu.integrations.mmdet import heads as integration
 
 SIZE = (256, 320)
@@ -21,14 +21,14 @@ SMALL = {"in_channels": 32, "feat_channels": 32, "stacked_convs": 1}
 
 
 def test_the_published_configuration(generator):
-    """80 classes, 5 levels, 256 channels; images of 0, 1, 7 and 200 boxes in one batch."""
+    """80 classes, 5 levels, 256 channels; images of 0, 1, 7, 60 and 200 boxes in one batch."""
     head = build()
-    assert (head.num_classes, head.prior_generator.num_levels, head.feat_channels) == (80, 5, 256)
+    assert (head.num_classes, len(versions.prior_generator(head).strides), head.feat_channels) == (80, 5, 256)
     size = (160, 192)
-    compare(variants(head), make_features(4, size, 256, generator), make_samples([0, 1, 7, 200], size, 80, generator))
+    compare(variants(head), make_features(5, size, 256, generator), make_samples([0, 1, 7, 60, 200], size, 80, generator))
 
 
-@pytest.mark.parametrize("boxes", [[0], [0, 0], [1, 1], [1, 0], [7, 7], [200]], ids=str)
+@pytest.mark.parametrize("boxes", [[0], [0, 0], [1, 1], [1, 0], [7, 60], [200]], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"topk": 3, "covariance_type": "tied", "num_classes": 5}], ids=["published", "other"])
 def test_batches(boxes, changes, generator):
     head = build(**SMALL, **changes)
@@ -108,12 +108,30 @@ def test_mixed_dtypes_of_losses(generator):
 
 
 @pytest.mark.skipif(not api.IS_3X, reason="2.x casts to float32 what is in half precision")
-def test_autocast(generator):
-    """bfloat16 features and scores, as AmpOptimWrapper has them."""
+@pytest.mark.parametrize("boxes", [[0, 7], [60]], ids=str)
+def test_autocast(boxes, generator):
+    """Scores in bfloat16 and boxes in float32, as AmpOptimWrapper has them: labels and losses of the published arithmetic in bfloat16,
+    and nothing waits."""
     heads = variants(build(**SMALL))
-    features, samples = make_features(2, SIZE, 32, generator), make_samples([0, 7], SIZE, 80, generator)
+    features, samples = make_features(len(boxes), SIZE, 32, generator), make_samples(boxes, SIZE, 80, generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        cls_scores, bbox_preds, _ = heads.published(features)
+        assert (cls_scores[0].dtype, bbox_preds[0].dtype) == (torch.bfloat16, torch.float32)
         compare(heads, features, samples)
+        assert synchronisations(heads.accelerated, features, samples).count == 0
+
+
+@pytest.mark.skipif(not api.IS_3X, reason="2.x casts to float32 what is in half precision")
+def test_autocast_without_boxes(generator):
+    """The published zeros have the dtype of the scores, ours float32."""
+    heads = variants(build(**SMALL))
+    features, samples = make_features(1, SIZE, 32, generator), make_samples([0], SIZE, 80, generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, wanted = (api.loss(head, features, samples) for head in (heads.accelerated, heads.published))
+    assert {loss.dtype for loss in got.values()} == {torch.float32}
+    assert {name: loss.item() for name, loss in got.items()} == {
+        name: pytest.approx(loss.item()) for name, loss in wanted.items()
+    }
 
 
 # --- one call for the whole batch, no synchronisation ---

@@ -1,4 +1,4 @@
-"""The heads: what of mmdetection's they replace, and how a built head becomes one of them."""
+"""The heads: the methods of mmdetection that they replace, and how a built head becomes one of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAPS = ("cls_scores", "bbox_preds", "iou_preds")
 
 
 class Preset(NamedTuple):
-    """Where mmdetection and the authors' repository differ."""
+    """The conventions of mmdetection, or of the authors' repository."""
 
     separation: str  #: see `paa_gpu.separation`
     singleton: str  #: what a ground truth with one candidate gets
@@ -48,25 +48,25 @@ PRESETS = {"mmdet": Preset("mmdet", "background", 0.0), "paper": Preset("paper",
 
 
 def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
-    """Let every PAAHead and LADHead of a model, and every subclass of them, use this library.
+    """Accelerate every PAAHead and LADHead of a model, and every subclass of them.
 
-    The heads change their class in place: parameters, buffers, hooks and `state_dict` stay, `deepcopy` and pickling work.
-    `topk`, `covariance_type` and `num_classes` are the head's. A head that is accelerated already stays so.
+    The heads change their class in place. Parameters, buffers, hooks and `state_dict` stay. `deepcopy` and pickling work. `topk`,
+    `covariance_type` and `num_classes` come from the head. A head that is accelerated already stays so.
 
     Args:
-        model_or_head: a detector of mmdetection or another module with such heads in it (a teacher that LAD keeps outside its
-            modules included), or a head.
-        preset: "mmdet", or "paper" for the authors' conventions: separation "paper", a ground truth with one candidate keeps it,
-            and score voting adds 1 to widths and heights. A subclass's own `gmm_separation_scheme` comes before the preset's
-            separation. None: "mmdet" for a head that is not accelerated yet, no change for others.
+        model_or_head: a head, or a detector of mmdetection, or another module that contains such heads. LAD keeps its teacher
+            outside its modules; it is accelerated too.
+        preset: "mmdet", or "paper" for the authors' conventions. These are separation "paper", a ground truth with one candidate
+            keeps it, and score voting adds 1 to widths and heights. A subclass's own `gmm_separation_scheme` comes before the
+            preset's separation. None: "mmdet" for a head that is not accelerated yet, no change for others.
 
     Returns:
         `model_or_head`, the same object.
 
     Raises:
         TypeError: not a module.
-        ValueError: no such head in it; an unknown preset.
-        ImportError: raised by importing this module, where mmdetection is missing or neither 2.11 to 2.28 nor 3.x.
+        ValueError: it contains no such head; an unknown preset.
+        ImportError: when this module is imported, if mmdetection is missing, or is neither 2.11 to 2.28 nor 3.x.
     """
     if preset is not None:
         check_option("preset", preset, PRESETS)
@@ -79,9 +79,10 @@ def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
 
 
 def restore(model_or_head: Model) -> Model:
-    """Undo `accelerate`: the heads get their published class back (a PAAHeadGPU of a configuration becomes a PAAHead).
+    """Undo `accelerate`. The heads get their published class back. A PAAHeadGPU of a configuration becomes a PAAHead.
 
-    Heads that are not accelerated, and classes written on top of PAAHeadGPU, stay as they are. Raises as `accelerate`.
+    Heads that are not accelerated do not change, and neither do classes derived from PAAHeadGPU. Errors are those of
+    `accelerate`.
     """
     for _, head in _heads_of(model_or_head):
         published = vars(type(head)).get("published")
@@ -93,7 +94,7 @@ def restore(model_or_head: Model) -> Model:
 
 
 class Explanation(NamedTuple):
-    """What of a head's training this library does."""
+    """The part of a head's training that this library does."""
 
     head: str  #: its name in the model and its class
     accelerated: str  #: "the whole loss", "the assignment of the batch", "the assignment of each image" or "nothing"
@@ -104,21 +105,21 @@ class Explanation(NamedTuple):
 
 
 def explain(model_or_head: nn.Module) -> list[Explanation]:
-    """What is accelerated of each head of a model, what is not, and why. `print` shows an entry in lines.
+    """Say what is accelerated in each head of a model, what is not, and why. `print` shows an entry in several lines.
 
-    * "the whole loss": from the levels' outputs to the losses nothing waits for the device.
-    * "the assignment of the batch": the head has an assigner, a loss or a method of another kind; its own run, and the batch is
-      reassigned in one call.
-    * "the assignment of each image": it has a method of its own that loops over the images, or that of one image. (One that
-      calls `super()` gets the whole loss there, which cannot be seen from here.)
+    * "the whole loss": nothing waits for the device, from the levels' outputs to the losses.
+    * "the assignment of the batch": the head has another assigner or loss, or overrides a method. Its own code runs, and the
+      library reassigns the batch in one call.
+    * "the assignment of each image": the head overrides a method that loops over the images, or the method for one image. (If its
+      method calls `super()`, it gets the whole loss there. `explain` cannot see this.)
     * "nothing": it is not accelerated.
 
     Args:
-        model_or_head: as `accelerate` takes it.
+        model_or_head: as for `accelerate`.
 
     Returns:
-        One `Explanation` for each PAAHead and LADHead. It holds as the head is now: one whose parts are exchanged later, and its
-        loss with it, goes another way.
+        One `Explanation` for each PAAHead and LADHead. It describes the head as it is now. If you exchange parts of the head
+        later, its loss may go another way.
 
     Raises:
         TypeError, ValueError: as `accelerate`.
@@ -138,7 +139,7 @@ def _explanation(name: str, head: Any) -> Explanation:
 
 
 def _loops(head: Any) -> list[str]:
-    """Which methods with a loop over the images, or of one image, a head has of its own."""
+    """The methods that a head overrides, among those that loop over the images or take one image."""
     base = _base_of(type(head))
     methods = [(LOSS, base), ("paa_reassign", PAAHeadGPU)]
     if base is not PAAHeadGPU:
@@ -151,7 +152,7 @@ class PAAHeadGPU(PAAHead):
     """mmdetection's PAAHead, with this library's assignment and score voting.
 
     Args:
-        preset: "mmdet" or "paper", see `accelerate`. All others are PAAHead's.
+        preset: "mmdet" or "paper", see `accelerate`. All other arguments are PAAHead's.
     """
 
     published: ClassVar[type] = PAAHead
@@ -212,7 +213,7 @@ class PAAHeadGPU(PAAHead):
         pos_gt_inds: Tensor,
         anchors: list[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """One image: see `paa_gpu.paa_reassign`. Only subclasses that loop over the images themselves come here."""
+        """One image: see `paa_gpu.paa_reassign`. Only subclasses with their own loop over the images call this."""
         num_gt = int(pos_gt_inds.max()) + 1 if len(pos_gt_inds) else 0
         columns = [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)]
         out = _reassign(self, columns, [anchors], [num_gt])
@@ -232,7 +233,10 @@ if LADHead is not None:
 
     @HEADS.register_module()
     class LADHeadGPU(LADHead, PAAHeadGPU):
-        """mmdetection's LADHead, teacher or student, with this library's assignment and score voting; arguments as PAAHeadGPU."""
+        """mmdetection's LADHead, teacher or student, with this library's assignment and score voting.
+
+        It takes the arguments of PAAHeadGPU.
+        """
 
         published: ClassVar[type] = LADHead
 
@@ -240,9 +244,9 @@ if LADHead is not None:
         def get_label_assignment(
             self, cls_scores: list[Tensor], bbox_preds: list[Tensor], iou_preds: list[Tensor], *args: Any, **kwargs: Any
         ) -> Any:
-            """The teacher's assignment, which the student's loss takes: the results of LADHead's, see `LabelAssignment`."""
+            """The teacher's assignment, for the student's loss. The results are LADHead's, see `LabelAssignment`."""
             truth = Truth.of(*args, **kwargs)
-            if not _whole(self, cls_scores, bbox_preds, truth):
+            if not _whole(self, truth):
                 return _assign(self, cls_scores, bbox_preds, truth)
             return LabelAssignment(*assign(self, cls_scores, bbox_preds, truth))
 
@@ -256,9 +260,9 @@ if LADHead is not None:
             label_assignment_results: Any = None,
             **kwargs: Any,
         ) -> dict[str, Tensor]:
-            """The student's losses with its teacher's assignment: as LADHead's, and by LADHead where the teacher is not ours."""
+            """The student's losses with its teacher's assignment. LADHead computes them if the teacher is not ours."""
             truth, given = Truth.of(*args, **kwargs), label_assignment_results
-            if isinstance(given, LabelAssignment) and _whole(self, cls_scores, bbox_preds, truth):
+            if isinstance(given, LabelAssignment) and _whole(self, truth):
                 maps = (cls_scores, bbox_preds, iou_preds)
                 return losses(self, maps, given.anchors, given.targets, len(truth.metas), by_iou=False)
             published: Callable[..., dict[str, Tensor]] = getattr(super(), LOSS)
@@ -273,17 +277,15 @@ else:
     LADHeadGPU = None  # type: ignore[misc,assignment]
 
 
-def _whole(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> bool:
-    """Whether nothing stands in the way: nothing of the head, labels of the ground truths, maps of one dtype. Under autocast the
-    head's own `get_pos_loss` computes in half precision, and other anchors become positive than in float32."""
-    alike = cls_scores[0].dtype == bbox_preds[0].dtype
-    return alike and truth.labels is not None and not overrides(head, "paa_reassign", PAAHeadGPU) and not obstacles(head)
+def _whole(head: Any, truth: Truth) -> bool:
+    """Whether nothing stands in the way: nothing of the head, and the ground truths have labels."""
+    return truth.labels is not None and not overrides(head, "paa_reassign", PAAHeadGPU) and not obstacles(head)
 
 
 def _losses(head: Any, maps: tuple[list[Tensor], list[Tensor], list[Tensor]], truth: Truth) -> dict[str, Tensor]:
     """As PAAHead's: here as a whole, or with the head's own assigner and losses around one call for the batch."""
     cls_scores, bbox_preds, iou_preds = maps
-    if _whole(head, cls_scores, bbox_preds, truth):
+    if _whole(head, truth):
         return losses(head, maps, *assign(head, cls_scores, bbox_preds, truth), len(truth.metas), by_iou=True)
     labels, label_weights, bbox_targets, _, positive, anchors, num_pos = _assign(head, cls_scores, bbox_preds, truth)
     scores, boxes, ious = (
@@ -354,7 +356,7 @@ def _own_scheme(
     anchors: list[list[Tensor]],
     num_gts: list[int],
 ) -> Scheme | None:
-    """A subclass's `gmm_separation_scheme`, ground truth by ground truth, as a scheme over the padded batch. None: PAAHead's."""
+    """A subclass's `gmm_separation_scheme` as a scheme for the padded batch, ground truth by ground truth. None: PAAHead's."""
     if not overrides(head, "gmm_separation_scheme", PAAHead):
         return None
     candidates: list[Tensor] = []  # anchor indices of each ground truth of the batch
@@ -385,7 +387,7 @@ def _heads_of(model: Any) -> list[tuple[str, Any]]:
 
 
 def _modules(prefix: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules; the teacher too that `KnowledgeDistillationSingleStageDetector` keeps as a plain object."""
+    """All modules, also the teacher that `KnowledgeDistillationSingleStageDetector` keeps as a plain object."""
     for name, module in model.named_modules(prefix=prefix):
         yield name, module
         teacher = vars(module).get("teacher_model")
@@ -394,13 +396,13 @@ def _modules(prefix: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _base_of(head_class: type) -> Any:
-    """Which of the accelerated heads a class is, or becomes, one of."""
+    """The accelerated head that a class is, or becomes."""
     return LADHeadGPU if LADHead is not None and issubclass(head_class, LADHead) else PAAHeadGPU
 
 
 @functools.cache
 def _accelerated(published: Any) -> Any:
-    """The accelerated class of a published head or a subclass, in which whatever the subclass overrides comes first."""
+    """The accelerated class of a published head or a subclass. The subclass's own methods come first."""
     base = _base_of(published)
     if published is base.published:
         return base
@@ -409,7 +411,7 @@ def _accelerated(published: Any) -> Any:
 
 
 def _reduce_accelerated(head: Any, protocol: int) -> tuple[Any, ...]:
-    """For pickle and copy, which cannot find a class made by `_accelerated` by its name."""
+    """For pickle and copy. They cannot find a class made by `_accelerated` by its name."""
     return _new_accelerated, (head.published,), object.__reduce_ex__(head, 2)[2]
 
 

@@ -1,4 +1,4 @@
-"""What mmdetection 2.11 to 2.28, 3.x and onedl-mmdetection (mmdetection 3.4 and later) name differently, under one name each."""
+"""One name for each thing that mmdetection 2.11 to 2.28, 3.x and onedl-mmdetection (3.4 and later) name differently."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ AVERAGE_EPS = 0.0 if weight_reduce_loss(torch.zeros(1), avg_factor=torch.zeros((
 
 
 class Truth(NamedTuple):
-    """The ground truths of a batch; `published` are the arguments of the head's own methods that they came in."""
+    """The ground truths of a batch. `published` holds the arguments of the head's own methods that contained them."""
 
     boxes: list[Tensor]
     labels: list[Tensor] | None
@@ -58,7 +58,7 @@ class Truth(NamedTuple):
 
     @classmethod
     def of(cls, *args: Any, **kwargs: Any) -> Truth:
-        """From what the head's methods take after the levels' outputs, by place or by name."""
+        """From the arguments of the head's methods after the levels' outputs, by position or by name."""
         return _of_3x(*args, **kwargs) if IS_3X else _of_2x(*args, **kwargs)
 
 
@@ -86,7 +86,7 @@ def _of_2x(
 
 
 def _filled(ignored: Sequence[Tensor | None], boxes: Sequence[Tensor]) -> list[Tensor] | None:
-    """The boxes to ignore, none in an image that comes without; None where no image has any."""
+    """The boxes to ignore, none for an image without them. None if no image has any."""
     if all(image is None for image in ignored):
         return None
     return [own[:0] if image is None else image for image, own in zip(ignored, boxes, strict=True)]
@@ -132,7 +132,7 @@ def anchors_per_location(generator: Any) -> list[int]:
 
 
 def in_float32(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The decorator of 2.x that casts arguments where the model trains in half precision; 3.x has none."""
+    """The decorator of 2.x that casts arguments if the model trains in half precision. 3.x has none."""
     if IS_3X:
         return lambda method: method
     from mmcv.runner import force_fp32

@@ -1,12 +1,13 @@
 """The whole loss of a published head, from the levels' outputs, without waiting for the device.
 
-It is `paa_gpu.targets` with a head's options. It takes the place of the assigner, the sampler, `get_targets`, `get_pos_loss` and
-the losses, and computes what they do. `obstacles` says where it would not, because a head has another of these or a method of its
-own: there they stay in use.
+It is `paa_gpu.targets` with a head's options. It replaces the assigner, the sampler, `get_targets`, `get_pos_loss` and the
+losses, and computes the same. A head may have another of these parts, or override a method. Then the head's own code stays in
+use, and `obstacles` says why.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,18 @@ from ...boxes import WH_RATIO_CLIP, focal_loss
 from ...targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
 from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_location, prior_generator
 
+HALF = (torch.bfloat16, torch.float16)
 LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 METHODS = ("get_anchors", "get_targets", "_get_targets_single", "get_pos_loss", "gmm_separation_scheme")
 
 
 def overrides(head: Any, method: str, base: type) -> bool:
-    """Whether a head has another method of this name than `base`: from its class, or set on the object."""
+    """Whether a head's method of this name differs from that of `base`, in its class or on the object."""
     return getattr(getattr(head, method), "__func__", None) is not getattr(base, method)
 
 
 def obstacles(head: Any) -> list[str]:
-    """Why the whole loss of a head cannot be computed here; empty where it can."""
+    """The reasons why this module cannot compute the whole loss of a head. Empty if it can."""
     found = [f"it has a `{name}` of its own" for name in METHODS if overrides(head, name, PAAHead)]
     if not hasattr(head, "assigner"):
         return [*found, "it has no assigner (`train_cfg`)"]
@@ -67,7 +69,7 @@ def obstacles(head: Any) -> list[str]:
 
 
 class _Grid(NamedTuple):
-    """What depends on the sizes of the levels only."""
+    """Everything that depends only on the sizes of the levels."""
 
     anchors: list[Tensor]  # per level Tensor[A_l, 4]
     cells: Tensor  # Tensor[A, 2] int64: column and row
@@ -75,7 +77,7 @@ class _Grid(NamedTuple):
 
 
 class Grids:
-    """The anchors for the sizes of the last batches: making them copies to the device, which waits. Not copied, not pickled."""
+    """The anchors for the sizes of the last batches. Making them copies to the device, which waits. Not copied, not pickled."""
 
     MOST = 32  # of training with many sizes of images; at 800 x 1333 pixels 1 MB each
 
@@ -101,12 +103,13 @@ class Grids:
 
 
 def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> tuple[Tensor, Targets]:
-    """The anchors of an image [A, 4] and what those of the batch are trained with."""
+    """The anchors of an image [A, 4], and the targets of the batch."""
     sizes = [(level.shape[-2], level.shape[-1]) for level in cls_scores]
     grid = vars(head).setdefault("grids", Grids()).of(head, sizes, cls_scores[0].device)
     assigner, options = head.assigner, head.reassignment()
     names = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
     weight = head.train_cfg.pos_weight
+    half = cls_scores[0].dtype in HALF
     assert truth.labels is not None
     targets = assign_targets(
         grid.anchors, cls_scores, bbox_preds, truth.boxes, truth.labels, truth.ignored, _valid(head, grid, sizes, truth.metas),
@@ -118,8 +121,17 @@ def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth:
             "loss_bbox_weight": head.loss_bbox.loss_weight, "stds": head.bbox_coder.stds, "wh_ratio_clip": WH_RATIO_CLIP,
         },
         reassignment=options,
+        classification=functools.partial(_each_classification, head.loss_cls, cls_scores) if half else None,
     )  # fmt: skip
     return torch.cat(grid.anchors), targets
+
+
+def _each_classification(loss: Any, cls_scores: list[Tensor], label: Tensor, label_weight: Tensor) -> Tensor:
+    """Of each anchor [N * A]. mmdetection computes them in the dtype of the scores, step by step. In half precision that decides
+    which anchors become positive, so it has to be the head's own loss."""
+    scores = flatten_levels(cls_scores).flatten(0, 1)
+    each: Tensor = loss(scores, label, label_weight, avg_factor=1.0, reduction_override="none")
+    return each.sum(-1)
 
 
 def _valid(head: Any, grid: _Grid, sizes: Sequence[tuple[int, int]], metas: list[dict[str, Any]]) -> Sequence[Tensor] | None:
@@ -162,8 +174,9 @@ def losses(
 
 
 def _classification(loss: Any, scores: Tensor, targets: Targets, number: Tensor) -> Tensor:
-    """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not."""
-    if scores.is_cpu and not (loss._forward_pre_hooks or loss._forward_hooks):
+    """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not. In half precision
+    ours would round otherwise."""
+    if scores.is_cpu and scores.dtype not in HALF and not (loss._forward_pre_hooks or loss._forward_hooks):
         focal = focal_loss(scores, targets.label, loss.gamma, loss.alpha).sum(1)
         result: Tensor = loss.loss_weight * _mean(focal * targets.label_weight, number)
     else:
@@ -177,9 +190,9 @@ def _mean(values: Tensor, number: Tensor) -> Tensor:
 
 
 class LabelAssignment(Sequence[Any]):
-    """A teacher's assignment, as its student takes it: the seven results of the published `get_label_assignment`.
+    """A teacher's assignment for its student: the seven results of the published `get_label_assignment`.
 
-    They are made, and waited for, when somebody asks for one of them; the accelerated student does not.
+    They are computed when code reads one of them, and this waits. The accelerated student does not read them.
     """
 
     def __init__(self, anchors: Tensor, targets: Targets) -> None:
