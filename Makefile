@@ -31,10 +31,10 @@ docs: $(READY)
 # Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
 PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
-	tests/test_assign.py tests/test_mixture.py tests/test_nms.py
+	tests/test_assign.py tests/test_mixture.py tests/test_nms.py tests/test_fusion.py
 KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_voting_kernels.py \
 	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_mixture_kernels.py tests/test_starts_kernels.py \
-	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_launch.py
+	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_fusion_kernels.py tests/test_launch.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long"

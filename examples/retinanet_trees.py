@@ -177,27 +177,28 @@ def summary(records: list[dict]) -> dict[str, dict[str, list[float]]]:
 def draw(file: Path, records: list[dict], tested: dict[str, Picture]) -> None:
     """The curves, and the detections of the first seed side by side."""
     first = {record["arm"]: record["found"] for record in records if record["seed"] == 0 and "found" in record}
-    figure, axes = plt.subplots(2, 1 + len(first), figsize=(5.2 * (1 + len(first)), 10), layout="constrained")
-    for axis, place, name in zip(axes[:, 0], (0, 1), ("AP at IoU 0.5", "AP, mean over IoU 0.5 to 0.95"), strict=True):
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 9})
+    figure, axes = plt.subplots(2, 1 + len(first), figsize=(7.2, 5.4), layout="constrained")
+    for axis, place, name in zip(axes[:, 0], (0, 1), ("AP at IoU 0.5", "AP at IoU 0.5 to 0.95"), strict=True):
         for arm, color in COLORS.items():
             curves = [record["curve"] for record in records if record["arm"] == arm]
             if not curves:
                 continue
             steps = [point["step"] for point in curves[0]]
             ap = np.array([[point["all"][place] for point in curve] for curve in curves])
-            axis.plot(steps, ap.mean(0), color=color, marker="o", markersize=4, label=ARMS[arm])
+            axis.plot(steps, ap.mean(0), color=color, marker="o", markersize=3, label=ARMS[arm])
             axis.fill_between(steps, ap.min(0), ap.max(0), color=color, alpha=0.12)
         axis.set(xlabel="step", ylabel=name, ylim=(0, None))
-        axis.legend()
-    axes[0, 0].set_title("pictures of sites not trained on: mean and range over the seeds")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
+    figure.suptitle("Pictures of sites that no model was trained on. Curves: mean and range over the seeds. White: trees")
     for column, arm in enumerate(sorted(first), 1):
         for axis, (name, (image, boxes)) in zip(axes[:, column], tested.items(), strict=True):
             axis.imshow(image.permute(1, 2, 0))
             for corners, color in ((boxes.tolist(), "white"), (first[arm][name], COLORS[arm])):
                 for x1, y1, x2, y2 in corners:
-                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.2))
-            axis.set(title=f"{ARMS[arm]}: {name}, the best {len(boxes)}", xticks=[], yticks=[])
-    figure.savefig(file, dpi=70)
+                    axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=0.8))
+            axis.set(title=f"{ARMS[arm]}\n{name}, the best {len(boxes)}", xticks=[], yticks=[])
+    figure.savefig(file, dpi=150)
 
 
 def main(options: argparse.Namespace) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Device functions that several kernels use: floats as ordered integers, and sorting pairs of integers."""
+"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs, sorting of pairs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def ordered_key(x):
         nan = magnitude > 0x7F800000
         largest = 0x7FFFFFFF
     return tl.where(nan, largest, tl.where(magnitude == 0, 0, key))
+
+
+@triton.jit
+def narrow(x, ptr):
+    """`x` in the dtype that the pointer points to. float32 is between, because no target narrows float64 further in one step."""
+    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def first_of_highest(key, at, other_key, other_at):
+    """The pair (key, position) with the higher key. Of equal keys, the pair with the lower position."""
+    other = (other_key > key) | ((other_key == key) & (other_at < at))
+    return tl.where(other, other_key, key), tl.where(other, other_at, at)
 
 
 @triton.jit

@@ -26,13 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu.kernels._launch import device_guard, register_limit, stage
-from paa_gpu.kernels._numeric import ordered_key, smallest_integer
-
-
-@triton.jit
-def _narrow(x, ptr):
-    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
-    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
+from paa_gpu.kernels._numeric import first_of_highest, narrow, ordered_key, smallest_integer
 
 
 @triton.jit
@@ -56,7 +50,7 @@ def _keys_of(scores, limits, entry, inside, THRESHOLD: tl.constexpr, SOFT: tl.co
     score_thr, min_score = limits
     if THRESHOLD:
         # As torch rounds a number before it compares a tensor with it.
-        found &= score > _narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
+        found &= score > narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
     if SOFT:
         found &= score > tl.full((), min_score, REAL)
     return ordered_key(score), found
@@ -118,13 +112,6 @@ def _limit_kernel(
 
 
 @triton.jit
-def _first_of_highest(key, at, other_key, other_at):
-    """Of two (key, position) pairs the one with the higher key, of equal ones that with the lower position."""
-    other = (other_key > key) | ((other_key == key) & (other_at < at))
-    return tl.where(other, other_key, key), tl.where(other, other_at, at)
-
-
-@triton.jit
 def _gather(
     scores, limits, size, first_entry, step, limit_ptr, key_ptr, entry_ptr,
     THRESHOLD: tl.constexpr, SOFT: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,7 +134,7 @@ def _gather(
         higher = found & (key > best_key)
         best_key, best_at = tl.where(higher, key, best_key), tl.where(higher, at, best_at)
         n += tl.sum(found.to(tl.int32), 0)
-    best_key, best_at = tl.reduce((best_key, best_at), 0, _first_of_highest)
+    best_key, best_at = tl.reduce((best_key, best_at), 0, first_of_highest)
     return n, best_key, best_at
 
 
@@ -262,7 +249,7 @@ def _suppress_kernel(
             tl.store(key_ptr + at, key, mask=there)
             higher = key > next_key
             next_key, next_at = tl.where(higher, key, next_key), tl.where(higher, at, next_at)
-        best_key, best_at = tl.reduce((next_key, next_at), 0, _first_of_highest)
+        best_key, best_at = tl.reduce((next_key, next_at), 0, first_of_highest)
     tl.store(count_ptr + group, picks)
 
 
@@ -280,7 +267,7 @@ def _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_list
         there = at < end
         key = tl.load(picked_key_ptr + at, mask=there, other=gone)
         entry = tl.load(picked_entry_ptr + at, mask=there, other=2147483647)
-        best_key, best_entry = tl.reduce((key, entry), 0, _first_of_highest)
+        best_key, best_entry = tl.reduce((key, entry), 0, first_of_highest)
         chosen = there & (key == best_key) & (entry == best_entry)  # one: an entry is in one list
         tl.store(choice_ptr + n + lists * 0, at, mask=chosen)
         at += chosen.to(tl.int64)
@@ -342,7 +329,7 @@ def _merge_kernel(
             place = image * label_stride[0] + (begin + index) * label_stride[1]
             label = tl.load(label_ptr + place, mask=there, other=0).to(tl.int64)
         out = image * room + row
-        tl.store(scores_ptr + out, _narrow(score, scores_ptr) if SOFT else score, mask=inside)
+        tl.store(scores_ptr + out, narrow(score, scores_ptr) if SOFT else score, mask=inside)
         tl.store(labels_ptr + out, tl.where(there, label, -1), mask=inside)
         tl.store(index_ptr + out, tl.where(there, index, -1), mask=inside)
         for side in tl.static_range(4):

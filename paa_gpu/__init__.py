@@ -4,6 +4,7 @@ from . import _interpreter  # noqa: F401  # first: it refuses a Python on which 
 from .assign import Assignment, assign_max_iou
 from .distributed import reduce_mean
 from .em import fit_gmm_1d
+from .fusion import FusedBoxes, weighted_boxes_fusion
 from .head import PAAHead, levels_to_images
 from .losses import candidate_losses
 from .mixture import GaussianMixture1D
@@ -18,6 +19,7 @@ __all__ = [
     "Assignment",
     "Candidates",
     "Detections",
+    "FusedBoxes",
     "GaussianMixture1D",
     "PAAHead",
     "Reassignment",
@@ -32,4 +34,5 @@ __all__ = [
     "score_voting",
     "score_voting_batch",
     "select_candidates",
+    "weighted_boxes_fusion",
 ]

@@ -1,4 +1,4 @@
-"""`python -m paa_gpu`: what runs where on this machine, and the demonstration; `check` and `compile` are in `diagnose`."""
+"""`python -m paa_gpu`: what runs where on this machine, and the demonstration. `check` and `compile` are in `diagnose`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, print, write the pictures; the exit status."""
+    """Parse the command line, print, write the pictures, and return the exit status."""
     recordings = data.paths()
     parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo.png"),
-        help="the picture to write (default: %(default)s); another one, of score voting, is written beside it",
+        help="the picture to write (default: %(default)s); a second picture, of score voting, goes beside it",
     )  # fmt: skip
     parser.add_argument(
         "--image", type=int, default=0, choices=range(len(recordings)), metavar="N",
-        help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, the others come with a checkout",
+        help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, a checkout has the others",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="check | compile")
     check = commands.add_parser("check", help="check every operation on this machine, and print a table to paste into a report")
-    check.add_argument("--device", help="cpu, or a GPU such as cuda:1 (default: the current GPU, and without one the CPU)")
+    check.add_argument("--device", help="cpu, or a GPU such as cuda:1 (default: the current GPU, or the CPU if there is none)")
     check.add_argument(
-        "--repeats", type=int, default=1000, help="calls that have to give equal bits on the GPU (default: %(default)s)"
+        "--repeats", type=int, default=1000, help="calls that must give equal bits on the GPU (default: %(default)s)"
     )
-    compile_all = commands.add_parser("compile", help="compile everything ahead, so that no later call has to")
+    compile_all = commands.add_parser("compile", help="compile everything now, so that later calls start at once")
     compile_all.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "compile":
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report_versions() -> None:
-    """The packages and devices at hand."""
+    """The packages and devices of this machine."""
     print(f"paa_gpu {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""What arguments must be, and the wording of the errors: "`<argument>` must ..., got ...".
+"""Checks of arguments, and the wording of their errors: "`<argument>` must ..., got ...".
 
-Checks go in the order rank, shape, dtype, device, values; all of them come before any work, and only those of `validate=True`
-read tensors, and `check_classes`, which does so on the CPU only.
+Checks come in the order rank, shape, dtype, device, values. All come before any work. Only the checks of `validate=True` read
+tensors, and `check_classes`, which reads tensors of the CPU only.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_tensor(
 
 
 def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
-    """A list or tuple with an entry for each `entry`: not empty, or of this length, which is that of `like`."""
+    """A list or tuple with an entry for each `entry`. It is not empty, or it has the length of `like`."""
     if not isinstance(value, LIST):
         raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type(value).__name__}")
     if length is None and len(value) == 0:
@@ -99,7 +99,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_classes(name: str, labels: Tensor, num_classes: int) -> None:
-    """Labels of the CPU in [0, num_classes); those on a device would have to be waited for, and a compiler has no values."""
+    """Labels in [0, num_classes), checked on the CPU only. Others would have to be waited for, and a compiler has no values."""
     if labels.is_cpu and not torch.compiler.is_compiling():
         values = labels.numpy()
         (wrong,) = ((values < 0) | (values >= num_classes)).nonzero()
@@ -135,7 +135,7 @@ def check_values(
     num_gt: int,
     num_classes: int,
 ) -> None:
-    """The values of one image, at the price of reading them. `image` is what follows an argument's name in the message."""
+    """The values of one image. Reading them waits for the device. In messages, `image` follows an argument's name."""
 
     def refuse(wrong: Tensor, name: str, value: Tensor, must: str, where: str = "") -> None:
         if bool(wrong.any()):

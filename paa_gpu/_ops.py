@@ -1,9 +1,9 @@
 """The `torch.library` contracts: schema, fake, and which implementation runs where.
 
-Each function below is the contract of one operator: its annotations are the schema, its docstring says what the results
-are, its body makes them empty (the fake). The default implementation is the Triton one (`kernels/`), that for CPU tensors the
-numba one (`paa_gpu/cpu/`): functions of the same name and signature in the module of the capability, imported when an
-operator first runs. Operators take what the public functions have checked, and return flat, freshly allocated tensors.
+Each function below is the contract of one operator. Its annotations are the schema. Its docstring describes the results. Its body
+makes empty results (the fake). The default implementation uses Triton (`kernels/`). CPU tensors use numba (`paa_gpu/cpu/`). Both
+are functions of the same name and signature in the module of the capability. They are imported when an operator first runs.
+Operators take arguments that the public functions have checked, and return flat tensors in new memory.
 
 Shapes: B images, `len(level_sizes) // B` pyramid levels, A anchors and P potential positives over all images,
 G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` of a row; D detections over all images.
@@ -44,7 +44,7 @@ _library = Library("paa_gpu", "IMPL")
 
 
 def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk: int) -> int:
-    """K: the most candidates a ground truth of the batch can have; known on the host, so a huge `topk` costs no memory."""
+    """K: the most candidates of a ground truth of the batch. The host knows it, so a huge `topk` costs no memory."""
     levels = len(level_sizes) // len(pos_inds)
     return max(
         min(inds.shape[0], sum(min(topk, size) for size in level_sizes[image * levels : (image + 1) * levels]))
@@ -53,14 +53,14 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
 
 
 def count_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
-    """The largest index of each image and one more, which has to be read: one synchronisation."""
+    """The largest index of each image plus one. Reading it waits for the device once."""
     largest = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
     found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
     return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 
 
 def sum_tolerance(weights_init: Tensor | None) -> float:
-    """How far the sum of given weights may be from 1: 8 units in the last place of the type that they were rounded to."""
+    """The largest distance of a sum of given weights from 1: 8 units in the last place of their original type."""
     return 0.0 if weights_init is None else max(1e-6, 8 * torch.finfo(weights_init.dtype).eps)
 
 
@@ -99,7 +99,7 @@ _module = functools.cache(importlib.import_module)
 
 
 def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
-    """The function of the package, "cpu" or "kernels", whose module is imported when it first runs."""
+    """The function of the package "cpu" or "kernels". Its module is imported when it first runs."""
     module = f"paa_gpu.{package}.{stem}"
 
     def run(*args: Any) -> Any:
@@ -400,6 +400,16 @@ def score_voting_padded(
     return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
 
 
+def empty_fused(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `weighted_boxes_fusion`."""
+    return (
+        boxes.new_empty((images, room, 4)),
+        scores.new_empty((images, room)),
+        boxes.new_empty((images, room), dtype=torch.int64),
+        boxes.new_empty(images, dtype=torch.int64),
+    )
+
+
 @_operator("nms")
 def batched_nms(
     boxes: Tensor,
@@ -450,3 +460,26 @@ def _empty_rows(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def empty_masks(pos_inds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     potential = sum(inds.shape[0] for inds in pos_inds)
     return pos_inds[0].new_empty(potential, dtype=torch.bool), pos_inds[0].new_empty(potential, dtype=torch.bool)
+
+
+@_operator("fusion")
+def weighted_boxes_fusion(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    iou_thr: float,
+    skip_box_thr: float,
+    conf_type: str,
+    allows_overflow: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes [B, M, 4], scores, labels [B, M], count [B], then zeros, and -1 for labels. M is the most boxes of an image.
+
+    The inputs are flat: boxes [T, 4], scores [T], labels [T], image after image, and model after model in each. There are
+    B * len(weights) lengths.
+    """
+    models = len(weights)
+    images = len(lengths) // models
+    room = max(sum(lengths[image * models : (image + 1) * models]) for image in range(images))
+    return empty_fused(boxes, scores, images, room)

@@ -1,8 +1,8 @@
 """`python -m paa_gpu check` and `compile`: does everything work on this machine, and how long does it take?
 
-`check` compares the CPU with the published loop on the recordings at hand. On a GPU it runs every operation on random input
-of every dtype and layout and compares it with the CPU; while nothing may wait for the device; in a captured graph with changed
-inputs; on a busy stream; and many times for equal bits. It prints one table and says what it could not check.
+`check` compares the CPU with the published loop, on the recordings of this machine. On a GPU, it compares every operation with
+the CPU, on random input of every dtype and layout. It checks that nothing waits for the device. It replays captured graphs with
+changed inputs, uses a busy stream, and repeats calls to see equal bits. It prints one table, and says what it could not check.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Finding(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A way in which a tensor may lie in memory."""
+    """A layout of a tensor in memory."""
 
     name: str
     of: Callable[[Tensor], Tensor]
@@ -140,7 +140,7 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 
 def difference(got: Any, wanted: Any, operation: Operation) -> str | None:
-    """What is not as it should be, or None. Integers and masks are equal, floating results within the operation's tolerance."""
+    """The difference of two results, or None. Integers and masks must be equal, floats within the operation's tolerance."""
     pairs = list(zip(leaves(got), leaves(wanted), strict=True))
     for place, (a, b) in enumerate(pairs):
         relative, absolute = (operation.relative, operation.absolute) if b.is_floating_point() else (0.0, 0.0)
@@ -154,14 +154,14 @@ def difference(got: Any, wanted: Any, operation: Operation) -> str | None:
 
 
 class Cuda:
-    """What a GPU can be asked to do; a test replaces it with a stand-in."""
+    """The functions of a GPU. A test replaces this class with a stand-in."""
 
     def __init__(self, device: str = "cuda") -> None:
         self.device = torch.device(device)
         self.name = _cuda.get_device_name(self.device)
 
     def move(self, value: Any) -> Any:
-        """Copies on the device that lie as their originals do."""
+        """Copies on the device with the same layout as the originals."""
         return map_tensors(self._move, value)
 
     def _move(self, tensor: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def nothing_waits(self) -> Iterator[None]:
-        """Whatever waits for the device raises."""
+        """A context in which a wait for the device raises an error."""
         _cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -193,7 +193,7 @@ class Cuda:
         return result, graph.replay
 
     def beside_a_busy_stream(self, call: Callable[[], Any], prepare: Callable[[], None]) -> Any:
-        """The call's result on a stream of its own that is busy: `prepare` is the last of what it has to do before."""
+        """The call's result on a separate, busy stream. `prepare` is the last work on the stream before the call."""
         stream = _cuda.Stream(self.device)
         with _cuda.stream(stream):
             _cuda._sleep(200_000_000)
@@ -205,8 +205,8 @@ class Cuda:
     def seconds(self, call: Callable[[], Any], repeats: int = 30) -> tuple[float, float]:
         """Medians of a warm call's time between two events on the device, and on the host that launches it.
 
-        Before each the device is kept busy for longer than the host takes, so that it does not wait for the host, and what it
-        writes meanwhile puts the inputs out of its caches.
+        Before each call, the device is kept busy for longer than the host needs. So it does not wait for the host. Its writes in
+        this time push the inputs out of its caches.
         """
         on_device, on_host = [], [self._host_seconds(call) for _ in range(3)][1:]
         large = torch.empty(L2_BYTES, dtype=torch.uint8, device=self.device)
@@ -267,7 +267,7 @@ def check_voting() -> Finding:
 
 
 def check_layouts(operation: Operation) -> Finding:
-    """The CPU on input that lies otherwise: the same bits."""
+    """The CPU on input of other layouts: the same bits."""
     wanted = operation.run(*operation.arguments)
     exact = operation._replace(relative=0.0, absolute=0.0)
     problems = []
@@ -288,7 +288,7 @@ def check_repetitions(operation: Operation, device: str, arguments: Any, repeats
 
 
 class DeviceChecks:
-    """The checks of one operation on a device: each method gives what is wrong, or None."""
+    """The checks of one operation on a device. Each method returns what is wrong, or None."""
 
     def __init__(self, operation: Operation, other: Operation, cuda: Any) -> None:
         self.operation, self.other, self.cuda = operation, other, cuda
@@ -298,12 +298,12 @@ class DeviceChecks:
         return self.other.run(*self.other.arguments)
 
     def _change(self) -> None:
-        """The inputs get the values of the other operation, where they lie."""
+        """Write the values of the other operation into the inputs, in place."""
         for tensor, source in zip(leaves(self.inputs), leaves(self.cuda.move(self.other.arguments)), strict=True):
             tensor.copy_(source)
 
     def results(self) -> str | None:
-        """Of every dtype and layout, as on the CPU."""
+        """Every dtype and layout gives the result of the CPU."""
         for dtype in DTYPES:
             arguments = cast(self.operation.arguments, dtype)
             wanted = self.operation.run(*arguments)
@@ -314,14 +314,14 @@ class DeviceChecks:
         return None
 
     def waiting(self) -> str | None:
-        """After a first call, which compiles, nothing waits for the device."""
+        """Nothing waits for the device, after a first call that compiles."""
         self.operation.run(*self.inputs)
         with self.cuda.nothing_waits():
             self.operation.run(*self.inputs)
         return None
 
     def captured_graph(self) -> str | None:
-        """Replayed with changed inputs."""
+        """A replay with changed inputs gives their result."""
         result, replay = self.cuda.capture(lambda: self.operation.run(*self.inputs))
         self._change()
         for _ in range(3):
@@ -330,7 +330,7 @@ class DeviceChecks:
         return difference(result, self._changed(), self.operation)
 
     def busy_stream(self) -> str | None:
-        """What the stream did before counts."""
+        """The call sees the earlier work of its stream."""
         self.inputs = self.cuda.move(self.operation.arguments)
         self.cuda.wait()
         got = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*self.inputs), self._change)
@@ -338,7 +338,7 @@ class DeviceChecks:
 
 
 def check_device(operation: Operation, other: Operation, cuda: Any, repeats: int) -> Iterator[Finding]:
-    """One operation on the device; `other` has other values of the same shapes."""
+    """Check one operation on the device. `other` has other values of the same shapes."""
     checks = DeviceChecks(operation, other, cuda)
     for run in (checks.results, checks.waiting, checks.captured_graph, checks.busy_stream):
         name = f"{operation.name}, {run.__name__.replace('_', ' ')}"
@@ -351,7 +351,7 @@ def check_device(operation: Operation, other: Operation, cuda: Any, repeats: int
 
 
 def check(cuda: Any = None, repeats: int = 1000) -> list[Finding]:
-    """All findings for the CPU and, with `cuda`, for that device, where calls are repeated `repeats` times for equal bits."""
+    """All findings for the CPU and, with `cuda`, for this device. There, `repeats` calls must give equal bits."""
     findings = [check_reassignment(), check_voting()]
     usual, other = operations(0), operations(1)
     for operation in usual:
@@ -400,7 +400,7 @@ def run_check(device: str | None = None, repeats: int = 1000) -> int:
 
 
 def run_compile(device: str = "cpu") -> int:
-    """Compile what the operations need on a device, so that no later call has to; print how long each took."""
+    """Compile everything that the operations need on a device, so that later calls need not. Print the time of each."""
     cuda = None if device == "cpu" else Cuda(device)
     for operation in operations():
         start = time.perf_counter()

@@ -371,7 +371,7 @@ class PAAHead(nn.Module):
         )  # fmt: skip
 
     def _inside(self, anchors: Tensor, image_sizes: Sequence[Size]) -> Tensor:
-        """BoolTensor[N, A]: anchors of a cell within the image, of which at most `allowed_border` pixels are outside."""
+        """BoolTensor[N, A]: anchors whose cell is within the image, and that reach at most `allowed_border` pixels beyond it."""
         x1, y1, x2, y2 = anchors.unbind(1)
         sizes = on_device([[width, height] for height, width in image_sizes], anchors.dtype, anchors.device)
         width, height = sizes.unbind(1)

@@ -77,8 +77,8 @@ def make_batch(
 ) -> Batch:
     """Random images with these numbers of ground truths.
 
-    Each ground truth has a loss shape drawn from `shapes`, a number of potential positives from `sizes` and a scale from
-    `scales` (log-uniform), on anchors drawn level by level, the lower levels more often. `pos_inds` ascends.
+    Each ground truth draws a loss shape from `shapes`, a number of potential positives from `sizes`, and a scale from `scales`
+    (log-uniform). Its anchors are drawn level by level, more often from the lower levels. `pos_inds` ascends.
     """
     images = [
         _make_image(num_gt, rng, shapes, sizes, scales, level_sizes, num_classes, dtype) for num_gt in num_gts

@@ -11,7 +11,7 @@ from kernel_execution import execute
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from paa_gpu import targets
-from paa_gpu.kernels import _launch, assign, losses, mixture, nms, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, fusion, losses, mixture, nms, reassign, topk, voting
 
 #: Operations that touch no memory of the device, however they come about.
 FREE = {
@@ -62,7 +62,7 @@ def profiled(call, small: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """The device operations of a call and the kernels of ours that it launches."""
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(execute(90))
-        for module in (assign, losses, mixture, nms, reassign, topk, voting):
+        for module in (assign, fusion, losses, mixture, nms, reassign, topk, voting):
             stack.enter_context(mock.patch.object(module, "stage", staged))
         stack.enter_context(mock.patch.object(targets, "on_device", on_device))
         call()  # compiles

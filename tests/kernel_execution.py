@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from paa_gpu import _ops
-from paa_gpu.kernels import _launch, assign, em, losses, mixture, nms, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, fusion, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -62,6 +62,7 @@ MODULES = {
     "candidate_losses": losses,
     "assign_max_iou": assign,
     "batched_nms": nms,
+    "weighted_boxes_fusion": fusion,
 }
 
 #: Settings of ptxrun for the whole pytest run: its option --ptxrun.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import assert_refused
-from test_checks_detections import NMS, VOTING
+from test_checks_detections import FUSION, NMS, VOTING
 from test_head import INPUTS, SETTINGS
 from test_sklearn import OWN_ERRORS
 
@@ -378,6 +378,7 @@ def page() -> str:
         "`fit_gmm_1d`": FIT,
         "`score_voting_batch` (and `score_voting`, without the index of the image)": VOTING,
         "`batched_nms`": NMS,
+        "`weighted_boxes_fusion`": FUSION,
         "`assign_max_iou`": ASSIGNMENT,
         "`candidate_losses`": HEAD,
         "`PAAHead`": SETTINGS,

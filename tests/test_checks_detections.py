@@ -147,3 +147,46 @@ def test_nms(changes, error, message):
 def test_what_nms_accepts():
     for changes in ({}, TENSORS, {**TENSORS, "labels": None, "scores": torch.ones(2, 3, 0)}):
         paa_gpu.batched_nms(**candidates(**changes))
+
+
+def models(**changes):
+    """Two images of two models of 3 boxes each."""
+    one = {"boxes": torch.ones(3, 4), "scores": torch.ones(3), "labels": Z}
+    return {**{name: [[part, part], [part, part]] for name, part in one.items()}, **changes}
+
+
+def third_model(name, value):
+    """Of the second image the first model."""
+    columns = models()[name]
+    return {name: [columns[0], [value, columns[1][1]]]}
+
+
+FUSION = [
+    ({"boxes": torch.ones(3, 4)}, TypeError, "`boxes` must be a list with one entry per image, got Tensor"),
+    ({"boxes": []}, ValueError, "`boxes` must have at least one entry, got an empty list"),
+    ({"scores": models()["scores"][:1]}, ValueError, "`scores` must have 2 entries as `boxes` has, got 1"),
+    ({"labels": [*models()["labels"], []]}, ValueError, "`labels` must have 2 entries as `boxes` has, got 3"),
+    ({"boxes": [torch.ones(3, 4)] * 2}, TypeError, "`boxes[0]` must be a list with one entry per model, got Tensor"),
+    ({"boxes": [[], []]}, ValueError, "`boxes[0]` must have at least one entry, got an empty list"),
+    ({"boxes": [models()["boxes"][0], [torch.ones(3, 4)]]}, ValueError, "`boxes[1]` must have 2 entries as `boxes[0]` has, got 1"),
+    ({"boxes": [[torch.ones(3, 4)] * 65] * 2}, ValueError, "`boxes[0]` must have at most 64 entries, got 65"),
+    ({"scores": [[torch.ones(3)], [torch.ones(3)] * 2]}, ValueError, "`scores[0]` must have 2 entries as `boxes[0]` has, got 1"),
+    ({"labels": [[Z, Z], [Z]]}, ValueError, "`labels[1]` must have 2 entries as `boxes[1]` has, got 1"),
+    (third_model("boxes", torch.ones(3, 5)), ValueError, "`boxes[1][0]` must have shape [any, 4], got [3, 5]"),
+    (third_model("boxes", torch.ones(3, 4).half()), TypeError, "`boxes[1][0]` must be float32, got float16"),
+    (third_model("scores", torch.ones(2)), ValueError, "`scores[1][0]` must have shape [3], got [2]"),
+    (third_model("labels", Z.int()), TypeError, "`labels[1][0]` must be int64, got int32"),
+    (third_model("labels", Z.to("meta")), ValueError, "`labels[1][0]` must be on cpu as the other tensors are, got meta"),
+    ({"weights": 1.0}, TypeError, "`weights` must be a list with one entry per model, got float"),
+    ({"weights": [1.0]}, ValueError, "`weights` must have 2 entries as `boxes[0]` has, got 1"),
+    ({"weights": [1.0, 0.0]}, ValueError, "`weights[1]` must be positive, got 0.0"),
+    ({"iou_thr": -0.1}, ValueError, "`iou_thr` must not be negative, got -0.1"),
+    ({"skip_box_thr": None}, TypeError, "`skip_box_thr` must be a float, got NoneType"),
+    ({"conf_type": "mean"}, ValueError, "`conf_type` must be \"avg\", \"max\", \"box_and_model_avg\" or \"absent_model_aware_avg\", got 'mean'"),
+    ({"allows_overflow": 1}, TypeError, "`allows_overflow` must be a bool, got int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), FUSION, ids=[message for _, _, message in FUSION])
+def test_fusion(changes, error, message):
+    assert_refused(models(**changes), error, message, paa_gpu.weighted_boxes_fusion)

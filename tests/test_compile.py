@@ -27,7 +27,8 @@ from triton.runtime.driver import driver as triton_driver
 
 from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import INITS, READOUTS, empty_fit
-from paa_gpu.kernels import assign, em, losses, mixture, nms, reassign, topk, voting
+from paa_gpu.fusion import CONF_TYPES
+from paa_gpu.kernels import assign, em, fusion, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -255,6 +256,19 @@ def suppress(
     nms.batched_nms(*(c[..., 0] for c in columns), labels, lengths, 0.5, threshold, pre, 7, method, 0.5, 1e-3, False)
 
 
+def fuse(
+    dtype: torch.dtype = torch.float32,
+    scores: torch.dtype = torch.float32,
+    label: torch.dtype = torch.int64,
+    conf_type: str = "avg",
+    overflow: bool = False,
+    boxes: int = 40,
+) -> None:
+    """Three models of two images."""
+    columns = torch.zeros(6 * boxes, 4, dtype=dtype), torch.zeros(6 * boxes, dtype=scores), torch.zeros(6 * boxes, dtype=label)
+    fusion.weighted_boxes_fusion(*columns, [boxes] * 6, [1.0] * 3, 0.5, 0.1, conf_type, overflow)
+
+
 def product(**options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*options.values()):
         yield dict(zip(options, values, strict=True))
@@ -293,6 +307,7 @@ USUAL = {
         {"what": "log_likelihood", "components": 3, "width": 1500, "source": "flat"},
         {"what": "low_probability", "dtype": torch.float64},
     ],
+    "fuse": [{}, {"dtype": torch.float64, "scores": torch.bfloat16, "conf_type": "absent_model_aware_avg", "boxes": 10}],
     "suppress": [
         {"boxes": 5000},
         {"dtype": torch.float64, "scores": torch.bfloat16, "label": torch.int32, "method": "gaussian", "stride": 2, "boxes": 500},
@@ -329,6 +344,11 @@ ALL = {
         *product(what=READOUTS, dtype=FLOATS, precision=FLOATS[2:]),
         *product(what=READOUTS, width=WIDTHS),
     ],
+    "fuse": [
+        *product(dtype=FLOATS, scores=FLOATS),
+        *product(label=INTEGERS, boxes=(10, 40)),
+        *product(conf_type=CONF_TYPES, overflow=(False, True), boxes=(10, 40)),
+    ],
     "suppress": [
         *product(dtype=FLOATS, scores=FLOATS),
         *product(method=("hard", "linear", "gaussian"), boxes=(40, 500, 5000), dtype=FLOATS[2:]),
@@ -351,6 +371,7 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     "match": match,
     "read": read,
     "suppress": suppress,
+    "fuse": fuse,
 }
 #: Kernels of one warp have nothing to share; so do the fits of rows of up to 64 values.
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")

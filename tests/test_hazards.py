@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_execution import compiled_only, execute
+from test_fusion import make_models
 from torch import Tensor
 
 import paa_gpu
@@ -93,6 +94,14 @@ def test_suppression(mode):
     corner = torch.from_numpy(rng.uniform(0, 200, (2, 150, 2))).float()
     boxes, scores = torch.cat([corner, corner + 40], 2), torch.from_numpy(rng.random((2, 150, 5))).float()
     for a, b in zip(*run(mode, paa_gpu.batched_nms, boxes, scores, None, 0.4, max_per_img=40), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_fusion(mode):
+    rng = np.random.default_rng(0)
+    columns = list(zip(*(make_models([30, 40], rng) for _ in range(2)), strict=True))
+    for a, b in zip(*run(mode, paa_gpu.weighted_boxes_fusion, *columns, [1.0, 0.7], 0.5), strict=True):
         assert torch.equal(a, b)
 
 

@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, poison
+from test_fusion import make_models
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops, assign_max_iou, candidate_losses
+from paa_gpu import _ops, assign_max_iou, candidate_losses, weighted_boxes_fusion
 from paa_gpu._ops import kernels_on_cpu
-from paa_gpu.kernels import assign, em, losses, reassign, topk, voting
+from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import Reserve, device_guard, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
@@ -141,16 +142,22 @@ def _assign(images: int, rng) -> None:
     assign_max_iou(anchors, boxes)
 
 
+def _fuse(images: int, rng) -> None:
+    weighted_boxes_fusion(*zip(*(make_models([images + 1, 9], rng) for _ in range(images)), strict=True))
+
+
 def _forms() -> dict[str, int]:
     """How many forms of each kernel were compiled for the current device."""
-    kernels = [value for module in (topk, reassign, em, voting, losses, assign) for value in vars(module).values()]
+    kernels = [value for module in (topk, reassign, em, voting, losses, assign, fusion) for value in vars(module).values()]
     caches = {kernel.fn.__name__: kernel.device_caches for kernel in kernels if isinstance(kernel, JITFunction)}
     device = driver.active.get_current_device()
     return {name: len(cache[device][0]) for name, cache in caches.items() if device in cache and cache[device][0]}
 
 
 @pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("call", [_reassign, _vote, _losses, _assign], ids=["reassign", "vote", "losses", "assign"])
+@pytest.mark.parametrize(
+    "call", [_reassign, _vote, _losses, _assign, _fuse], ids=["reassign", "vote", "losses", "assign", "fuse"]
+)
 def test_one_compiled_form_for_all_batch_sizes(call, rng):
     """Another form would be compiled in the middle of training, or inside a capture: by a size of 1, or by where in a table a part
     begins."""

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_fusion import make_models
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paa_gpu
@@ -62,6 +63,7 @@ def calls(batch):
     yield _ops.batched_nms, (boxes, scores, None, None, 0.5, 0.1, 5, 4, "hard", 0.5, 1e-3, False)
     flat = boxes.flatten(0, 1).half(), scores[..., :1].flatten(0, 1), torch.arange(18) % 2, [11, 0, 7]
     yield _ops.batched_nms, (*flat, 0.5, None, 0, 0, "gaussian", 0.5, 1e-3, True)
+    yield _ops.weighted_boxes_fusion, (flat[0], flat[1][:, 0].abs(), flat[2], [4, 7, 0, 7], [1.0, 2.0], 0.5, 0.1, "max", False)
     image = [column[2] for column in batch.arguments[:6]]
     yield _ops.paa_reassign, (*image, [60, 40], 5, 4, 9, "diag", "mmdet", "background", "float32")
     yield _ops.paa_reassign_batch, (*batch.arguments[:6], sizes, batch.num_gts, 4, 9, "tied", "b", "positive", "float64")
@@ -145,6 +147,13 @@ def test_nms_compiles_whole():
     boxes, scores = torch.rand(2, 30, 4), torch.rand(2, 30, 3)
     wanted = paa_gpu.batched_nms(boxes, scores, None, 0.5, max_per_img=9)
     got = torch.compile(paa_gpu.batched_nms, fullgraph=True, backend="aot_eager")(boxes, scores, None, 0.5, max_per_img=9)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_fusion_compiles_whole(rng):
+    columns = list(zip(*(make_models([9, 7], rng) for _ in range(2)), strict=True))
+    wanted = paa_gpu.weighted_boxes_fusion(*columns)
+    got = torch.compile(paa_gpu.weighted_boxes_fusion, fullgraph=True, backend="aot_eager")(*columns)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -1,1 +1,1 @@
-"""The operators for CPU tensors: plain loops over rows, compiled by numba on first use and cached on disk."""
+"""The operators for CPU tensors: plain loops over rows. numba compiles them on first use and caches them on the disk."""

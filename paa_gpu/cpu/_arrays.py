@@ -1,7 +1,7 @@
-"""Tensors as numpy arrays and back.
+"""Tensors as numpy arrays, and arrays as tensors.
 
-The compiled loops work on arrays, and so does all copying around them: torch's own operations run on OpenMP threads, which a
-forked child waits for in vain.
+The compiled loops work on arrays. So does all copying around them, because torch's own operations run on OpenMP threads. A forked
+child would wait for these threads for ever.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Compiled loops, and slices of their rows on a small pool of threads.
+"""Compiled loops, and a small pool of threads for slices of their rows.
 
-numba's own `parallel` is not used: its OpenMP layer kills forked children, its workqueue layer aborts under several Python
-threads. Our loops release the GIL, so ordinary threads do.
+numba's own `parallel` is not used. Its OpenMP layer kills forked children, and its workqueue layer aborts under several Python
+threads. Our loops release the GIL, so ordinary threads suffice.
 """
 
 from __future__ import annotations

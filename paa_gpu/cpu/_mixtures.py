@@ -1,4 +1,4 @@
-"""What fits of short and of long rows share: densities, given initial values, and what becomes of a row that cannot be fitted."""
+"""What fits of short and long rows share: densities, given initial values, and the results of a row that cannot be fitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A word to whoever waits while the loops are compiled: once a process, and only after two seconds."""
+"""A message for users who wait while the loops are compiled. It comes once in a process, and only after two seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions of one value that fill vector registers, which those of the mathematical library do not."""
+"""Functions of one value that use vector registers. Those of the mathematical library do not."""
 
 from __future__ import annotations
 

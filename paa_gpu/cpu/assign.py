@@ -1,10 +1,11 @@
-"""Max-IoU assignment for CPU tensors, in float32, without the matrix of overlaps: rows of neighbouring anchors in two passes.
+"""Max-IoU assignment for CPU tensors, in float32, without the matrix of overlaps. Rows of neighbouring anchors take two passes.
 
-    first    each anchor's best overlap and whose it is; each row's best overlap with each ground truth, into `best`, [R, G]
-    second   the rows that hold a ground truth's best overlap look for its best anchors
+    first    finds each anchor's best overlap, and its ground truth. Each row's best overlap with each ground truth goes into
+             `best`, [R, G]
+    second   the rows that contain a ground truth's best overlap look for its best anchors
 
-A ground truth that does not touch the bounds of a row's anchors has an overlap of 0 with all of them, and is passed over. As
-integers, floats that are not negative are in the same order, and the search for the highest fills vector registers.
+A ground truth that does not touch the bounds of a row's anchors has an overlap of 0 with all of them, and is skipped. Floats that
+are not negative have the same order as their bits as integers. With integers, the search for the highest uses vector registers.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """EM for CPU tensors: two-component 1-D Gaussian mixtures, one row after the other.
 
-For a row x of n values, all on y = x - min(x), so that nothing is lost where the values lie close together:
+A row x has n values. All arithmetic is on y = x - min(x), so values close together lose no digits:
 
     E-step   log p_k(i) = log w_k - log(2 pi v_k) / 2 - (y_i - m_k)^2 / (2 v_k)
              r_k(i) = p_k(i) / (p_0(i) + p_1(i)),   lower bound = mean_i log(p_0(i) + p_1(i))
     M-step   n_k = sum_i r_k(i) + 10 eps,   m_k = sum_i r_k(i) y_i / n_k,   w_k = n_k / (n_0 + n_1),
              v_k = sum_i r_k(i) (y_i - m_k)^2 / n_k + reg_covar          (tied: one sum over both components)
 
-until the lower bound changes by less than `tol`, as in scikit-learn's `GaussianMixture`. Arithmetic is that of the dtype of x.
+until the lower bound changes by less than `tol`, as in scikit-learn's `GaussianMixture`. Arithmetic is in the dtype of x.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""EM for CPU tensors in blocks: rows of any length and any number of components, all threads in one row.
+"""EM for CPU tensors in blocks: rows of any length and any number of components, with all threads in one row.
 
-A pass goes over the values of a row once, block after block. It leaves for every block and component the number n, the mean m and
-the sum of squares q about m of what the component is responsible for. Those of the row are
+A pass goes over the values of a row once, block after block. For every block and component it computes three moments, weighted by
+responsibility: the number n, the mean m, and the sum of squares q about m. Those of the row are
 
     N = sum_b n_b,   M = sum_b n_b m_b / N,   Q = sum_b q_b + n_b (m_b - M)^2
 
-in which nothing cancels, so that a pass needs no other one before it for the means. Blocks and the order of the sums do not
-depend on the number of threads, hence nor does a bit of the result.
+Nothing cancels in these sums, so no other pass has to find the means first. The blocks and the order of the sums do not depend on
+the number of threads. So neither does any bit of the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading mixtures out for CPU tensors: one pass over the values, with no memory of their size but the answer.
+"""Reading mixtures out for CPU tensors: one pass over the values, without memory of their size besides the result.
 
 For a value x and components of weight w_k, mean m_k and variance v_k,
 
@@ -6,8 +6,8 @@ For a value x and components of weight w_k, mean m_k and variance v_k,
     responsibility r_k = exp(log p_k - log sum_j p_j)          label = the first k of the largest log p_k
     log-density = log sum_j p_j                                log-likelihood = its sum over a row
 
-The values of all rows stand one after the other. They are cut into spans of fixed size, and the threads share the spans: a
-table of one long row keeps all of them busy, and what is summed does not depend on how many there are.
+The values of all rows stand one after the other. They are cut into spans of fixed size, and the threads share the spans. So one
+long row keeps all threads busy, and the sums do not depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Non-maximum suppression for CPU tensors, image by image on all threads.
 
-The candidates of an image, by score, are compared with what is kept of their class: in chunks of 32 boxes, without a branch
-within one, until one suppresses them. An image is done when it has all the detections that there is room for. The soft forms
-pick the highest score again and again, and let the others of its class decay.
+The candidates of an image come in the order of their scores. Each is compared with the boxes of its class that were kept, in
+chunks of 32 boxes without a branch, until a box suppresses it. An image is finished when it has all detections that there is room
+for. The soft forms pick the highest score again and again, and lower the other scores of its class.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Where a fit starts, for CPU tensors: centres, and the division of a row between them.
+"""Where a fit starts, for CPU tensors: centres, and the division of a row among them.
 
-A value belongs to the nearest centre. One M-step on that division gives the first weights, means and variances, as scikit-learn
-takes them from its k-means. Centres ascend, so the components of a fit do where they do not cross.
+A value belongs to the nearest centre. One M-step on this division gives the first weights, means and variances, as in
+scikit-learn with its k-means. Centres ascend. So the components of a fit ascend too, unless they cross.
 
     quantile   the values of rank (2 j + 1) n // 2 k
     random     k values of the row, at distinct positions
-    kmeans     two centres of up to `EXACT` values: the division with the least sum of squares; else Lloyd's iteration: the
-               centres become the means of what belongs to them, until nothing changes sides, `LLOYD_PASSES` times at most. It
-               starts from the row's mean, the boundary of two centres, or from the quantiles for more.
+    kmeans     two centres of up to `EXACT` values: the division with the least sum of squares. Otherwise Lloyd's iteration: the
+               centres become the means of their values, until no value changes its centre, `LLOYD_PASSES` times at most. It
+               starts from the row's mean as the boundary of two centres, and from the quantiles for more centres.
 """
 
 from __future__ import annotations

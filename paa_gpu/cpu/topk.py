@@ -1,8 +1,9 @@
-"""Candidates for CPU tensors: of every (ground truth, level), a group, the smallest losses; then a row merges its groups.
+"""Candidates for CPU tensors. A group is a (ground truth, level). It keeps its smallest losses. Then a row merges its groups.
 
-Potential positives are taken in the order of their anchors, and everything keeps the order of equal losses, which is all that
-ties need. Usually each group keeps its smallest losses so far, in order, and most losses are seen once and refused. For a `topk`
-that would make this quadratic, a stable counting sort brings the groups together, and each is sorted. Both cost P + G.
+Potential positives are taken in the order of their anchors. Every step keeps the order of equal losses, so ties need nothing
+else. Usually each group keeps its smallest losses so far, in order. Then most losses are read once and dropped. For a large
+`topk` this would take quadratic time. There, a stable counting sort brings the groups together, and each group is sorted. Both
+cost P + G.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Score voting for CPU tensors: each class's voters gathered once, in blocks of neighbours; then detection by detection.
+"""Score voting for CPU tensors. Each class gathers its voters once, in blocks of neighbours. Then detection follows detection.
 
-The candidates of a class, sorted so that neighbours of like size follow each other, are cut into blocks of 32. A detection skips
-the blocks whose bounding box it does not touch, and goes through the others without a branch:
+The candidates of a class are sorted so that neighbours of similar size follow each other. They are cut into blocks of 32. A
+detection skips the blocks whose bounding box it does not touch. It goes through the others without a branch:
 
     weight = exp(-(1 - IoU)^2 / sigma) * score  where IoU > iou_thr, else 0
     box = detection + sum(weight * (candidate - detection)) / sum(weight)
 
-Offsets from the detection lose nothing to the size of the image. A box that is not finite has no IoU that exceeds a threshold,
-so it is no candidate. Where `offset` is 1, boxes of detections and voters end one later here, and are otherwise continuous.
+Sums are of offsets from the detection, so the size of the image costs no digits. A box that is not finite has no IoU above a
+threshold, so it is no candidate. If `offset` is 1, boxes of detections and voters end one pixel later here. All else is the same.
 """
 
 from __future__ import annotations

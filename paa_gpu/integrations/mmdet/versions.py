@@ -99,7 +99,7 @@ def _tensor(boxes: Any) -> Tensor:
 
 
 def published_targets(head: Any, anchors: Any, valid_flags: Any, truth: Truth) -> tuple[Any, ...]:
-    """What the head's own `get_targets` returns."""
+    """The results of the head's own `get_targets`."""
     result: tuple[Any, ...]
     if IS_3X:
         instances, metas, ignored = truth.published
