@@ -1,8 +1,8 @@
 """`PYTHONPATH=tests python -m bench.work`: the work of the compiled kernels. ptxrun counts it on the CPU. It measures no time.
 
 It counts warp instructions (PTX, without moves) by class. It also counts the 32-byte sectors that loads touch, over those that their
-bytes fill. The calls are: `paa_reassign_batch` of the recorded images, of a crowded image, and of ten times fewer boxes over the same
-potential positives; the EM loop alone, per row and iteration; `score_voting` of recorded predictions with one class and with 80;
+bytes fill. The calls are: `paa_reassign_batch` of the recorded images, of a crowded image, of ten times fewer boxes over the same
+potential positives, and of one box with all anchors of an image; the EM loop alone, per row and iteration; `score_voting` of recorded predictions with one class and with 80;
 `candidate_losses`; and `assign_max_iou` of few boxes and of many.
 """
 
@@ -25,7 +25,7 @@ CAPABILITY = 90
 
 
 def main() -> None:
-    batches = {"recorded": cases.recorded(), "600 boxes": crowd(600), "60 boxes": crowd(60)}
+    batches = {"recorded": cases.recorded(), "600 boxes": crowd(600), "60 boxes": crowd(60), "all anchors": all_anchors()}
     for name, batch in batches.items():
         positives = sum(inds.shape[0] for inds in batch.pos_inds)
         print(f"\n{name}: {len(batch.num_gts)} images, {sum(batch.num_gts)} boxes, {positives} potential positives")
@@ -59,6 +59,13 @@ def crowd(boxes: int) -> testing.Batch:
     """One image of 200,000 potential positives, shared by any number of boxes."""
     rng, each = np.random.default_rng(0), 200_000 // boxes
     return testing.make_batch([boxes], rng, ["bimodal"], (each, each), level_sizes=(200_000, 50_000), dtype=torch.float32)
+
+
+def all_anchors() -> testing.Batch:
+    """One box. All 22,400 anchors of an image of 800 x 1,333 pixels are its potential positives."""
+    anchors = sum(cases.COCO_LEVELS)
+    rng = np.random.default_rng(0)
+    return testing.make_batch([1], rng, ["bimodal"], (anchors, anchors), level_sizes=cases.COCO_LEVELS, dtype=torch.float32)
 
 
 def em_iteration(precision: str) -> Counter[str]:

@@ -6,7 +6,8 @@ P + G:
     count     how many potential positives each row has, by atomics that also give each its rank in the row's bucket;
               the program that finishes last turns the counts into the buckets' starts
     scatter   each potential positive's key and tie go to its place in the bucket
-    select    one program per row sorts its bucket, a block at a time, and keeps what can still be a candidate
+    select    one program per row keeps the best so far of its bucket, in order, and reads on. What comes after the last candidate
+              of a level that is full is dropped at once; what is left waits until many slots are taken, and then all are sorted
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
 it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31
@@ -173,8 +174,81 @@ def _take(anchor, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
     return taken
 
 
+@triton.jit
+def _last(key, tie, among):
+    """The last pair (key, tie) among some of the slots [BLOCK]."""
+    last_key = tl.max(tl.where(among, key, smallest_integer(key.dtype)), 0)
+    return last_key, tl.max(tl.where(among & (key == last_key), tie, -1), 0)
+
+
+@triton.jit
+def _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
+    """Keys and ties [LEVELS] of each level that nothing of the level can come after and still be a candidate.
+
+    key, tie, kept: the slots [BLOCK], and which of them hold candidates. The last candidate of a level with all its candidates is
+    its bound. Where BLOCK // 2 are kept, which is all that a pass finds, the last of them is the bound of the other levels.
+    """
+    anchor = (tie >> 32).to(tl.int32)
+    level_index = tl.arange(0, LEVELS)  # [LEVELS]
+    last_key, last_tie = ~smallest_integer(key.dtype), ~smallest_integer(tie.dtype)
+    if tl.sum(kept.to(tl.int32), 0) == anchor.shape[0] // 2:
+        last_key, last_tie = _last(key, tie, kept)
+    bound_key, bound_tie = tl.broadcast_to(last_key, [LEVELS]), tl.broadcast_to(last_tie, [LEVELS])
+    begin = tl.full((), 0, tl.int32)
+    for level in range(n_levels):
+        end = tl.load(end_ptr + level).to(tl.int32)
+        here = kept & (anchor >= begin) & (anchor < end)
+        room = topk - tl.sum(tl.where(level_index == level, taken, 0), 0)
+        if tl.sum(here.to(tl.int32), 0) == room:
+            last_key, last_tie = _last(key, tie, here)
+            bound_key = tl.where(level_index == level, last_key, bound_key)
+            bound_tie = tl.where(level_index == level, last_tie, bound_tie)
+        begin = end
+    return bound_key, bound_tie
+
+
+@triton.jit
+def _before(key, tie, bounds, LOG_LEVELS: tl.constexpr):
+    """Which slots [BLOCK] come before the bound of their level.
+
+    bounds: [LEVELS] each, the level's end (the largest integer behind the last level), and the key and the tie of its bound.
+    """
+    level_end, bound_key, bound_tie = bounds
+    anchor = (tie >> 32).to(tl.int32)
+    level = tl.zeros(anchor.shape, tl.int32)  # by binary search: how many levels end at the anchor or before it
+    for i in tl.static_range(LOG_LEVELS):
+        step = 1 << (LOG_LEVELS - 1 - i)
+        level += tl.where(anchor >= tl.gather(level_end, level + (step - 1), 0), step, 0)
+    last_key, last_tie = tl.gather(bound_key, level, 0), tl.gather(bound_tie, level, 0)
+    return (key < last_key) | ((key == last_key) & (tie < last_tie))
+
+
+@triton.jit
+def _eligible(key, tie, new, last_key, last_tie, again, bounds, bounded, LOG_LEVELS: tl.constexpr):
+    """Which new slots can hold candidates. again: (last_key, last_tie) is the last one of the passes before this one."""
+    if again:
+        new = new & ((key > last_key) | ((key == last_key) & (tie > last_tie)))
+    if bounded:
+        new = new & _before(key, tie, bounds, LOG_LEVELS)
+    return new
+
+
+_SIZES = ["n_images", "n_levels", "topk", "width"]
+
+
 @triton.jit(
-    do_not_specialize=["n_images", "n_levels", "topk", "width"], do_not_specialize_on_alignment=["bucket_ptr", "level_end_ptr"]
+    # Pointers that AMD would take four scalar registers for if it knew them to span less than 2 GiB.
+    do_not_specialize=[
+        "n_images",
+        "n_levels",
+        "topk",
+        "width",
+        "key_ptr",
+        "tie_ptr",
+        "candidate_loss_ptr",
+        "candidate_index_ptr",
+    ],
+    do_not_specialize_on_alignment=["bucket_ptr", "level_end_ptr"],
 )
 def _select_kernel(
     key_ptr,  # Tensor[P], bucket after bucket
@@ -192,10 +266,12 @@ def _select_kernel(
     image_ptr,  # Tensor[G]: the row's image
     gt_ptr,  # Tensor[G]: its ground truth within the image
     LOSS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    LOG_LEVELS: tl.constexpr,
     LOG_SLOTS: tl.constexpr,
 ):
+    LEVELS: tl.constexpr = 1 << LOG_LEVELS
     SLOTS: tl.constexpr = 1 << LOG_SLOTS  # at most half of them hold candidates, the others what is compared with them
+    CROWDED: tl.constexpr = SLOTS * 3 // 4  # so many slots are taken: sorting frees more than reading on would find
     row = tl.program_id(0).to(tl.int64)
     images = (table_ptr, n_images)
     image = image_of(table_ptr + FIRST_ROW * (n_images + 1), n_images, row)
@@ -205,14 +281,18 @@ def _select_kernel(
     loss_ptr, stride_loss = vector(images, image, LOSSES, LOSS)
     end_ptr = level_end_ptr + image.to(tl.int64) * n_levels
     begin = tl.load(bucket_ptr + row)
-    end = tl.load(bucket_ptr + row + 1)
+    length = (tl.load(bucket_ptr + row + 1) - begin).to(tl.int32)
+    key_ptr += begin
+    tie_ptr += begin
 
+    level_index = tl.arange(0, LEVELS)
+    level_end = tl.load(end_ptr + level_index, mask=level_index < n_levels, other=0x7FFFFFFF).to(tl.int32)
     slot = tl.arange(0, SLOTS)  # [SLOTS]
     taken = tl.zeros([LEVELS], tl.int32)
     last_key = smallest_integer(key_ptr.dtype.element_ty)
     last_tie = tl.full((), -1, tl.int64)
     count = tl.full((), 0, tl.int32)
-    going = begin < end
+    going = length > 0
     while going:
         # One pass over the bucket: the next candidates after (last_key, last_tie), sorted.
         key = tl.zeros([SLOTS], last_key.dtype)
@@ -220,20 +300,36 @@ def _select_kernel(
         kept = slot < 0
         n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
         found = tl.full((), 0, tl.int32)
-        place = begin
-        while place < end:
-            source = place + slot - n_kept
-            place += SLOTS - found
-            new = (kept == 0) & (source < end)
-            key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
-            tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
-            after = (key > last_key) | ((key == last_key) & (tie > last_tie))
-            key, tie = sort_pairs(key, tie, (kept | new) & after, LOG_SLOTS)
+        bound_key = tl.full([LEVELS], ~smallest_integer(last_key.dtype), last_key.dtype)
+        bound_tie = tl.full([LEVELS], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        place = tl.full((), 0, tl.int32)
+        while place < length:
+            filling = True
+            while filling:
+                source = place + slot - n_kept
+                new = (kept == 0) & (source < length)
+                key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
+                tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
+                more = length - place > SLOTS - found
+                bounds = level_end, bound_key, bound_tie
+                new = _eligible(key, tie, new, last_key, last_tie, count > 0, bounds, (place > 0) & more, LOG_LEVELS)
+                kept = kept | new
+                place += SLOTS - found
+                filling = more
+                if more:
+                    n_new = tl.sum(new.to(tl.int32), 0)
+                    if n_new > 0:
+                        n_kept = tl.cumsum(kept.to(tl.int32), 0)
+                        found += n_new
+                        filling = found < CROWDED
+            key, tie = sort_pairs(key, tie, kept, LOG_SLOTS)
             kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
             n_kept = tl.cumsum(kept.to(tl.int32), 0)
             kept = kept & (n_kept <= SLOTS // 2)
             n_kept = tl.minimum(n_kept, SLOTS // 2)
             found = tl.max(n_kept, 0)
+            if length - place > SLOTS - found:
+                bound_key, bound_tie = _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS)
 
         rank = count + n_kept - 1
         position = tie & 0xFFFFFFFF
@@ -245,8 +341,7 @@ def _select_kernel(
 
         count = tl.minimum(count + found, width)
         going = (found == SLOTS // 2) & (count < width)
-        last_key = tl.max(tl.where(kept, key, last_key), 0)
-        last_tie = tl.max(tl.where(kept & (key == last_key), tie, -1), 0)
+        last_key, last_tie = _last(key, tie, kept)
         if going:
             taken = _take(tl.where(kept, tie >> 32, -1).to(tl.int32), taken, end_ptr, n_levels, LEVELS)
 
@@ -357,7 +452,7 @@ def launch_select(batch: Batch, topk: int, like: Tensor) -> Selection:
             batch.width,
             *selection,
             LOSS=batch.dtypes["LOSS"],
-            LEVELS=triton.next_power_of_2(max(levels, 8)),
+            LOG_LEVELS=max((levels - 1).bit_length(), 3),
             LOG_SLOTS=LOG_SLOTS,
             num_warps=1,
             **register_limit(),
