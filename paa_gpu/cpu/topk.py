@@ -39,8 +39,9 @@ def _ordered_key(loss: Any) -> Any:
     """An integer that orders like the loss: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign < `NO_KEY`."""
     bits = np.float64(loss).view(np.int64)
     magnitude = bits & 0x7FFFFFFFFFFFFFFF
-    magnitude = min(magnitude, INFINITE_KEY + 1)
-    return magnitude if bits >= 0 or magnitude > INFINITE_KEY else -magnitude
+    if magnitude > INFINITE_KEY:
+        return INFINITE_KEY + 1
+    return magnitude if bits >= 0 else -magnitude
 
 
 @compiled
