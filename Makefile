@@ -142,10 +142,10 @@ bench-quick: $(READY)
 .bench/gmm_gpu: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target .bench gmm-gpu
 
-# Against mmdetection's own code, instead of our copy of its loops.
+# Against mmdetection's own code, instead of our copy of its loops. On a machine with other work: `make bench-mmdet LOADED=--loaded`.
 bench-mmdet: $(MMDET_READY)
 	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.ratios
-	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
+	PYTHONPATH=tests/mmdet:tests OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head $(LOADED)
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -76,6 +76,15 @@ def test_a_capture_without_a_call_before_it_is_refused():
     assert Reserve(pinned=False).take([]).tolist() == []
 
 
+def test_starts_of_models_live_as_long_as_any_fused_result(rng):
+    columns = [[column] for column in make_models([2, 3], rng)]
+    with execute(EXECUTIONS[0] if INTERPRETER else 90):
+        results = weighted_boxes_fusion(*columns, weights=[1.0, 2.0])
+    for result in results:
+        (table,) = result.untyped_storage().staged
+        assert table[:3].tolist() == [0, 2, 5] and table[3:].view(torch.float64).tolist() == [1, 2]
+
+
 def test_cpu_tensors_reach_the_kernels_inside_the_context_only(monkeypatch):
     calls = []
     fit = em.fit_gmm_1d
