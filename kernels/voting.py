@@ -30,7 +30,7 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
 FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
@@ -282,7 +282,6 @@ def score_voting(
     if images > 1:
         numbers, blocks = _table(*columns)
         table = stage(numbers, voted)
-        keep(voted, table)
     wide = torch.float64 in (voted.dtype, boxes.dtype, scores.dtype)
     with device_guard(voted):
         if blocks:
