@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import empty_fused
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow
 
 AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = (tl.constexpr(rule) for rule in range(5))
@@ -370,8 +370,6 @@ def weighted_boxes_fusion(
         raise ValueError(f"`boxes` must have fewer than 2^31 boxes over images of one length on a GPU, got {images * room}")
     weight = np.array(weights, np.float64)
     table = stage([*starts, *weight.view(np.int64).tolist()], boxes)
-    for result in results:
-        keep(result, table)
 
     def rows(dtype: torch.dtype, *sides: int) -> Tensor:
         return boxes.new_empty((images, room, *sides), dtype=dtype)

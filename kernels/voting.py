@@ -32,7 +32,7 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
 FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
@@ -310,13 +310,11 @@ def score_voting(
         of_pools += [0] * (len(of_pools) % 2)
         staged = stage([*of_pools, *of_images], voted)
         pools, table, parts = staged, staged[len(of_pools) :], images * len(weights)
-        keep(voted, staged)
         own, limit = [None] * 4, -math.inf
         scores = scores.new_empty(scores.shape, dtype=torch.float64 if wide else torch.float32)
     elif images > 1:
         numbers, blocks = _table(*columns)
         pools = table = stage(numbers, voted)
-        keep(voted, table)
     with device_guard(voted):
         if blocks:
             _gather_kernel[(blocks,)](

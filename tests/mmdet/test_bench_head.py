@@ -11,7 +11,7 @@ from bench import head as bench
 
 def test_it_runs(monkeypatch, capsys):
     small = build(in_channels=32, feat_channels=32, stacked_convs=1)
-    monkeypatch.setattr("sys.argv", ["bench.head", "--size", "128", "160", "--rounds", "1"])
+    monkeypatch.setattr("sys.argv", ["bench.head", "--size", "128", "160", "--rounds", "1", "--loaded"])
     monkeypatch.setattr(bench, "BATCHES", ((2, 3),))
     monkeypatch.setattr(bench, "CHANNELS", 32)
     monkeypatch.setattr(bench.heads, "build", lambda **_: small)
