@@ -20,7 +20,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs gpu test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs gpu test test-slow test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -36,10 +36,20 @@ KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassig
 	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_mixture_kernels.py tests/test_starts_kernels.py \
 	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_fusion_kernels.py tests/test_launch.py
 
+# Of both, those of the assignment and of voting: `make test` has ten minutes.
+MAIN_PUBLIC = tests/test_reassign.py tests/test_voting.py
+MAIN_KERNELS = $(MAIN_PUBLIC:.py=_kernels.py) tests/test_launch.py
+
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(KERNELS)
-	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(PUBLIC)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(MAIN_KERNELS)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(MAIN_PUBLIC)
+
+# What `make test` leaves out and CI has time for.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "slow and not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(filter-out $(MAIN_KERNELS), $(KERNELS))
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(filter-out $(MAIN_PUBLIC), $(PUBLIC))
 
 FAST = -n 2 -m "not long and not slow" --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
 test-fast: $(READY)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, poison
+from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poison
 from test_fusion import make_models
 from test_voting import make_pools
 from triton.runtime.driver import driver
@@ -177,3 +177,20 @@ def test_one_compiled_form_for_all_batch_sizes(call, rng):
         for images in (2, 3, 4, 5, 16):
             call(images, rng)
         assert first and _forms() == first
+
+
+@compiled_only
+@pytest.mark.slow
+def test_an_epoch_compiles_nothing_after_its_first_step():
+    """A training step of the head has a few kernels. Batches of other sizes and other numbers of boxes need no others."""
+    from test_head import make_features, make_head, make_targets
+
+    head = make_head()
+    with execute(90, seed=None, racecheck=0):
+        head.loss(make_features(2), make_targets([3, 1]))
+        first = _forms()
+        print(f"a training step: {sum(first.values())} compiled forms of {len(first)} kernels")
+        assert sum(first.values()) == len(first) <= 8
+        for boxes in ([1], [0, 5, 2], [7, 0], [2, 2, 2, 2, 9]):
+            head.loss(make_features(len(boxes)), make_targets(boxes))
+        assert _forms() == first
