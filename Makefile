@@ -89,19 +89,9 @@ test-long: $(READY)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
 
-# On the day a GPU is there: the report, the tests on it, four sanitizers over a selection, the benchmarks. DRY=echo prints what would run.
-SANITIZED = tests/test_reassign_kernels.py tests/test_assign_kernels.py tests/test_voting_kernels.py tests/test_losses_kernels.py
+# On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu DRY=--dry-run` prints the commands.
 gpu: $(READY)
-	$(DRY) mkdir -p bench/results/gpu
-	$(DRY) $(BIN)/python -m paa_gpu check --device cuda $(if $(DRY),,> bench/results/gpu/check.md)
-	$(DRY) $(BIN)/python -m pytest -m "not long" tests/test_cuda.py
-	$(DRY) $(BIN)/python -m pytest -m "not long" --execution cuda $(PUBLIC) tests/test_layouts.py
-	$(DRY) $(BIN)/python -m pytest -m "not long" -k cuda $(KERNELS)
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  if ! command -v compute-sanitizer > /dev/null; then echo "compute-sanitizer is not installed: no $$tool"; continue; fi; \
-	  $(DRY) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x -m "not long and not slow" -k cuda $(SANITIZED) || exit 1; \
-	done
-	$(DRY) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu/suite.json
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu $(DRY)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
