@@ -20,7 +20,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs gpu test test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs gpu test test-slow test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -36,10 +36,20 @@ KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassig
 	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_mixture_kernels.py tests/test_starts_kernels.py \
 	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_fusion_kernels.py tests/test_launch.py
 
+# Of both, those of the assignment and of voting: `make test` has ten minutes.
+MAIN_PUBLIC = tests/test_reassign.py tests/test_voting.py
+MAIN_KERNELS = $(MAIN_PUBLIC:.py=_kernels.py) tests/test_launch.py
+
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(KERNELS)
-	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(PUBLIC)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(MAIN_KERNELS)
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(MAIN_PUBLIC)
+
+# What `make test` leaves out and CI has time for.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "slow and not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(filter-out $(MAIN_KERNELS), $(KERNELS))
+	$(BIN)/python -m pytest -n 2 -m "not long and not slow" --execution 75 $(filter-out $(MAIN_PUBLIC), $(PUBLIC))
 
 FAST = -n 2 -m "not long and not slow" --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
 test-fast: $(READY)
@@ -79,19 +89,9 @@ test-long: $(READY)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
 
-# On the day a GPU is there: the report, the tests on it, four sanitizers over a selection, the benchmarks. DRY=echo prints what would run.
-SANITIZED = tests/test_reassign_kernels.py tests/test_assign_kernels.py tests/test_voting_kernels.py tests/test_losses_kernels.py
+# On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu DRY=--dry-run` prints the commands.
 gpu: $(READY)
-	$(DRY) mkdir -p bench/results/gpu
-	$(DRY) $(BIN)/python -m paa_gpu check --device cuda $(if $(DRY),,> bench/results/gpu/check.md)
-	$(DRY) $(BIN)/python -m pytest -m "not long" tests/test_cuda.py
-	$(DRY) $(BIN)/python -m pytest -m "not long" --execution cuda $(PUBLIC) tests/test_layouts.py
-	$(DRY) $(BIN)/python -m pytest -m "not long" -k cuda $(KERNELS)
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  if ! command -v compute-sanitizer > /dev/null; then echo "compute-sanitizer is not installed: no $$tool"; continue; fi; \
-	  $(DRY) compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x -m "not long and not slow" -k cuda $(SANITIZED) || exit 1; \
-	done
-	$(DRY) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/gpu/suite.json
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu $(DRY)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
@@ -130,6 +130,7 @@ release-check: $(READY)
 bench: $(READY) .bench/gmm_gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios
 	PYTHONPATH=tests $(BIN)/python -m bench.work
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host
 	OMP_NUM_THREADS=1 PYTHONPATH=.bench $(BIN)/python -m pytest bench --benchmark-only \
 	  --benchmark-min-rounds=3 --benchmark-max-time=0.5 --benchmark-json=bench/results/suite.json
 	PYTHONPATH=tests $(BIN)/python -m bench.scaling --out bench/results/scaling.json
@@ -141,10 +142,10 @@ bench-quick: $(READY)
 .bench/gmm_gpu: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target .bench gmm-gpu
 
-# Against mmdetection's own code, instead of our copy of its loops.
+# Against mmdetection's own code, instead of our copy of its loops. On a machine with other work: `make bench-mmdet LOADED=--loaded`.
 bench-mmdet: $(MMDET_READY)
 	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.ratios
-	PYTHONPATH=tests/mmdet OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head
+	PYTHONPATH=tests/mmdet:tests OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m bench.head $(LOADED)
 
 $(READY): setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -124,6 +124,20 @@ def suppression(images: int, boxes: int, classes: int) -> tuple[torch.Tensor, to
     return torch.from_numpy(corners).float(), torch.from_numpy(scores).float(), torch.from_numpy(labels)
 
 
+def fusion(images: int, models: int, boxes: int, classes: int) -> list[list[list[torch.Tensor]]]:
+    """Boxes, scores and labels of each model around the same 60 objects of each image, for `weighted_boxes_fusion`."""
+    rng = np.random.default_rng(0)
+    columns: list[list[list[torch.Tensor]]] = [[], [], []]
+    for _ in range(images):
+        corner, label = rng.uniform(0, 0.7, (60, 2)), rng.integers(classes, size=60)
+        truth = np.concatenate([corner, corner + rng.uniform(0.05, 0.3, (60, 2))], 1)
+        which = rng.integers(60, size=(models, boxes))
+        values = truth[which] + rng.normal(0, 0.01, (models, boxes, 4)), rng.random((models, boxes)), label[which]
+        for column, part in zip(columns, values, strict=True):
+            column.append(list(torch.from_numpy(part.clip(0, 1) if part.ndim == 3 else part)))
+    return columns
+
+
 def assignment(boxes: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Anchors and boxes of one image, for `assign_max_iou`."""
     return testing.make_anchors(HEAD_SHAPES), [testing.make_boxes(boxes, (1333, 800), np.random.default_rng(0))]

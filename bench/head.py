@@ -1,18 +1,25 @@
-"""`make bench-mmdet`: mmdetection's real PAAHead with and without `accelerate`, on the CPU, side by side in one run.
+"""`make bench-mmdet`: mmdetection's real PAAHead and the accelerated one, on the CPU, side by side in one run.
 
-The published configuration (80 classes, 5 levels, 256 channels, 4 convolutions in each tower) gets random features of two 320 x 512
-images. Results are checked before anything is timed. A time is the fastest of 3 interleaved rounds, because the convolutions take
-seconds, and other programs on the machine disturb them. The times of the assignment come from the same calls.
+Training: the loss of the published configuration (80 classes, 5 levels), from the outputs of the levels. The towers are left out. There
+are three ways: the published head; the accelerated head as it was before, which a head with parts of its own still is; the accelerated
+head. Results are checked before anything is timed. Times are medians of interleaved rounds. The times of the parts come from the same
+calls. With `--loaded`, for a machine with other work to do, they are CPU times of the process, on one thread. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
+
+Inference: `predict` of the published configuration, with its towers, on random features of two images.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import datetime
 import functools
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -20,111 +27,218 @@ import heads  # tests/mmdet; imports mmdet
 import mmdet
 import sklearn
 import torch
+from api import truth_of
+from synchronisations import Synchronisations
 
 import paa_gpu
 from paa_gpu import reference, targets
 from paa_gpu.integrations import mmdet as integration
+from paa_gpu.integrations.mmdet import heads as ours
+from paa_gpu.integrations.mmdet import whole
+from paa_gpu.integrations.mmdet.versions import Truth
 
-SIZE = (320, 512)
+from . import machine, matching
+
+CHANNELS = 256  # of the published configuration's features
+BATCHES = ((2, 7), (16, 7), (16, 60))  # images, boxes of each
+PARTS = ("anchors and IoU assignment", "losses of the candidates", "reassignment", "classification loss", "box and IoU losses")
+Maps = list[list[torch.Tensor]]
 
 
 def main() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
-    print(f"{datetime.date.today()}, {os.cpu_count()} cores, mmdet {mmdet.__version__}, torch {torch.__version__}, "
-          f"scikit-learn {sklearn.__version__}, paa_gpu {paa_gpu.__version__}")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 512), help="height and width of the images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loaded", action="store_true", help="one thread, and CPU time instead of wall time")
+    options = parser.parse_args()
+    size, rounds = tuple(options.size), options.rounds
+    torch.set_num_threads(1 if options.loaded else os.cpu_count() or 1)
+    Parts.clock = time.process_time if options.loaded else time.perf_counter
+    versions = (
+        f"mmdet {mmdet.__version__}, torch {torch.__version__}, scikit-learn {sklearn.__version__}, paa_gpu {paa_gpu.__version__}"
+    )
+    print(f"{datetime.date.today()}, {machine.describe()['cpu']}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+          f"{'CPU time on one thread' if options.loaded else 'wall time'}, {versions}, commit {machine.commit()}; images of "
+          f"{size[0]} x {size[1]} pixels")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    head = spread(heads.build().eval())
-    features = heads.make_features(2, SIZE, 256, generator)
-    for boxes in (7, 50):
-        loss(head, features, heads.make_samples([boxes] * 2, SIZE, head.num_classes, generator))
-    predict(head, features, heads.make_samples([0, 0], SIZE, head.num_classes, generator))
+    small = heads.build(in_channels=32, feat_channels=32, stacked_convs=1)  # the outputs have the same shapes
+    spread(small, 0.09)
+    for images, boxes in BATCHES:
+        samples = heads.make_samples([boxes] * images, size, small.num_classes, generator)
+        loss(small, heads.make_features(images, size, 32, generator), samples, rounds)
+    head = spread(heads.build().eval(), 0.03)  # some 2,000 scores of an image are above the threshold
+    predict(
+        head, heads.make_features(2, size, CHANNELS, generator), heads.make_samples([0, 0], size, head.num_classes, generator)
+    )
 
 
-def spread(head: Any) -> Any:
-    """Scores that vary as a trained head's do. About 2,000 of an image are above the threshold."""
-    torch.nn.init.normal_(head.atss_cls.weight, std=0.03)
+def spread(head: Any, std: float) -> Any:
+    """Scores that vary as a trained head's do. scikit-learn refuses the losses of a new head: in float32 they are too close together."""
+    torch.nn.init.normal_(head.atss_cls.weight, std=std)
     torch.nn.init.constant_(head.atss_cls.bias, -8.5)
     return head
 
 
-def loss(head: Any, features: list[torch.Tensor], samples: list[Any]) -> None:
-    """`loss`, and a step with backward. The assignment: the published head's calls of `paa_reassign`, the library's one call."""
-    published, accelerated, oracle = copy.deepcopy(head), integration.accelerate(copy.deepcopy(head)), copy.deepcopy(head)
-    oracle.paa_reassign = functools.partial(reference.paa_reassign, num_classes=head.num_classes)
-    got = heads.step(accelerated, features, samples)
-    heads.assert_same_step(got, heads.step(oracle, features, samples))
-    watches = {name: [Stopwatch(), Stopwatch(), Stopwatch()] for name in ("published", "accelerated")}
-    for name, each in (("published", published), ("accelerated", accelerated)):
-        each.loss, each.loss_by_feat = watches[name][0].around(each.loss), watches[name][1].around(each.loss_by_feat)
-    published.paa_reassign = watches["published"][2].around(published.paa_reassign)
-    batch = watches["accelerated"][2].around(targets.paa_reassign_batch)
-    differ = int((heads.step(published, features, samples).labels != got.labels).sum())
-    with mock.patch.object(targets, "paa_reassign_batch", batch):
-        rows = interleaved({
-            name: (functools.partial(heads.step, each, features, samples), *watches[name])
-            for name, each in (("published", published), ("accelerated", accelerated))
-        })  # fmt: skip
-    boxes, positives = [len(sample.gt_instances) for sample in samples], int((got.labels < head.num_classes).sum())
-    print(f"loss, images of {boxes} boxes, {positives} positives ({differ} labels of the published float32 head differ)")
-    for name, (step, loss, by_feat, assignment) in rows.items():
-        print(f"  {name:<12} loss {loss * 1e3:.0f} ms, of it loss_by_feat {by_feat * 1e3:.0f} ms and in that the assignment "
-              f"{assignment * 1e3:.1f} ms: {assignment / by_feat:.1%} of loss_by_feat, {assignment / loss:.1%} of loss, "
-              f"{assignment / step:.2%} of the step with backward, {step * 1e3:.0f} ms")  # fmt: skip
+# --- training -------------------------------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """The time that the calls of a function took since the last reading."""
+class Parts:
+    """The seconds that each part of a loss took since the last reading. A part inside another counts as the outer one."""
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self) -> None:
-        self.elapsed = 0.0
+        self.elapsed: Counter[str] = Counter()
+        self.running = False
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.elapsed += time.perf_counter() - start
-            return result
+            if self.running:
+                return function(*args, **kwargs)
+            self.running, start = True, self.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.running = False
+                self.elapsed[part] += self.clock() - start
 
         return timed
 
-    def read(self) -> float:
-        elapsed, self.elapsed = self.elapsed, 0.0
+    def read(self) -> Counter[str]:
+        elapsed, self.elapsed = self.elapsed, Counter()
         return elapsed
 
 
-def interleaved(calls: dict[str, tuple[Any, ...]], rounds: int = 3) -> dict[str, list[float]]:
-    """For each name, the time of its fastest call, and the shortest reading of each of its stopwatches."""
-    seen: dict[str, list[list[float]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, (call, *watches) in calls.items():
-            for watch in watches:
-                watch.read()
-            start = time.perf_counter()
-            call()
-            seen[name].append([time.perf_counter() - start, *(watch.read() for watch in watches)])
-    return {name: [min(column) for column in zip(*times, strict=True)] for name, times in seen.items()}
+#: Where each part is, in the published head and in the library.
+OWN_PARTS = {"get_anchors": PARTS[0], "get_targets": PARTS[0], "get_pos_loss": PARTS[1]}
+OWN_LOSSES = {"loss_cls": PARTS[3], "loss_bbox": PARTS[4], "loss_centerness": PARTS[4]}
+LIBRARY_PARTS = [
+    (whole, "_valid", PARTS[0]), (targets, "assign_max_iou", PARTS[0]), (targets, "candidate_losses", PARTS[1]),
+    (targets, "paa_reassign_batch", PARTS[2]), (whole, "_classification", PARTS[3]), (whole, "positive_losses", PARTS[4]),
+]  # fmt: skip
+
+
+def published(head: Any, parts: Parts) -> Any:
+    """A copy of a head whose own parts are timed."""
+    head = copy.deepcopy(head)
+    for name, part in OWN_PARTS.items():
+        setattr(head, name, parts.around(part, getattr(head, name)))
+    for name, part in OWN_LOSSES.items():
+        module = getattr(head, name)
+        module.forward = parts.around(part, module.forward)
+    return head
+
+
+@contextmanager
+def timed(parts: Parts) -> Iterator[None]:
+    """The library's parts are timed."""
+    with ExitStack() as stack:
+        for module, name, part in LIBRARY_PARTS:
+            stack.enter_context(mock.patch.object(module, name, parts.around(part, getattr(module, name))))
+        stack.enter_context(mock.patch.object(ours, "_reassign", parts.around(PARTS[2], ours._reassign)))
+        yield
+
+
+def loss(head: Any, features: list[torch.Tensor], samples: list[Any], rounds: int) -> None:
+    """Time, waits and memory of one batch in three ways."""
+    with torch.no_grad():
+        maps = [[level.detach() for level in levels] for levels in head(features)]
+    accelerated, oracle = integration.accelerate(copy.deepcopy(head)), copy.deepcopy(head)
+    oracle.paa_reassign = functools.partial(reference.paa_reassign, num_classes=head.num_classes)
+    differ = check(accelerated, oracle, head, features, samples)
+    parts = Parts()
+    theirs, before = published(head, parts), published(accelerated, parts)
+    theirs.paa_reassign = parts.around(PARTS[2], theirs.paa_reassign)
+    ways = {"published": theirs, "accelerated, before": before, "accelerated": accelerated}
+    truth = truth_of(samples)
+    times: dict[str, list[Counter[str]]] = {name: [] for name in ways}
+    with timed(parts):
+        for _ in range(rounds + 1):
+            for name, each in ways.items():
+                times[name].append(one_call(each, maps, truth, parts))
+    print(f"loss of {len(samples)} images with {len(samples[0].gt_instances)} boxes each; {differ} labels of the published float32 "
+          "head differ")  # fmt: skip
+    totals = {}
+    for name, each in ways.items():
+        taken = {part: statistics.median(call[part] for call in times[name][1:]) for part in (*PARTS, "rest", "all", "backward")}
+        waits, peak = waits_of(each, maps, truth), peak_of(name, each, maps, truth)
+        totals[name] = taken
+        print(f"  {name:<20} {1e3 * taken.pop('all'):7.1f} ms; " + ", ".join(f"{part} {1e3 * taken[part]:.1f}" for part in taken)
+              + f"; {waits} waits; peak of the assignment {peak / 2**20:.1f} MiB")  # fmt: skip
+    for name in ("published", "accelerated, before"):
+        rows = list(zip(times[name][1:], times["accelerated"][1:], strict=True))
+        forward = statistics.median(a["all"] / b["all"] for a, b in rows)
+        both = statistics.median((a["all"] + a["backward"]) / (b["all"] + b["backward"]) for a, b in rows)
+        print(f"  {name} / accelerated: {forward:.2f} of the loss, {both:.2f} with backward")
+
+
+def check(accelerated: Any, oracle: Any, head: Any, features: list[torch.Tensor], samples: list[Any]) -> int:
+    """Check the accelerated head. Return how many labels of the published head differ, which fits in float32."""
+    got = heads.step(accelerated, features, samples)
+    heads.assert_same_step(got, heads.step(oracle, features, samples))
+    with mock.patch.object(ours, "_whole", lambda *_: False):
+        heads.assert_same_step(heads.step(accelerated, features, samples), got)
+    return int((heads.step(copy.deepcopy(head), features, samples).labels != got.labels).sum())
+
+
+def old_way(head: Any) -> Any:
+    """A head with timed methods looks like a head with methods of its own. Here it always takes the way of such heads."""
+    return mock.patch.object(ours, "_whole", lambda *_: False) if "get_targets" in vars(head) else ExitStack()
+
+
+def one_call(head: Any, maps: Maps, truth: tuple[Any, ...], parts: Parts) -> Counter[str]:
+    """The times of the parts, of the rest, of all of the loss, and of its backward pass to the maps."""
+    leaves = [[level.clone().requires_grad_() for level in levels] for levels in maps]
+    parts.read()
+    with old_way(head):
+        start = parts.clock()
+        losses = head.loss_by_feat(*leaves, *truth)
+        end = parts.clock()
+    taken = parts.read()
+    taken["rest"], taken["all"] = end - start - sum(taken.values()), end - start
+    sum(losses.values()).backward()
+    taken["backward"] = parts.clock() - end
+    return taken
+
+
+def waits_of(head: Any, maps: Maps, truth: tuple[Any, ...]) -> int:
+    with old_way(head), Synchronisations() as mode:
+        head.loss_by_feat(*maps, *truth)
+    return mode.count
+
+
+def peak_of(name: str, head: Any, maps: Maps, truth: tuple[Any, ...]) -> float:
+    """The bytes that assignment takes, from the maps to the targets: the median of three calls."""
+    assign = whole.assign if name == "accelerated" else ours._assign
+    call = functools.partial(assign, head, *maps[:2], Truth.of(*truth))
+    return statistics.median(matching.measure(call)["bytes"] for _ in range(3))
+
+
+# --- inference ------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def predict(head: Any, features: list[torch.Tensor], samples: list[Any]) -> None:
     """`predict` with NMS and score voting."""
-    accelerated, published = integration.accelerate(copy.deepcopy(head)), copy.deepcopy(head)
-    for ours, theirs in zip(accelerated.predict(features, samples), published.predict(features, samples), strict=True):
-        heads.assert_same_detections(ours, theirs)
-    ours, theirs = Stopwatch(), Stopwatch()
-    published.score_voting, accelerated.score_voting = (
-        theirs.around(published.score_voting),
-        ours.around(accelerated.score_voting),
-    )
-    rows = interleaved({
-        "published": (lambda: published.predict(features, samples), theirs),
-        "accelerated": (lambda: accelerated.predict(features, samples), ours),
-    })  # fmt: skip
-    kept = [len(detections) for detections in accelerated.predict(features, samples)]
-    print(f"predict, images with {kept} detections")
-    for name, (total, voting) in rows.items():
-        print(f"  {name:<12} predict {total * 1e3:.0f} ms, of it voting {voting * 1e3:.1f} ms ({voting / total:.1%})")
+    accelerated, theirs = integration.accelerate(copy.deepcopy(head)), copy.deepcopy(head)
+    found = accelerated.predict(features, samples)
+    for mine, other in zip(found, theirs.predict(features, samples), strict=True):
+        heads.assert_same_detections(mine, other)
+    parts, times = Parts(), {}
+    for each in (theirs, accelerated):
+        each.score_voting = parts.around("voting", each.score_voting)
+    for _ in range(3):
+        for name, each in (("published", theirs), ("accelerated", accelerated)):
+            start = parts.clock()
+            each.predict(features, samples)
+            taken = parts.read()
+            taken["all"] = parts.clock() - start
+            times.setdefault(name, []).append(taken)
+    print(f"predict, images with {[len(image) for image in found]} detections")
+    for name, calls in times.items():
+        everything, voting = (statistics.median(call[part] for call in calls) for part in ("all", "voting"))
+        print(f"  {name:<20} {1e3 * everything:.0f} ms, of it voting {1e3 * voting:.1f} ms ({voting / everything:.1%})")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import ensemble_boxes
 import sklearn
 import torch
 import torchvision
@@ -41,6 +42,7 @@ def main() -> None:
     one_by_one()
     voting()
     suppression()
+    fusion()
     fits()
     imports()
 
@@ -113,6 +115,27 @@ def suppression() -> None:
         )
         print(f"batched_nms, {images} images of {boxes} boxes, {classes} classes: {ours * 1e3:.2f} ms; torchvision {theirs * 1e3:.1f} ms, "
               f"{theirs / ours:.1f}x")  # fmt: skip
+
+
+def fusion() -> None:
+    """`weighted_boxes_fusion` of five models, against ensemble-boxes image by image, which must give the same bits."""
+    for images, classes in itertools.product((1, 16), (1, 80)):
+        columns = cases.fusion(images, 5, 300, classes)
+        inputs = [[[model.numpy() for model in part] for part in image] for image in zip(*columns, strict=True)]
+        found = paa_gpu.weighted_boxes_fusion(*columns)
+        for boxes, count, image in zip(found.boxes, found.count.tolist(), inputs, strict=True):
+            if not (boxes[:count].numpy() == ensemble_boxes.weighted_boxes_fusion(*image)[0]).all():
+                raise AssertionError(f"{images} images, {classes} classes: other boxes than ensemble-boxes gives")
+        theirs, ours = providers.interleaved(
+            [
+                lambda inputs=inputs: [ensemble_boxes.weighted_boxes_fusion(*image) for image in inputs],
+                lambda columns=columns: paa_gpu.weighted_boxes_fusion(*columns),
+            ],
+            rounds=3,
+            repeats=[1, 10],
+        )
+        print(f"weighted_boxes_fusion, {images} images of 5 x 300 boxes, {classes} classes: {ours * 1e3:.2f} ms; ensemble-boxes "
+              f"{theirs * 1e3:.1f} ms, {theirs / ours:.0f}x")  # fmt: skip
 
 
 def fits() -> None:

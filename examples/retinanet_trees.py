@@ -54,7 +54,7 @@ def read(path: Path) -> Picture:
     return pixels, torch.tensor(boxes)
 
 
-def detector() -> RetinaNet:
+def detector(box_loss: str) -> RetinaNet:
     """ResNet-18 up to stride 16 and a pyramid of 64 channels, with random weights.
 
     The anchors have half of torchvision's sizes, because the crowns are small.
@@ -63,9 +63,10 @@ def detector() -> RetinaNet:
     backbone = BackboneWithFPN(body, {"layer2": "0", "layer3": "1"}, [128, 256], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
     sizes = tuple(tuple(side * 2 ** (i / 3) for i in range(3)) for side in (16, 32, 64, 128))
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    return RetinaNet(
-        backbone, 1, anchor_generator=anchors, score_thresh=0.02, _skip_resize=True
-    )  # crowns keep their size in pixels
+    # Crowns keep their size in pixels.
+    model = RetinaNet(backbone, 1, anchor_generator=anchors, score_thresh=0.02, _skip_resize=True)
+    model.head.regression_head._loss_type = box_loss
+    return model
 
 
 def crop(picture: Picture, size: int, random: torch.Generator) -> Picture:
@@ -125,7 +126,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(1)
     trained, tested = pictures(TRAINED), pictures(TESTED)
     torch.manual_seed(seed)
-    model = detector()
+    model = detector(options.box_loss)
     if arm == "PAA":
         use_paa(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
@@ -225,6 +226,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=192, help="side of the crops, in pixels")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--box-loss", choices=("giou", "l1"), default="giou", help="torchvision's, of RetinaNet v2 or v1")
     parser.add_argument("--points", type=int, default=8, help="of the curve")
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("retinanet_trees.png"), help="the picture; numbers beside it, as JSON")

@@ -1,12 +1,13 @@
 """Everything around a launch: the tensors' device, numbers from the host, and rules that kernels share.
 
-Only the first three functions have lines that never run without a GPU. Triton launches on the current stream of the current
+Only `device_guard` and `stage` have lines that never run without a GPU. Triton launches on the current stream of the current
 device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made them. For CPU tensors (in
 Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -24,23 +25,62 @@ def address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+class Reserve:
+    """Pinned memory for captured CUDA graphs, in pieces that live as long as the process.
+
+    A graph copies from there again at each replay, long after the call that was captured. So no part is given out twice. And
+    older versions of torch cannot pin memory during a capture: calls outside of captures keep enough in reserve.
+
+    Args:
+        pinned: False for tests without a GPU.
+    """
+
+    #: Integers of a piece, 1 MiB; and how many captured calls, each as large as the last one, the reserve suffices for.
+    PIECE, CALLS = 1 << 17, 16
+
+    def __init__(self, pinned: bool = True) -> None:
+        self._pinned, self._pieces, self._free, self._lock = pinned, [torch.empty(0, dtype=torch.int64)], 0, threading.Lock()
+
+    def fill(self, size: int) -> None:
+        """Make sure that calls with `size` integers can be captured."""
+        with self._lock:
+            if self._free < self.CALLS * size:
+                self._free = max(self.PIECE, 2 * self.CALLS * size)
+                self._pieces.append(torch.empty(self._free, dtype=torch.int64, pin_memory=self._pinned))
+
+    def take(self, values: Sequence[int]) -> Tensor:
+        """The values, in memory that nothing else uses from now on.
+
+        Raises:
+            RuntimeError: the call that is captured was not made before, outside of a capture; or many captures followed it.
+        """
+        with self._lock:
+            if self._free < len(values):
+                raise RuntimeError(
+                    "a CUDA graph captures a call of paa_gpu for which no pinned memory is left: make this call once outside of "
+                    "the capture, before it"
+                )
+            part = self._pieces[-1][len(self._pieces[-1]) - self._free :][: len(values)]
+            self._free -= len(values)
+        return part.copy_(torch.tensor(values, dtype=torch.int64))
+
+
+RESERVE = Reserve()
+
+
 def stage(values: Sequence[int], like: Tensor) -> Tensor:
     """Bring host integers to the device of `like` as Tensor[len(values)] int64, in one copy that nobody waits for.
 
-    The copy reads pinned memory, which the result holds: a captured CUDA graph reads it again at each replay.
+    The copy reads pinned memory. torch frees it when the copy is over; in a captured graph it stays, see `Reserve`.
     """
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=like.is_cuda)
     if not like.is_cuda:
-        return host
-    staged = host.to(like.device, non_blocking=True)
-    keep(staged, host)
-    return staged
-
-
-def keep(result: Tensor, staged: Tensor) -> None:
-    """Let `staged` live as long as the storage of `result`, hence as long as any view of it."""
-    storage = result.untyped_storage()
-    storage.staged = (*getattr(storage, "staged", ()), staged)  # type: ignore[attr-defined]
+        return torch.tensor(values, dtype=torch.int64)
+    if torch.cuda.is_current_stream_capturing():
+        host = RESERVE.take(values)
+    else:
+        RESERVE.fill(len(values))
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+    return host.to(like.device, non_blocking=True)
 
 
 def register_limit(most: int = 96) -> dict[str, int]:

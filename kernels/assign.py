@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu.kernels import _launch
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
 # Fields of a row of the table. Of an image: address, number and strides of its boxes; their first among all and its first anchor;
@@ -377,7 +377,6 @@ def assign_max_iou(
     flags = [(_launch.address(flag), flag.stride(0)) for flag in valid] or [(0, 0)] * images
     of_images = [number for row in zip(rows, some, flags, strict=True) for number in itertools.chain(*row)]
     table = stage([*of_images, *itertools.chain(*map(_row, anchors))], gt_inds)
-    keep(gt_inds, table)
     n_rows = min(MOST_ROWS, max(sum(triton.cdiv(size, rule["BLOCK"]) for size in of_image) for of_image in sizes))
     best = gt_inds.new_empty(n_rows * first_gt[images])
     step = (table, table[len(of_images) :], levels, levels * per_image, n_rows, first_gt[images], pos_iou_thr, neg_iou_thr)

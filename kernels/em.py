@@ -31,7 +31,7 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
@@ -408,7 +408,6 @@ def fit_gmm_1d(
         offset = None
         if lengths is not None:
             offset = stage([0, *itertools.accumulate(lengths)], x)
-            keep(fit[0], offset)
         source = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0), offset
         inits = tuple(strided(given, rows, n_components) for given in (weights_init, means_init, precisions_init))
         options = tol, reg_covar, sum_tolerance(weights_init), max_iter, n_init, seed

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paa_gpu._ops import box_numbers, empty_losses
 from paa_gpu.kernels import _launch
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels.topk import image_of
 
 # Fields of a row of the table. Of a level: first anchor, anchors per location, width; address and strides of the scores, the
@@ -312,7 +312,6 @@ def candidate_losses(
     levels = _level_table(anchors, cls_scores, bbox_preds)
     rows = _image_table(pos_inds, (label, label_weight, bbox_target, bbox_weight))
     table = stage([*options, *levels, *starts, *rows], losses)
-    keep(losses, table)
     with device_guard(losses):
         _losses_kernel[(starts[images],)](
             anchors[0],

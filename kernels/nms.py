@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow, ordered_key, smallest_integer
 
 
@@ -473,6 +473,4 @@ def batched_nms(
             REAL=real,
             **merge_rule(lists),
         )
-    if starts is not None:
-        keep(results[0], starts)
     return results

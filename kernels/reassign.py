@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paa_gpu._ops import PRECISIONS, count_gts, empty_fit, empty_masks, empty_targets
 from paa_gpu.kernels._batch import BLOCK, DTYPES, FIRST_POSITION, anchors_at, field, image_fields, image_of, potential, sizes_of
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels._targets import copy_targets, give_back, make_background
 from paa_gpu.kernels.em import launch_fit
 from paa_gpu.kernels.topk import count_block, gather_batch, launch_select, scatter_block, select
@@ -163,7 +163,6 @@ def paa_reassign_batch(
         inds=pos_inds[0].dtype,
         mixed=precision == "mixed",
     )
-    keep(num_pos, batch.table)
     return *targets, num_pos, *fit, image, gt, positive, ignored
 
 
@@ -201,7 +200,6 @@ def fit_candidates(
     score = torch.empty_like(loss, dtype=PRECISIONS[precision])
     fit = empty_fit(loss, batch.rows, precision)
     launch_fit(loss, count, fit, covariance_type, assignment=assignment, score=score)
-    keep(count, batch.table)
     return loss, index, count, assignment, score, *fit, image, gt
 
 
@@ -236,5 +234,4 @@ def write_targets(
             _give_back_kernel[(triton.cdiv(index.numel(), BLOCK),)](
                 table, images, index.numel(), *candidates, *masks, tuple(targets), num_pos, INDS=inds, **options
             )
-    keep(num_pos, table)
     return *targets, num_pos, *masks

@@ -42,7 +42,7 @@ from paa_gpu.kernels._batch import (
     sizes_of,
     vector,
 )
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 from paa_gpu.kernels._numeric import ordered_key, smallest_integer, sort_pairs
 
 LOG_SLOTS = 7  # four slots a thread: one warp sorts without shared memory or barriers, and its registers last
@@ -484,5 +484,4 @@ def select_candidates(
     """The operator `paa_gpu::select_candidates`: a copy and three launches."""
     batch = gather_batch(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     loss, index, count, _, _ = select(batch, topk, pos_losses[0])
-    keep(count, batch.table)
     return loss, index, count

@@ -20,9 +20,11 @@ A batch has a table (see `_batch`). A single image serves as its own table, and 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -30,11 +32,11 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
-from paa_gpu.kernels._launch import device_guard, keep, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, register_limit, stage
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
 FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
-DETECTIONS, LABELS, BOXES, SCORES = (tl.constexpr(field) for field in (3, 6, 8, 11))
+DETECTIONS, LABELS, BOXES, SCORES, WEIGHT = (tl.constexpr(field) for field in (3, 6, 8, 11, 14))
 
 BLOCK_N = 32  # boxes of a program that gathers: four numbers each, one a thread
 BLOCK_C = tl.constexpr(32)
@@ -93,7 +95,10 @@ def _gather_kernel(
     n_classes,
     box_ptr,  # Tensor[N, 4]: filled
     score_ptr,  # Tensor[C, N]: filled where it is read
+    score_thr: tl.float64,  # matters only where scores are weighted
     LABEL: tl.constexpr,
+    SCORE: tl.constexpr,  # dtype of the images' scores
+    WEIGHTED: tl.constexpr,  # "images" are pools of images; scores get the weight of the pool, or -inf up to the threshold
     UNIT: tl.constexpr,  # the scores of a box lie side by side
     BLOCK_N: tl.constexpr,
 ):
@@ -111,7 +116,7 @@ def _gather_kernel(
     corner = tl.load(source[0] + (number >> 2) * source[1] + (number & 3) * source[2], mask=inside)
     tl.store(box_ptr + 4 * first + number, corner, mask=inside)
 
-    source = _matrix(images, image, scores, SCORES, score_ptr.dtype)
+    source = _matrix(images, image, scores, SCORES, tl.pointer_type(SCORE))
     label = _labels(images, image, labels, LABEL)
     first_detection, last_detection = _span(images, image, n_detections, FIRST_DETECTION)
     box = begin + tl.arange(0, BLOCK_N)
@@ -121,6 +126,11 @@ def _gather_kernel(
         offset = c if UNIT else c * source[2]
         here = (box < end - first)[:, None] & wanted[None, :]  # [BLOCK_N, BLOCK_C]
         score = tl.load(source[0] + box[:, None] * source[1] + offset[None, :], mask=here)
+        if WEIGHTED:
+            real: tl.constexpr = score_ptr.dtype.element_ty
+            weight = field(images, image, WEIGHT).to(tl.float64, bitcast=True).to(real)
+            above = score.to(real) > _narrow(tl.full((), score_thr, tl.float64), source[0]).to(real)
+            score = tl.where(above, score.to(real) * weight, float("-inf"))
         tl.store(score_ptr + c[None, :] * n_boxes + (first + box)[:, None], score, mask=here)
 
 
@@ -258,6 +268,18 @@ def _table(*columns: Sequence[Tensor]) -> tuple[list[int], int]:
     return [*itertools.chain(*starts), *itertools.chain(*map(addresses, columns))], blocks[-1]
 
 
+def _pool_tables(columns: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> tuple[list[int], list[int], int]:
+    """Two tables: of the pools of all images for what gathers, and of the images for what votes. And the number of blocks."""
+    det, label, boxes, scores = columns
+    pools, repeated = len(weights), [[tensor for tensor in column for _ in weights] for column in (det, label)]
+    of_pools, blocks = _table(*repeated, boxes, scores)
+    bits = np.array(weights, np.float64).view(np.int64).tolist() * len(det)
+    sizes = sizes_of(boxes)
+    starts = [sum(sizes[i * pools : (i + 1) * pools]) for i in range(len(det))]
+    of_images = [*[0] * (len(det) + 1), *starts_of(starts), *starts_of(sizes_of(label)), *addresses(det), *addresses(label)]
+    return [*of_pools, *bits, 0], of_images, blocks
+
+
 def score_voting(
     det_bboxes: Sequence[Tensor],
     det_labels: Sequence[Tensor],
@@ -268,8 +290,9 @@ def score_voting(
     sigma: float,
     offset: float,
     keep_order: bool,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator `paa_gpu::score_voting`: two launches; with several images a copy before them."""
+    """The operator `paa_gpu::score_voting`: two launches. With several images or pools, a copy comes before them."""
     columns = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
     own = [(tensor, *tensor.stride()) if len(det_labels) == 1 else None for tensor, *_ in columns]
     images, detections, n_boxes = len(det_labels), sum(sizes_of(det_labels)), sum(sizes_of(mlvl_bboxes))
@@ -278,24 +301,35 @@ def score_voting(
     if detections == 0:
         return voted, voted_labels
     boxes, scores = mlvl_bboxes[0].new_empty((n_boxes, 4)), mlvl_nms_scores[0].new_empty((classes, n_boxes))
-    table, blocks = None, triton.cdiv(n_boxes, BLOCK_N)
-    if images > 1:
-        numbers, blocks = _table(*columns)
-        table = stage(numbers, voted)
-        keep(voted, table)
     wide = torch.float64 in (voted.dtype, boxes.dtype, scores.dtype)
+    table = pools = None
+    blocks, parts, limit = triton.cdiv(n_boxes, BLOCK_N), images, score_thr
+    if weights is not None:
+        of_pools, of_images, blocks = _pool_tables(columns, weights)
+        # An address that is a multiple of 16 bytes, so that the kernel keeps its one compiled form.
+        of_pools += [0] * (len(of_pools) % 2)
+        staged = stage([*of_pools, *of_images], voted)
+        pools, table, parts = staged, staged[len(of_pools) :], images * len(weights)
+        own, limit = [None] * 4, -math.inf
+        scores = scores.new_empty(scores.shape, dtype=torch.float64 if wide else torch.float32)
+    elif images > 1:
+        numbers, blocks = _table(*columns)
+        pools = table = stage(numbers, voted)
     with device_guard(voted):
         if blocks:
             _gather_kernel[(blocks,)](
-                *(table, *own[1:], images, detections, n_boxes, classes, boxes, scores),
+                *(pools, *own[1:], parts, detections, n_boxes, classes, boxes, scores, score_thr),
                 LABEL=DTYPES[voted_labels.dtype],
+                SCORE=DTYPES[mlvl_nms_scores[0].dtype],
+                WEIGHTED=weights is not None,
                 UNIT=all(image.stride(1) == 1 for image in mlvl_nms_scores),
                 BLOCK_N=BLOCK_N,
+                num_warps=4 if weights is None else 8,  # weights take registers, so a thread gets fewer scores
                 **register_limit(),
             )
         _vote_kernel[(detections,)](
             *(table, *own[:2], images, n_boxes, classes, boxes, scores),
-            score_thr,
+            limit,
             iou_thr,
             min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 1 weighs 1
             offset,

@@ -1,5 +1,6 @@
 """Probabilistic anchor assignment (PAA): reassignment and score voting for a whole batch of images, on the GPU and the CPU."""
 
+from . import _interpreter  # noqa: F401  # first: it refuses a Python on which the rest would not be safe
 from .assign import Assignment, assign_max_iou
 from .distributed import reduce_mean
 from .em import fit_gmm_1d

@@ -39,7 +39,8 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 # For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
-# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests).
+# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests). So both
+# devices have kernels of their own; that of `custom_op` is left for what is on no device.
 _library = Library("paa_gpu", "IMPL")
 
 
@@ -117,7 +118,8 @@ def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:
         schema = infer_schema(contract, mutates_args=())
         operator = custom_op(f"paa_gpu::{name}", _implementation("kernels", stem, name), mutates_args=(), schema=schema)
         operator.register_fake(contract)
-        _library.impl(name, _implementation("cpu", stem, name), "CPU")
+        for package, key in (("cpu", "CPU"), ("kernels", "CUDA")):
+            _library.impl(name, _implementation(package, stem, name), key)
         for key in ("AutogradCPU", "AutogradCUDA"):
             _library.impl(name, fallthrough_kernel, key)
         _registered[name] = operator, stem
@@ -381,8 +383,12 @@ def score_voting(
     sigma: float,
     offset: float,
     keep_order: bool,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The voted det_bboxes [D, 5] and det_labels [D] of all images; within an image by class, or in the order of the inputs."""
+    """The voted det_bboxes [D, 5] and det_labels [D] of all images. Within an image by class, or in the order of the inputs.
+
+    With `weights`, of P pools, there are P candidate tensors per image, so B * P of boxes and of scores.
+    """
     return empty_voted(det_bboxes, det_labels)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import (
     assign_max_iou,
+    batched_nms,
     candidate_losses,
     data,
     fit_gmm_1d,
@@ -28,6 +29,7 @@ from . import (
     score_voting_batch,
     select_candidates,
     testing,
+    weighted_boxes_fusion,
 )
 
 _cuda: Any = torch.cuda  # parts of it have no types
@@ -103,6 +105,10 @@ def operations(seed: int = 0) -> list[Operation]:
         arguments: Any = (*columns, 0.05)
         return score_voting_batch(*arguments)
 
+    def suppress(*columns: Any) -> Any:
+        arguments: Any = (*columns, None, 0.5)
+        return batched_nms(*arguments, score_thr=0.05, max_per_img=50)
+
     image = (losses[first], batch.pos_inds[first], batch.pos_gt_inds[first])
     return [
         Operation("paa_reassign_batch", reassign, (losses, *batch[1:6]), PARAMETERS, PARAMETERS),
@@ -111,7 +117,16 @@ def operations(seed: int = 0) -> list[Operation]:
         Operation("score_voting_batch", vote, tuple(predictions), 0.0, PIXELS),
         Operation("candidate_losses", candidate_losses, tuple(head), LOSSES),
         Operation("assign_max_iou", assign_max_iou, (anchors, boxes)),
+        Operation("batched_nms", suppress, (predictions.mlvl_bboxes, predictions.mlvl_nms_scores)),
+        Operation("weighted_boxes_fusion", weighted_boxes_fusion, _several_models(rng)),
     ]
+
+
+def _several_models(rng: np.random.Generator) -> tuple[Any, ...]:
+    """Boxes, scores and labels of three models, for each of two images."""
+    corner = rng.uniform(0, 0.9, (2, 3, 150, 2))
+    parts = np.concatenate([corner, corner + 0.1], 3), rng.random((2, 3, 150)), rng.integers(4, size=(2, 3, 150))
+    return tuple([list(torch.from_numpy(image)) for image in part] for part in parts)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -150,7 +150,7 @@ def paa_reassign_batch(
 
     Returns:
         `Reassignment`. With `num_gts`, and without `validate`, nothing waits for the device, and a CUDA graph can capture the
-        call. Keep the result as long as you replay the graph. It holds the pinned memory that each replay reads.
+        call. Make the call once before the capture. It compiles the kernels and reserves the pinned memory that replays read.
 
     Raises:
         TypeError, ValueError: as `paa_reassign`, with the number of the image; lists that are empty or differ in length.

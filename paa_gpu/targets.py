@@ -71,8 +71,8 @@ def assign_targets(
         num_classes: C, the label of background.
         pos_weight: the classification weight of positives and of potential positives.
         assignment, losses, reassignment: options of `assign_max_iou`, `candidate_losses` and `paa_reassign_batch`, by name.
-        classification: the classification losses Tensor[N * A] for labels and weights Tensor[N * A], instead of those of
-            `candidate_losses`: for who has to round as somebody else does. None: those of `candidate_losses`.
+        classification: a function from labels and weights Tensor[N * A] to the classification losses Tensor[N * A]. It is for
+            losses that must be rounded exactly as another library rounds them. None: those of `candidate_losses`.
 
     Returns:
         `Targets`. Its list of positives has S = min(G * K, N * A) entries. G is the number of ground truths of the batch. K is

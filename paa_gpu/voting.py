@@ -13,6 +13,7 @@ from ._checks import (
     FLOATS,
     INDICES,
     INTEGERS,
+    LIST,
     check_bool,
     check_float,
     check_list,
@@ -67,41 +68,50 @@ def score_voting(
     inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
     """
     columns = [[det_bboxes], [det_labels], [mlvl_bboxes], [mlvl_nms_scores]]
-    return _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, [""])
+    return _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, [("", "")])
 
 
 def score_voting_batch(
     det_bboxes: Sequence[Tensor] | Tensor,
     det_labels: Sequence[Tensor] | Tensor,
-    mlvl_bboxes: Sequence[Tensor] | Tensor,
-    mlvl_nms_scores: Sequence[Tensor] | Tensor,
+    mlvl_bboxes: Sequence[Tensor] | Sequence[Sequence[Tensor]] | Tensor,
+    mlvl_nms_scores: Sequence[Tensor] | Sequence[Sequence[Tensor]] | Tensor,
     score_thr: float,
     iou_thr: float = 0.01,
     sigma: float = 0.025,
     offset: float = 0.0,
     keep_order: bool = False,
     count: Tensor | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Any, Any]:
     """Refine the detections of a batch of images at once. For each image, the result equals that of `score_voting`.
 
     Args:
         det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores: lists with one tensor per image, shaped as for `score_voting`. A
             list has one dtype, and all images have the same classes. Or padded tensors of N images: Tensor[N, M, 5],
-            Tensor[N, M], Tensor[N, K, 4], Tensor[N, K, C].
+            Tensor[N, M], Tensor[N, K, 4], Tensor[N, K, C]. Or, with several pools of candidates, lists of detections, while
+            `mlvl_bboxes` and `mlvl_nms_scores` have for each image a list with one tensor per pool. Pools are, for example, the
+            boxes of several models, or of several views.
         score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
         count: Tensor[N] int64 or int32, the number of detections of each image. Only with tensors. The rest of a row is padding,
             and stays as it is.
+        weights: of the pools, positive; None: 1 for each. A vote is multiplied by the weight of its pool. The threshold of the
+            scores knows no weights. Only with pools.
 
     Returns:
         `(det_bboxes, det_labels)`: lists if the inputs are lists, tensors if they are tensors. Nothing waits for the device.
 
     Raises:
         TypeError, ValueError: as `score_voting`, with the number of the image; lists that are empty or differ in length; a mix of
-            lists and tensors; `count` with lists.
+            lists and tensors; `count` with lists; `weights` without pools; images with different numbers of pools.
 
-    An image may have no detections, or no boxes. Source: PAA (arXiv 2007.08103), section 3.3.
+    An image may have no detections, or no boxes. Pools need no tensor of all candidates, and no more launches. Source: PAA
+    (arXiv 2007.08103), section 3.3.
     """
     columns: list[Any] = [det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores]
+    pools = isinstance(mlvl_bboxes, LIST) and len(mlvl_bboxes) > 0 and isinstance(mlvl_bboxes[0], LIST)
+    if weights is not None and not pools:
+        raise ValueError(f"`weights` must be None where `mlvl_bboxes` has no pools, got {type(weights).__name__}")
     if isinstance(det_bboxes, Tensor):
         return _vote_padded(columns, count, score_thr, iou_thr, sigma, offset, keep_order)
     if count is not None:
@@ -109,8 +119,11 @@ def score_voting_batch(
     check_list("det_bboxes", det_bboxes)
     for name, column in zip(("det_bboxes", "det_labels", "mlvl_bboxes", "mlvl_nms_scores"), columns, strict=True):
         check_list(name, column, length=len(det_bboxes), like="`det_bboxes`")
-    suffix = [f"[{image}]" for image in range(len(det_bboxes))]
-    voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
+    if pools:
+        voted, labels = _vote_pools(columns, weights, score_thr, iou_thr, sigma, offset, keep_order)
+    else:
+        suffix = [(f"[{image}]",) * 2 for image in range(len(det_bboxes))]
+        voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
     detections = [image.shape[0] for image in det_bboxes]
     return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
 
@@ -144,11 +157,12 @@ def _vote(
     sigma: float,
     offset: float,
     keep_order: bool,
-    suffix: Sequence[str],
+    suffix: Sequence[tuple[str, str]],
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments, and run the operator.
 
-    `columns` has the four lists of tensors, with one entry for each image. In errors, their names end in `suffix`.
+    `columns` has the four lists of tensors, with one entry for each image. In errors, the names of detections and of candidates
+    end in `suffix`.
     """
     _check_tensors(columns, suffix)
     _check_options(score_thr, iou_thr, sigma, offset, keep_order)
@@ -157,15 +171,47 @@ def _vote(
     return results
 
 
-def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[str]) -> None:
+def _vote_pools(
+    columns: list[Any],
+    weights: Sequence[float] | None,
+    score_thr: float,
+    iou_thr: float,
+    sigma: float,
+    offset: float,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same for several pools of candidates."""
+    pools = len(columns[2][0])
+    entries, suffix = [], []
+    for i, (det, label, *lists) in enumerate(zip(*columns, strict=True)):
+        for name, parts in zip(("mlvl_bboxes", "mlvl_nms_scores"), lists, strict=True):
+            check_list(f"{name}[{i}]", parts, "pool", pools if pools else None, "`mlvl_bboxes[0]`")
+        entries += [(det, label, *pool) for pool in zip(*lists, strict=True)]
+        suffix += [(f"[{i}]", f"[{i}][{pool}]") for pool in range(pools)]
+    _check_tensors(list(zip(*entries, strict=True)), suffix)
+    weights = [1.0] * pools if weights is None else weights
+    check_list("weights", weights, "pool", pools, "`mlvl_bboxes[0]`")
+    for pool, weight in enumerate(weights):
+        check_positive(f"weights[{pool}]", weight)
+    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    det, label = ([tensor.detach() for tensor in column] for column in columns[:2])
+    boxes, scores = ([entry[place].detach() for entry in entries] for place in (2, 3))
+    options = score_thr, iou_thr, sigma, offset, keep_order, [float(weight) for weight in weights]
+    results: tuple[Tensor, Tensor] = _ops.score_voting(det, label, boxes, scores, *options)
+    return results
+
+
+def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[tuple[str, str]]) -> None:
     """Shapes within an image; one device and number of classes, and in a column one dtype, over all of them."""
     device, classes, dtypes = None, None, [FLOATS, INTEGERS, FLOATS, FLOATS]
-    for end, (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores) in zip(suffix, zip(*columns, strict=True), strict=True):
+    for (end, pool), (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores) in zip(
+        suffix, zip(*columns, strict=True), strict=True
+    ):
         check_tensor(f"det_bboxes{end}", det_bboxes, (None, 5), dtypes[0], device)
         device = det_bboxes.device
         check_tensor(f"det_labels{end}", det_labels, (det_bboxes.shape[0],), dtypes[1], device)
-        check_tensor(f"mlvl_bboxes{end}", mlvl_bboxes, (None, 4), dtypes[2], device)
-        check_tensor(f"mlvl_nms_scores{end}", mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
+        check_tensor(f"mlvl_bboxes{pool}", mlvl_bboxes, (None, 4), dtypes[2], device)
+        check_tensor(f"mlvl_nms_scores{pool}", mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
         if classes is None:
             classes, dtypes = mlvl_nms_scores.shape[1], [(column[0].dtype,) for column in columns]
 

@@ -8,7 +8,7 @@ import pytest
 from kernel_execution import compiled_only
 from PIL import Image
 
-from bench import cases, compare, plot, providers, scaling
+from bench import cases, compare, host, plot, providers, scaling
 
 #: The recordings have tests of their own in the suite.
 MARKS = {"recorded": pytest.mark.long, "crowded": pytest.mark.slow, "1000_detections": pytest.mark.slow}
@@ -124,3 +124,9 @@ def test_a_point_of_the_scaling_is_measured():
     # The targets at least: a label, a weight and four more of every anchor.
     assert point["bytes"] >= sum(cases.COCO_LEVELS) * (8 + 4 + 16)
     assert {"instructions", "sectors"} <= point.keys()
+
+
+def test_the_host_code_of_every_call_runs_without_launches():
+    """How long it takes is for `python -m bench.host` to say, on a quiet machine."""
+    measured = host.multiples(host.calls(), rounds=1)
+    assert set(measured) == set(host.calls()) and min(measured.values()) > 1

@@ -24,6 +24,11 @@ def predictions(**changes):
     return {**{k: [v.clone(), v.clone()] for k, v in one.items()}, "score_thr": 0.05, **changes}
 
 
+def pools(**changes):
+    """Two pools of 3 boxes for each image."""
+    return {name: [[torch.ones(3, 4)] * 2] * 2 for name in ("mlvl_bboxes", "mlvl_nms_scores")} | changes
+
+
 def second_prediction(name, value):
     return {name: [predictions()[name][0], value]}
 
@@ -46,6 +51,26 @@ VOTING = [
     ),
     ({"det_bboxes": []}, ValueError, "`det_bboxes` must have at least one entry, got an empty list"),
     ({"mlvl_bboxes": [torch.ones(3, 4)]}, ValueError, "`mlvl_bboxes` must have 2 entries as `det_bboxes` has, got 1"),
+    ({"weights": [1.0]}, ValueError, "`weights` must be None where `mlvl_bboxes` has no pools, got list"),
+    ({**PADDED, "weights": [1.0]}, ValueError, "`weights` must be None where `mlvl_bboxes` has no pools, got list"),
+    (pools(mlvl_bboxes=[[], []]), ValueError, "`mlvl_bboxes[0]` must have at least one entry, got an empty list"),
+    (
+        pools(mlvl_nms_scores=[torch.ones(3, 4)] * 2),
+        TypeError,
+        "`mlvl_nms_scores[0]` must be a list with one entry per pool, got Tensor",
+    ),
+    (
+        pools(mlvl_bboxes=[[torch.ones(3, 4)] * 2, [torch.ones(3, 4)]]),
+        ValueError,
+        "`mlvl_bboxes[1]` must have 2 entries as `mlvl_bboxes[0]` has, got 1",
+    ),
+    (
+        pools(mlvl_nms_scores=[[torch.ones(3, 4)] * 2, [torch.ones(3, 4), torch.ones(2, 4)]]),
+        ValueError,
+        "`mlvl_nms_scores[1][1]` must have shape [3, 4], got [2, 4]",
+    ),
+    (pools(weights=[1.0]), ValueError, "`weights` must have 2 entries as `mlvl_bboxes[0]` has, got 1"),
+    (pools(weights=[1.0, 0]), ValueError, "`weights[1]` must be positive, got 0"),
     (second_prediction("det_labels", [0, 1]), TypeError, "`det_labels[1]` must be a Tensor, got list"),
     (second_prediction("det_bboxes", torch.ones(5)), ValueError, "`det_bboxes[1]` must have 2 dimensions, got shape [5]"),
     (second_prediction("det_bboxes", torch.ones(2, 4)), ValueError, "`det_bboxes[1]` must have shape [any, 5], got [2, 4]"),

@@ -183,10 +183,12 @@ def vote(
     images: int = 1,
     stride: int = 1,
     keep_order: bool = False,
+    pools: int = 0,
 ) -> None:
     det, boxes = torch.zeros(3, 5, stride, dtype=dtype)[..., 0], torch.zeros(9, 4, stride, dtype=dtype)[..., 0]
     columns = det, torch.zeros(3 * stride, dtype=label)[::stride], boxes, torch.zeros(9, 4, stride, dtype=scores)[..., 0]
-    voting.score_voting(*([tensor] * images for tensor in columns), 0.05, 0.01, 0.025, 0.0, keep_order)
+    lists = [[tensor] * images * (max(pools, 1) if place > 1 else 1) for place, tensor in enumerate(columns)]
+    voting.score_voting(*lists, 0.05, 0.01, 0.025, 0.0, keep_order, [0.5] * pools or None)
 
 
 def score(
@@ -301,7 +303,11 @@ USUAL = {
     ],
     "select": [{}, {"dtype": torch.float64, "index": torch.int32}],
     "write": [{}, {"dtype": torch.bfloat16, "index": torch.int32}],
-    "vote": [{}, {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2}],
+    "vote": [
+        {},
+        {"pools": 2},
+        {"dtype": torch.bfloat16, "scores": torch.float64, "label": torch.int32, "images": 2, "stride": 2},
+    ],
     "score": [{}, {"maps": torch.float64, "targets": torch.bfloat16, "index": torch.int32, "levels": 2, "stride": 2}],
     "match": [{}, {"dtype": torch.float16, "stride": 2, "match": False}],
     "read": [
@@ -334,6 +340,7 @@ ALL = {
         *product(dtype=FLOATS, scores=FLOATS),
         *product(dtype=FLOATS, images=(1, 2), stride=STRIDES),
         *product(label=INTEGERS, keep_order=(False, True)),
+        *product(dtype=FLOATS, scores=FLOATS, stride=STRIDES, pools=(3,)),
     ],
     "score": [
         *product(maps=FLOATS, targets=FLOATS),

@@ -53,7 +53,9 @@ def check(cuda, operation, other):
     return {finding.check.partition(", ")[2]: finding for finding in diagnose.check_device(operation, other, cuda, 2)}
 
 
-@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow), 4, 5])
+@pytest.mark.parametrize(
+    "place", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow), 4, 5, 6, 7]
+)
 def test_all_passes_where_nothing_is_broken(two, place):
     findings = check(StandIn(), two[0][place], two[1][place])
     assert list(findings) == ["results", "waiting", "captured graph", "busy stream", "repetitions"]

@@ -55,22 +55,28 @@ def test_stores_of_other_programs_may_come_late(short_is_long, rng):
 
 
 @compiled_only
-@pytest.mark.parametrize("length", [17_000, *(pytest.param(n, marks=pytest.mark.long) for n in (50_000, 1_000_000))])
-def test_an_iteration_reads_each_value_once(length, rng):
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(1, 17_000), *(pytest.param(*table, marks=pytest.mark.long) for table in ((1, 50_000), (1, 1_000_000), (100, 50_000)))],
+)
+def test_an_iteration_reads_each_value_once(rows, length, rng):
     """And takes one launch, the values spread over programs; a launch after the last iteration reads next to nothing."""
-    x, counted = torch.from_numpy(rng.gamma(2, size=length))[None], []
+    x, counted = torch.from_numpy(rng.gamma(2, size=(rows, length))), []
     for max_iter in (1, 2):
         with execute(90, seed=None, count=True, racecheck=0) as session:
             fit = run(x, None, None, None, None, None, "diag", 0.0, 1e-6, max_iter, "float64")
-        assert fit[4].tolist() == [max_iter]
+        assert fit[4].tolist() == [max_iter] * rows
         counted.append(session.counters)
     launches, sectors = (getattr(counted[1], name) - getattr(counted[0], name) for name in ("launches", "load_sectors"))
     work = sum(counted[1].warp_classes.values()) - sum(counted[0].warp_classes.values())
     programs = em_long.launch_rule(length, 2)["PROGRAMS"]
-    print(f"1 x {length}: {launches} launch, {programs} programs, {sectors} sectors of {length // 4}, {work:,} warp instructions")
+    print(
+        f"{rows} x {length}: {launches} launch, {programs} programs a row, {sectors:,} sectors of {rows * length // 4:,}, "
+        f"{work:,} warp instructions"
+    )
     assert launches == 1
     # Besides the values: parameters and partial sums, which each warp of a program asks for, 117 sectors a program in all.
-    assert sectors <= length / 4 + 128 * programs
+    assert sectors <= rows * (length / 4 + 128 * programs)
 
 
 def test_launch_rule():

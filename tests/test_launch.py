@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
+import itertools
 
 import pytest
 import torch
-from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, execute, poison
+from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poison
 from test_fusion import make_models
+from test_voting import make_pools
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops, assign_max_iou, candidate_losses, weighted_boxes_fusion
+from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
 from paa_gpu._ops import kernels_on_cpu
 from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
-from paa_gpu.kernels._launch import device_guard, keep, stage
+from paa_gpu.kernels._launch import Reserve, device_guard, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -47,37 +47,34 @@ def test_staging_does_not_wait():
         staged = stage([1, 2, 3], like)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    (host,) = staged.untyped_storage().staged
-    assert host.is_pinned() and staged.tolist() == [1, 2, 3]
+    assert staged.tolist() == [1, 2, 3]
 
 
-def test_staged_memory_lives_as_long_as_any_view_of_the_result():
-    result, first, second = torch.zeros(4), torch.zeros(1), torch.zeros(1)
-    keep(result, first)
-    keep(result, second)
-    alive = [weakref.ref(first), weakref.ref(second)]
-    view = result[2:].detach()
-    del result, first, second
-    gc.collect()
-    assert all(reference() is not None for reference in alive)
-    del view
-    gc.collect()
-    assert all(reference() is None for reference in alive)
+def test_the_reserve_gives_no_memory_twice():
+    """Parts keep their values while others are given out, also when another piece is begun."""
+    reserve = Reserve(pinned=False)
+    reserve.fill(3)
+    parts = [reserve.take([i, -i, 2**40]) for i in range(100)]
+    reserve.fill(Reserve.PIECE)
+    parts += [reserve.take([i] * 5000) for i in range(100)]
+    assert [part.tolist() for part in parts[:100]] == [[i, -i, 2**40] for i in range(100)]
+    assert all(bool((part == i).all()) for i, part in enumerate(parts[100:]))
+    memory = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(memory))
 
 
-def test_offsets_of_flat_rows_live_as_long_as_the_operators_result():
-    with execute(EXECUTIONS[0] if INTERPRETER else 90):
-        weights = _ops.fit_gmm_1d(torch.rand(5), None, [2, 3], None, None, None, "diag", 1e-3, 1e-6, 100, "float64")[0]
-    (offsets,) = weights[1:].untyped_storage().staged
-    assert offsets.tolist() == [0, 2, 5]
+def test_the_reserve_suffices_for_many_captures_of_a_call():
+    reserve = Reserve(pinned=False)
+    for size in (10, Reserve.PIECE):
+        reserve.fill(size)
+        for _ in range(Reserve.CALLS):
+            reserve.take([0] * size)
 
 
-def test_starts_of_images_live_as_long_as_the_voted_boxes(rng):
-    predictions = make_predictions([(2, 5), (3, 7)], rng, num_classes=2)
-    with execute(EXECUTIONS[0] if INTERPRETER else 90):
-        bboxes, _ = _ops.score_voting(*predictions, 0.05, 0.01, 0.025, 0.0, False)
-    (starts,) = bboxes[1:].untyped_storage().staged
-    assert starts[:9].tolist() == [0, 1, 2, 0, 5, 12, 0, 2, 5]  # blocks of boxes, boxes, detections
+def test_a_capture_without_a_call_before_it_is_refused():
+    with pytest.raises(RuntimeError, match="make this call once outside of the capture"):
+        Reserve(pinned=False).take([1])
+    assert Reserve(pinned=False).take([]).tolist() == []
 
 
 def test_cpu_tensors_reach_the_kernels_inside_the_context_only(monkeypatch):
@@ -136,6 +133,11 @@ def _vote(images: int, rng) -> None:
     voting.score_voting(*make_predictions([(i + 1, 20 + i) for i in range(images + 1)], rng), 0.05, 0.01, 0.025, 0.0, False)
 
 
+def _vote_pools(images: int, rng) -> None:
+    _, pooled = make_pools(rng, images + 1)
+    score_voting_batch(*pooled, 0.05)
+
+
 def _losses(images: int, rng) -> None:
     batch = make_head_batch([7 + images] * images, rng, ((6, 5), (3, 2)), num_classes=5)
     candidate_losses(*batch)
@@ -160,7 +162,9 @@ def _forms() -> dict[str, int]:
 
 @pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    "call", [_reassign, _vote, _losses, _assign, _fuse], ids=["reassign", "vote", "losses", "assign", "fuse"]
+    "call",
+    [_reassign, _vote, _vote_pools, _losses, _assign, _fuse],
+    ids=["reassign", "vote", "pools", "losses", "assign", "fuse"],
 )
 def test_one_compiled_form_for_all_batch_sizes(call, rng):
     """Another form would be compiled in the middle of training, or inside a capture: by a size of 1, or by where in a table a part
@@ -173,3 +177,20 @@ def test_one_compiled_form_for_all_batch_sizes(call, rng):
         for images in (2, 3, 4, 5, 16):
             call(images, rng)
         assert first and _forms() == first
+
+
+@compiled_only
+@pytest.mark.slow
+def test_an_epoch_compiles_nothing_after_its_first_step():
+    """A training step of the head has a few kernels. Batches of other sizes and other numbers of boxes need no others."""
+    from test_head import make_features, make_head, make_targets
+
+    head = make_head()
+    with execute(90, seed=None, racecheck=0):
+        head.loss(make_features(2), make_targets([3, 1]))
+        first = _forms()
+        print(f"a training step: {sum(first.values())} compiled forms of {len(first)} kernels")
+        assert sum(first.values()) == len(first) <= 8
+        for boxes in ([1], [0, 5, 2], [7, 0], [2, 2, 2, 2, 9]):
+            head.loss(make_features(len(boxes)), make_targets(boxes))
+        assert _forms() == first

@@ -49,6 +49,8 @@ def calls(batch):
         _ops.score_voting,
         ([predictions[0][0].half()], [predictions[1][0].int()], *(c[:1] for c in predictions[2:]), 0.05, 0.0, 1.0, 1.0, True),
     )
+    pools = [predictions[0][:2], predictions[1][:2], predictions[2][:2] * 2, predictions[3][:2] * 2]
+    yield _ops.score_voting, (*pools, 0.05, 0.01, 0.025, 0.0, False, [1.0, 0.5])
     padded = [torch.stack([part, part]) for part in (column[0] for column in predictions)]
     yield _ops.score_voting_padded, (*padded, 0.05, 0.01, 0.025, 0.0, False)
     head = testing.make_head_batch([5, 0, 9], np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Without Triton, as on Windows and macOS: everything for CPU tensors, and a clear error for others."""
+"""Without Triton, as on Windows and macOS: everything for CPU tensors, and a clear error for others. Without a lock: refused."""
 
 from __future__ import annotations
 
@@ -81,3 +81,11 @@ def test_the_error_for_cuda_tensors():
 def test_the_command_says_what_is_missing(tmp_path):
     code = f"from paa_gpu.__main__ import main\nmain(['--out', {str(tmp_path / 'picture.png')!r}])"
     assert "none: Triton is not installed" in run(code)
+
+
+def test_free_threaded_python_is_refused():
+    """The message says what to do. No such Python is needed to see it."""
+    script = "import sys; sys._is_gil_enabled = lambda: False; import paa_gpu"
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "ImportError: paa_gpu needs Python's global interpreter lock" in process.stderr and "PYTHON_GIL=1" in process.stderr

@@ -13,7 +13,8 @@ from synchronisations import Synchronisations
 
 import paa_gpu
 from paa_gpu import testing
-from paa_gpu.targets import assign_targets
+from paa_gpu.boxes import focal_loss
+from paa_gpu.targets import assign_targets, flatten_levels
 
 SHAPES = ((12, 16), (6, 8), (3, 4))
 CLASSES = 5
@@ -85,6 +86,22 @@ def test_options_reach_the_three_functions(rng):
     assert (strict.gt_inds > 0).sum() < (got.gt_inds > 0).sum()
     only_boxes = assign_targets(*inputs, num_classes=CLASSES, losses={"loss_cls_weight": 0.0})
     assert not torch.equal(only_boxes.label, assign_targets(*inputs, num_classes=CLASSES).label)
+
+
+def test_classification_losses_of_ones_own(rng):
+    """They take the place of those of `candidate_losses`, weights included."""
+    inputs = draw(rng, [12, 3])
+    scores = flatten_levels(inputs[1]).flatten(0, 1)
+
+    def focal(label, label_weight):
+        return focal_loss(scores, label, 2.0, 0.25).sum(1) * label_weight
+
+    got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=2.5, classification=focal)
+    wanted = assign_targets(*inputs, num_classes=CLASSES, pos_weight=2.5)
+    assert all(map(torch.equal, got[:7], wanted[:7]))
+    none = assign_targets(*inputs, num_classes=CLASSES, classification=lambda label, weight: torch.zeros_like(weight))
+    boxes_only = assign_targets(*inputs, num_classes=CLASSES, losses={"loss_cls_weight": 0.0})
+    assert torch.equal(none.label, boxes_only.label) and not torch.equal(none.label, wanted.label)
 
 
 def test_boxes_of_another_dtype(rng):

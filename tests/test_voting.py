@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -369,3 +371,48 @@ def test_padded_detections(dtype, keep_order, rng):
 def test_no_padded_images():
     tensors = torch.ones(0, 3, 5), torch.ones(0, 3).long(), torch.ones(0, 9, 4), torch.ones(0, 9, 2)
     assert paa_gpu.score_voting_batch(*tensors, 0.05, count=torch.ones(0).long())[0].shape == (0, 3, 5)
+
+
+# --- several pools of candidates -----------------------------------------------------------------------------------------------
+
+
+def make_pools(rng, images=3, pools=3, dtype=torch.float32):
+    """Detections, and of each image several pools of candidates, one of them empty."""
+    columns = testing.make_predictions([(9 * i, 200) for i in range(images)], rng, num_classes=4, dtype=dtype)
+    cuts = [0, 0, *sorted(rng.integers(1, 200, pools - 2).tolist()), 200]
+    split = [[[tensor[a:b] for a, b in itertools.pairwise(cuts)] for tensor in column] for column in columns[2:]]
+    columns[1][-1][:2] = torch.tensor([-2, 77])[: len(columns[1][-1])]
+    return columns, [*columns[:2], *split]
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_pools(keep_order, dtype, rng):
+    """As if one tensor held the candidates of all, with scores of 0 up to the threshold, and weighted above it."""
+    columns, pooled = make_pools(rng, dtype=dtype)
+    weights, wide = [1.0, 0.3, 2.5], torch.float64 if dtype == torch.float64 else torch.float32
+    threshold = torch.tensor(0.2).to(dtype)
+    scores = []
+    for image in pooled[3]:
+        parts = [torch.where(score > threshold, score.to(wide) * weight, 0) for score, weight in zip(image, weights, strict=True)]
+        scores.append(torch.cat(parts))
+    got, labels = paa_gpu.score_voting_batch(*pooled, 0.2, keep_order=keep_order, weights=weights)
+    for i, (bboxes, label) in enumerate(zip(got, labels, strict=True)):
+        wanted = reference.score_voting(columns[0][i], columns[1][i], columns[2][i], scores[i], 0.0, keep_order=keep_order)
+        assert bboxes.dtype == dtype and torch.equal(label, wanted[1]) and torch.equal(bboxes[:, 4].double(), wanted[0][:, 4])
+        torch.testing.assert_close(bboxes.double(), wanted[0], rtol=0, atol=tolerance(dtype))
+
+
+def test_pools_without_weights_vote_as_one(rng):
+    columns, pooled = make_pools(rng)
+    for a, b in zip(*(paa_gpu.score_voting_batch(*way, 0.05)[0] for way in (columns, pooled)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+    one = paa_gpu.score_voting_batch(*([column[2]] for column in pooled), 0.05)[0][0]
+    assert torch.equal(one, paa_gpu.score_voting_batch(*pooled, 0.05)[0][2])
+
+
+def test_pools_of_nothing():
+    det, label = torch.tensor([[0.0, 0.0, 9.0, 9.0, 0.5]]), torch.tensor([1])
+    none = [torch.zeros(0, 4)] * 2, [torch.zeros(0, 3)] * 2
+    got = paa_gpu.score_voting_batch([det, det[:0]], [label, label[:0]], [none[0]] * 2, [none[1]] * 2, 0.05)
+    assert torch.equal(got[0][0], det) and got[0][1].shape == (0, 5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from device_operations import SYNCHRONISING, profiled
 from kernel_execution import INTERPRETER, assert_written, compiled_only, execute, poisoned_outputs, slow_interpreted
+from test_voting import make_pools
 
 import paa_gpu
 from paa_gpu import _ops, data, reference, testing
@@ -287,3 +288,24 @@ def test_padded_detections(session, rng):
     wanted = cpu.score_voting_padded(*tensors, *USUAL)
     assert got[0].shape == (2, 3, 5)
     assert_close([part.flatten(0, 1) for part in got], [part.flatten(0, 1) for part in wanted])
+
+
+# --- several pools of candidates -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *slow_interpreted(torch.float64, torch.float16)], ids=str)
+def test_pools_equal_the_cpu_operator(session, dtype, rng):
+    _, pooled = make_pools(rng, images=2, dtype=dtype)
+    flat = [*pooled[:2], *([part for image in column for part in image] for column in pooled[2:])]
+    options = 0.2, 0.01, 0.025, 0.0, False, [1.0, 0.3, 2.5]
+    check(flat, options)
+    check([flat[0][1:], flat[1][1:], flat[2][3:], flat[3][3:]], options)
+
+
+@compiled_only
+def test_device_operations_of_pools(rng):
+    """Two launches and a copy, however many pools."""
+    _, pooled = make_pools(rng, images=2, pools=5)
+    operations, launches = profiled(lambda: paa_gpu.score_voting_batch(*pooled, 0.05))
+    assert not SYNCHRONISING & set(operations) and sorted(operations) == ["stage"]
+    assert launches == ["_gather_kernel", "_vote_kernel"]

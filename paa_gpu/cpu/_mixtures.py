@@ -59,7 +59,8 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
         larger = one / (one + ratio)
         r0[i] = larger if foreground else ratio * larger
         r1[i] = ratio * larger if foreground else larger
-    r0[size:], r1[size:] = 0, 0
+    for i in range(size, len(y)):
+        r0[i], r1[i] = 0, 0
     return total
 
 
@@ -102,8 +103,8 @@ def usable(row: int, weights_init: Any, means_init: Any, precisions_init: Any) -
     """Whether the initial values that are given are finite: a row whose are not starts as if there were none."""
     finite = True
     for init in (weights_init, means_init, precisions_init):
-        if len(init) > 0:
-            finite &= np.isfinite(init[row % len(init)]).all()
+        for j in range(init.shape[1] if len(init) > 0 else 0):
+            finite &= np.isfinite(init[row % len(init), j])
     return finite
 
 
@@ -113,28 +114,35 @@ def take_given(
     weight: Any, mean: Any, variance: Any,
 ) -> bool:  # fmt: skip
     """Put given initial values in the place of those of the start. Returns whether they make a mixture."""
-    good = True
-    if len(weights_init) > 0:
-        weight[:] = weights_init[row % len(weights_init)]
-        good &= weight.min() >= 0 and abs(weight.sum() - 1) <= tolerance
-    if len(means_init) > 0:
-        mean[:] = means_init[row % len(means_init)] - smallest
-    if len(precisions_init) > 0:
-        precision = precisions_init[row % len(precisions_init)]
-        good &= precision.min() > 0
-        variance[:] = 1 / precision
-    return good
+    # One by one, here and below: numba takes seconds to compile an assignment of arrays, for the error that it might raise.
+    good, total = True, weight.dtype.type(0)
+    for j in range(len(weight)):
+        if len(weights_init) > 0:
+            weight[j] = weights_init[row % len(weights_init), j]
+            good &= weight[j] >= 0
+            total += weight[j]
+        if len(means_init) > 0:
+            mean[j] = means_init[row % len(means_init), j] - smallest
+        if len(precisions_init) > 0:
+            precision = precisions_init[row % len(precisions_init), j % precisions_init.shape[1]]
+            good &= precision > 0
+            variance[j] = 1 / precision
+    return good and (len(weights_init) == 0 or abs(total - 1) <= tolerance)
 
 
 @compiled
 def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> Any:
     """Whether all is finite, and no component has shrunk to a point."""
-    finite = np.isfinite(weight).all() and np.isfinite(mean).all() and np.isfinite(variance).all()
-    return finite and np.isfinite(lower_bound) and variance.min() > 0
+    good = np.isfinite(lower_bound)
+    for j in range(len(weight)):
+        good &= np.isfinite(weight[j]) and np.isfinite(mean[j]) and np.isfinite(variance[j]) and variance[j] > 0
+    return good
 
 
 @compiled
 def void(row: int, weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any) -> None:
     """The results of a row that cannot be fitted."""
-    weights[row], means[row], variances[row], lower_bound[row] = np.nan, np.nan, np.nan, np.nan
+    lower_bound[row] = np.nan
+    for j in range(weights.shape[1]):
+        weights[row, j], means[row, j], variances[row, j] = np.nan, np.nan, np.nan
     n_iter[row], converged[row], valid[row] = 0, False, False

@@ -55,7 +55,7 @@ def _maximisation(
         square0 += r0[i] * (y[i] - mean[0]) ** 2
         square1 += r1[i] * (y[i] - mean[1]) ** 2
     if tied:
-        variance[:] = (square0 + square1) / (n0 + n1) + reg_covar
+        variance[0] = variance[1] = (square0 + square1) / (n0 + n1) + reg_covar
     else:
         variance[0], variance[1] = square0 / n0 + reg_covar, square1 / n1 + reg_covar
     weight[0], weight[1] = n0 / (n0 + n1), n1 / (n0 + n1)
@@ -91,27 +91,44 @@ def _extent(values: Any) -> tuple[Any, Any, bool]:
 
 
 @compiled
-def _start(
-    y: Any, x: Any, smallest: Any, extent: Any, init: int, seed: int, row: int, attempt: int, weights_init: Any, means_init: Any,
-    precisions_init: Any, sum_tolerance: float, tied: bool, reg_covar: float, empty: float, resp: Any, weight: Any, mean: Any,
-    variance: Any,
-) -> Any:  # fmt: skip
-    """The parameters that the first E-step takes. Returns whether they make a mixture."""
-    take = usable(row, weights_init, means_init, precisions_init)
-    minmax(extent, weight, mean, variance)
-    complete = len(weights_init) > 0 and len(means_init) > 0 and len(precisions_init) > 0
-    if init != MINMAX and not (take and complete):
-        size = len(x)
-        centre = np.empty(2, y.dtype)
-        centres(x, smallest, extent, y[:size].mean(), init, seed, row, attempt, centre)
+def _shifted(values: Any, y: Any) -> tuple[Any, Any, bool]:
+    """Fill y with the values less the smallest, and zeros behind; in the arithmetic of y.
+
+    Returns the smallest value, the extent, and whether all values are finite.
+    """
+    real = y.dtype.type
+    smallest, largest, finite = _extent(values)
+    low = real(smallest)
+    for i in range(len(values)):
+        y[i] = real(values[i]) - low
+    for i in range(len(values), len(y)):
+        y[i] = 0
+    return low, real(largest) - low, finite
+
+
+@compiled
+def start_rows(
+    first: int, last: int, x: Any, start: Any, count: Any, init: int, seed: int, n_init: int, tied: bool, reg_covar: float,
+    weights: Any, means: Any, variances: Any,
+) -> None:  # fmt: skip
+    """The parameters that the first E-step takes, on y, from centres; for rows that can be fitted.
+
+    A loop of its own: the assignment, which starts from the smallest and the largest loss, does not have to wait until this one
+    is compiled.
+    """
+    real = weights.dtype.type
+    for row in range(first, last):
+        size = count[row]
+        values, y = x[start[row] : start[row] + size], np.empty(size, weights.dtype)
+        smallest, extent, finite = _shifted(values, y)
+        if size < 2 or not finite:
+            continue
+        centre, resp = np.empty(2, weights.dtype), np.empty((2, size), weights.dtype)
+        centres(values, smallest, extent, y.mean(), init, seed, row // n_init, row % n_init, centre)
         if init == KMEANS:
-            kmeans(y[:size], centre)
-        divide(y[:size], centre, resp)
-        resp[:, size : len(y)] = 0
-        _maximisation(y, resp[0][: len(y)], resp[1][: len(y)], tied, reg_covar, empty, weight, mean, variance)
-    if not take:
-        return True
-    return take_given(row, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance)
+            kmeans(y, centre)
+        divide(y, centre, resp)
+        _maximisation(y, resp[0], resp[1], tied, real(reg_covar), real(EMPTY_COMPONENT), weights[row], means[row], variances[row])
 
 
 @compiled
@@ -128,10 +145,9 @@ def fit_rows(
     tol: float,
     reg_covar: float,
     max_iter: int,
-    init: int,
-    seed: int,
     n_init: int,
     sum_tolerance: float,
+    started: bool,
     tolerance: float,
     weights: Any,
     means: Any,
@@ -143,6 +159,7 @@ def fit_rows(
     assignment: Any,
     score: Any,
 ) -> None:
+    """`started`: the parameters hold what `start_rows` has left, on y; else a row starts from its smallest and largest value."""
     real = weights.dtype.type
     change, floor, empty = real(tol), real(reg_covar), real(EMPTY_COMPONENT)
     width = 0
@@ -154,21 +171,20 @@ def fit_rows(
         size = count[row]
         values = x[start[row] : start[row] + size]
         y = y_row[: (size + VECTOR - 1) // VECTOR * VECTOR]
-        y[:size], y[size:] = values, 0
-        if score.shape[1] > 0:
-            assignment[row] = False
-            score[row] = -np.inf
-        smallest, largest, finite = _extent(y[:size])
+        for i in range(score.shape[1]):
+            assignment[row, i], score[row, i] = False, -np.inf
+        smallest, extent, finite = _shifted(values, y)
         valid[row] = size >= 2 and finite
         # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
         r0, r1 = resp_row[0][: len(y)], resp_row[1][: len(y)]
         weight, mean, variance = weights[row], means[row], variances[row]
         if valid[row]:
-            y[:size] -= smallest
-            valid[row] = _start(
-                y, values, smallest, largest - smallest, init, seed, row // n_init, row % n_init, weights_init, means_init,
-                precisions_init, sum_tolerance, tied, floor, empty, resp_row, weight, mean, variance,
-            )  # fmt: skip
+            if not started:
+                minmax(extent, weight, mean, variance)
+            given = row // n_init
+            valid[row] = not usable(given, weights_init, means_init, precisions_init) or take_given(
+                given, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance
+            )
         if not valid[row]:
             void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
             continue
@@ -186,7 +202,7 @@ def fit_rows(
             continue
         if score.shape[1] > 0:
             _assign(y, size, weight, mean, variance, real(tolerance), r0, r1, assignment[row], score[row])
-        mean += smallest
+        mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
 
 
 @shared
@@ -225,15 +241,14 @@ def fit_options(
     reg_covar: float = 1e-6,
     max_iter: int = 100,
     initial: Sequence[Tensor | None] = (None, None, None),
-    init: str = "minmax",
     n_init: int = 1,
-    seed: int = 0,
+    started: bool = False,
 ) -> tuple[Any, ...]:
     """What `fit_rows` takes between the rows and its results. The initial weights, means and precisions are of the dtype of the
     fit, and empty where not given."""
     given = [_none(precision) if values is None else flat([values], precision) for values in initial]
     return (
-        *given, covariance_type == "tied", tol, reg_covar, max_iter, INITS.index(init), seed, n_init, sum_tolerance(initial[0]),
+        *given, covariance_type == "tied", tol, reg_covar, max_iter, n_init, sum_tolerance(initial[0]), started,
         tie_tolerance(PRECISIONS[precision]),
     )  # fmt: skip
 
@@ -274,7 +289,8 @@ def fit_gmm_1d(
         start = np.arange(rows) * width
         size = np.full(rows, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
     initial = (weights_init, means_init, precisions_init)
-    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, initial, init, n_init, seed)
+    started = INITS.index(init) != MINMAX and not all(given is not None and np.isfinite(view(given)).all() for given in initial)
+    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, initial, n_init, started)
     values = flat([x], precision).reshape(-1)
     all_starts, sizes = np.repeat(start, n_init), np.repeat(size, n_init)
     results = empty_fit(len(sizes), 0, np.dtype(precision), n_components)
@@ -282,7 +298,10 @@ def fit_gmm_1d(
     if len(in_blocks) < len(sizes):
         # What `em_long` fits is an empty row here.
         short = np.where(sizes > LONG_ROW, 0, sizes)
+        if started:
+            start_options = INITS.index(init), seed, n_init, covariance_type == "tied", reg_covar
+            over_slices(start_rows, len(short), SERIAL_ROWS, values, all_starts, short, *start_options, *results[:3])
         over_slices(fit_rows, len(short), SERIAL_ROWS, values, all_starts, short, *options, *results)
     if len(in_blocks):
-        em_long.fit(in_blocks, values, all_starts, sizes, options[:-1], results[:7])
+        em_long.fit(in_blocks, values, all_starts, sizes, (*options[:-2], INITS.index(init), seed), results[:7])
     return tuple(map(torch.from_numpy, _best(results[:7], len(size), n_init)))

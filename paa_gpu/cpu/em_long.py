@@ -147,7 +147,7 @@ def maximisation(partial: Any, tied: bool, reg_covar: float, weight: Any, mean: 
 def advance(
     x: Any, row: int, partial: Any, phase: int, passes: int, span: Any, centre: Any, before: Any,
     weights_init: Any, means_init: Any, precisions_init: Any, tied: bool, tol: float, reg_covar: float, max_iter: int,
-    init: int, seed: int, n_init: int, tolerance: float,
+    n_init: int, tolerance: float, init: int, seed: int,
     weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any,
 ) -> int:  # fmt: skip
     """Draw the conclusion of a pass, the `passes`-th of its phase; return the phase of the next one.

@@ -1,9 +1,14 @@
-"""Losses of the potential positives for CPU tensors. Their inputs are gathered from the maps, then computed one by one.
+"""Losses of the potential positives for CPU tensors, in spans of one level: gathered from the maps, then class by class.
+
+A map holds a channel of all locations, then the next channel. A span therefore reads channel by channel: its potential positives
+are neighbours, and share the memory that the processor fetches. The classes are the outer loop of the losses too, so that the
+loops over a span fill vector registers however many classes there are.
 
 s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
-focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others, in the
-        dtype of the result
-box   = weight * (1 - GIoU) of the decoded box, or weight * |delta - delta of the target| summed over the deltas, in float64
+focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others
+box   = weight * (1 - GIoU) of the decoded box, or weight * |delta - delta of the target| summed over the deltas
+
+Focal losses are in the dtype of the result, their sum over the classes and all that follows in float64.
 """
 
 from __future__ import annotations
@@ -21,27 +26,79 @@ from ._arrays import Array, flat, lengths, offsets, view
 from ._loops import compiled, compiled_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
-# Rows below which a second thread costs more than it saves: 80 classes take a microsecond, handing over to a thread 100.
-SERIAL_ROWS = 256
+# Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
+SPAN = 512
+
+# Spans below which a second thread costs more than it saves: one takes 30 us and more, handing over to a thread 100.
+SERIAL_SPANS = 4
+
+# A logit so far from zero that its focal loss is zero.
+FAR = 1e4
+
+# Classes whose losses are summed in the dtype of the maps, before the sum goes on in float64.
+CLASSES = 8
+
+
+@compiled
+def _gather(source: Any, layout: Any, image: Any, cell: Any, found: Any) -> None:
+    """Found [channels, n]: the channels of n anchors of a level.
+
+    `source` is the memory of the map, `layout` the anchors of a location, the width and the strides. Places are unsigned: an
+    index that may be negative may count from the end, and takes a branch.
+    """
+    per_location, width, image_stride, stride, y_stride, x_stride = layout
+    channels, place = len(found), np.empty(len(cell), np.uint64)
+    for i in range(len(cell)):
+        location, of_location = divmod(cell[i], per_location)
+        y, x = divmod(location, width)
+        place[i] = image[i] * image_stride + of_location * channels * stride + y * y_stride + x * x_stride
+    for c in range(channels):
+        channel, shift = found[c], np.uint64(c * stride)
+        for i in range(len(place)):
+            channel[i] = source[place[i] + shift]
 
 
 @compiled_sums
-def _focal(logits: Any, sign: Any, numbers: Any) -> Any:
-    """Without the weight; `sign`: 1 where the classes are not the label's, -1 where the class is; `numbers`: gamma, 0 and 1."""
+def _focal_of_class(logits: Any, sign: Any, numbers: Any, total: Any) -> None:
+    """Add the focal losses of one class, without their weight, to `total` [n].
+
+    `sign` is -1 where the class is the label's, else 1; `numbers` are gamma, 0 and 1 in the dtype of the logits.
+    """
     gamma, zero, one = numbers
-    total = zero
     if gamma == 2:  # the usual one, which needs a square and no second exponential
         for i in range(len(logits)):
             z = sign * logits[i]
             e = negative_exp(abs(z))
             p = (one if z > zero else e) / (one + e)
-            total += (max(z, zero) + log1p_of_part(e)) * (p * p)
-        return total
-    for i in range(len(logits)):
-        z = sign * logits[i]
-        log = log1p_of_part(negative_exp(abs(z)))
-        total += (max(z, zero) + log) * negative_exp(gamma * (max(-z, zero) + log))
-    return total
+            total[i] += (max(z, zero) + log1p_of_part(e)) * (p * p)
+    else:
+        for i in range(len(logits)):
+            z = sign * logits[i]
+            log = log1p_of_part(negative_exp(abs(z)))
+            total[i] += (max(z, zero) + log) * negative_exp(gamma * (max(-z, zero) + log))
+
+
+@compiled
+def _focal(scores: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> None:
+    """The focal losses [n] of logits [classes, n], which are written over.
+
+    The logits of the labels get a loop of their own. In their place among the others comes a logit whose loss is zero: a choice
+    by the label inside the loops would keep them out of vector registers.
+    """
+    own, part = np.empty_like(scores[0]), np.zeros_like(scores[0])
+    for i in range(len(label)):
+        own[i] = FAR if label[i] < 0 else scores[label[i], i]
+        if label[i] >= 0:
+            scores[label[i], i] = -FAR
+    _focal_of_class(own, -numbers[2], numbers, part)
+    for i in range(len(loss)):
+        loss[i] = alpha * part[i]
+    for first in range(0, len(scores), CLASSES):
+        part[:] = 0
+        for c in range(first, min(first + CLASSES, len(scores))):
+            _focal_of_class(scores[c], numbers[2], numbers, part)
+        for i in range(len(loss)):
+            loss[i] += (1 - alpha) * part[i]
 
 
 @compiled
@@ -83,9 +140,7 @@ def _l1_loss(box: Any, delta: Any, target: Any, weight: Any, stds: Any) -> float
 
 
 @compiled
-def _losses_rows(
-    first: int,
-    last: int,
+def _losses(
     scores: Any,
     deltas: Any,
     boxes: Any,
@@ -102,37 +157,37 @@ def _losses_rows(
     of_deltas: bool,
     loss: Any,
 ) -> None:
-    _, _, one = focal_numbers
+    """The losses [n] of a span: scores [classes, n], deltas [4, n], the others [n] or [n, 4]."""
     least, most, least_area, added_area = box_numbers
-    for row in range(first, last):
-        logits, own = scores[row], label[row]
-        if 0 <= own < len(logits):
-            others = _focal(logits[:own], one, focal_numbers) + _focal(logits[own + 1 :], one, focal_numbers)
-            focal = (1 - alpha) * others + alpha * _focal(logits[own : own + 1], -one, focal_numbers)
-        else:
-            focal = (1 - alpha) * _focal(logits, one, focal_numbers)
-        box, delta, weight = boxes[row], deltas[row], box_weight[row]
+    _focal(scores, label, focal_numbers, alpha, loss)
+    for i in range(len(loss)):
+        box, weight = boxes[i], box_weight[i]
         if of_deltas:
-            box_loss = _l1_loss(box, delta, targets[row], weight, stds)
+            box_loss = _l1_loss(box, deltas[:, i], targets[i], weight, stds)
         else:
-            x1, x2 = _decode_side(box[0], box[2], delta[0] * stds[0], delta[2] * stds[2], least, most)
-            y1, y2 = _decode_side(box[1], box[3], delta[1] * stds[1], delta[3] * stds[3], least, most)
-            box_loss = _giou_loss(x1, y1, x2, y2, targets[row], least_area, added_area)
+            x1, x2 = _decode_side(box[0], box[2], deltas[0, i] * stds[0], deltas[2, i] * stds[2], least, most)
+            y1, y2 = _decode_side(box[1], box[3], deltas[1, i] * stds[1], deltas[3, i] * stds[3], least, most)
+            box_loss = _giou_loss(x1, y1, x2, y2, targets[i], least_area, added_area)
             box_loss *= (weight[0] + weight[1] + weight[2] + weight[3]) * 0.25
-        loss[row] = loss_cls_weight * label_weight[row] * focal + loss_bbox_weight * box_loss
+        loss[i] = loss_cls_weight * label_weight[i] * loss[i] + loss_bbox_weight * box_loss
 
 
-@compiled
-def _gather_rows(first: int, last: int, rows: Any, image: Any, cell: Any, source: Any, layout: Any, found: Any) -> None:
-    """The channels of some anchors of a level: `source` is its memory, `layout` anchors per location, width and strides."""
-    per_location, width, image_stride, stride, y_stride, x_stride = layout
-    channels = found.shape[1]
-    for i in range(first, last):
-        location, of_location = divmod(cell[i], per_location)
-        y, x = divmod(location, width)
-        place = image[i] * image_stride + of_location * channels * stride + y * y_stride + x * x_stride
-        for c in range(channels):
-            found[rows[i], c] = source[place + c * stride]
+class _Map:
+    """The maps of a pyramid: where each level lies, and how."""
+
+    def __init__(self, levels: Sequence[Tensor], channels: int, dtype: Any) -> None:
+        self._half = levels[0].dtype if levels[0].itemsize == 2 else None
+        self._memory = [_memory(level) for level in levels]
+        self._layout = [(level.shape[1] // channels, max(level.shape[3], 1), *level.stride()) for level in levels]
+        self._channels, self._dtype = channels, dtype
+
+    def gather(self, level: int, image: Array, cell: Array) -> Array:
+        """[channels, n] of n anchors of a level; only these are read."""
+        found = np.empty((self._channels, len(cell)), self._memory[level].dtype)
+        _gather(self._memory[level], self._layout[level], image, cell, found)
+        if self._half is not None:
+            found = view(torch.from_numpy(found).view(self._half))
+        return found.astype(self._dtype, copy=False)
 
 
 def _memory(level: Tensor) -> Array:
@@ -142,24 +197,53 @@ def _memory(level: Tensor) -> Array:
     return (flat.view(torch.int16) if flat.itemsize == 2 else flat).numpy()
 
 
-def _gather_map(levels: Sequence[Tensor], places: list[Any], channels: int, dtype: Any) -> Array:
-    """[P, channels] of the potential positives, level by level; only these are read."""
-    memory = [_memory(level) for level in levels]
-    found = np.empty((sum(len(rows) for rows, _, _ in places), channels), memory[0].dtype)
-    for level, source, (rows, image, cell) in zip(levels, memory, places, strict=True):
-        layout = (level.shape[1] // channels, max(level.shape[3], 1), *level.stride())
-        over_slices(_gather_rows, len(rows), SERIAL_ROWS, rows, image, cell, source, layout, found)
-    if levels[0].itemsize == 2:
-        found = view(torch.from_numpy(found).view(levels[0].dtype))
-    return found.astype(dtype, copy=False)
+@compiled
+def _by_level(inds: Any, images: Any, first: Any) -> tuple[Any, Any, Any, Any]:
+    """The potential positives in the order of their levels.
+
+    Returns:
+        rank [P], the place of each one in that order, -1 for an index out of range; image and cell of each place, the cell in its
+        level; bounds [L + 1] of the levels among the places.
+    """
+    levels = len(first) - 1
+    level_of, rank, bounds = np.empty(len(inds), np.int64), np.empty(len(inds), np.int64), np.zeros(levels + 1, np.int64)
+    for p in range(len(inds)):
+        level_of[p] = -1
+        if 0 <= inds[p] < first[levels]:
+            level = 0
+            while inds[p] >= first[level + 1]:
+                level += 1
+            level_of[p] = level
+            bounds[level + 1] += 1
+    for level in range(levels):
+        bounds[level + 1] += bounds[level]
+    image, cell, place = np.empty(bounds[levels], np.int64), np.empty(bounds[levels], np.int64), bounds.copy()
+    for i in range(len(images) - 1):
+        for p in range(images[i], images[i + 1]):
+            level = level_of[p]
+            rank[p] = -1 if level < 0 else place[level]
+            if level >= 0:
+                image[place[level]], cell[place[level]] = i, inds[p] - first[level]
+                place[level] += 1
+    return rank, image, cell, bounds
 
 
-def _places(anchors: Sequence[Tensor], image: Array, anchor: Array) -> list[Any]:
-    """Of each level: which potential positives it holds, and their images and anchors in it."""
-    first = offsets(lengths(anchors))
-    level_of = np.searchsorted(first, anchor, "right") - 1
-    rows = [np.flatnonzero(level_of == level) for level in range(len(anchors))]
-    return [(here, image[here], anchor[here] - begin) for here, begin in zip(rows, first, strict=False)]
+def _take(column: Sequence[Tensor], inds: Array, rank: Array, exists: Array, images: Array, size: int, dtype: Any) -> Array:
+    """The targets of the potential positives, in the order of `rank`."""
+    taken = np.empty((size, *column[0].shape[1:]), dtype)
+    for tensor, begin, end in zip(column, images, images[1:], strict=False):
+        there = exists[begin:end]
+        taken[rank[begin:end][there]] = view(tensor).take(inds[begin:end][there], 0)
+    return taken
+
+
+def _spans(bounds: list[int]) -> list[tuple[int, slice]]:
+    """The level of each span, and its potential positives in the order of the levels."""
+    return [
+        (level, slice(begin, min(begin + SPAN, bounds[level + 1])))
+        for level in range(len(bounds) - 1)
+        for begin in range(bounds[level], bounds[level + 1], SPAN)
+    ]
 
 
 def candidate_losses(
@@ -181,24 +265,32 @@ def candidate_losses(
     convention: str,
 ) -> Tensor:
     losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
-    inds, image = flat(pos_inds, np.int64), np.repeat(np.arange(len(pos_inds)), lengths(pos_inds))
-    exists = (inds >= 0) & (inds < label[0].shape[0])
-    inds, image = inds[exists], image[exists]
-    bounds = np.searchsorted(image, np.arange(len(pos_inds) + 1))
-    targets = [
-        np.concatenate([view(tensor)[inds[bounds[i] : bounds[i + 1]]] for i, tensor in enumerate(column)], dtype=dtype)
+    inds, classes = flat(pos_inds, np.int64), cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1]
+    first, images = offsets(lengths(anchors)), offsets(lengths(pos_inds))
+    rank, image, cell, bounds = _by_level(inds, images, first)
+    exists = rank >= 0
+    labels, *targets = (
+        _take(column, inds, rank, exists, images, len(cell), dtype)
         for column, dtype in ((label, np.int64), (label_weight, float), (bbox_target, float), (bbox_weight, float))
-    ]
-    places, values = _places(anchors, image, inds), losses.numpy()
-    scores = _gather_map(cls_scores, places, cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1], values.dtype)
-    deltas, boxes, loss = _gather_map(bbox_preds, places, 4, float), np.empty((len(inds), 4)), np.empty(len(inds))
-    for level, (rows, _, cell) in zip(anchors, places, strict=True):
-        boxes[rows] = view(level)[cell]
+    )
+    labels = np.where(labels < classes, labels, -1)
+    values, loss = losses.numpy(), np.empty(len(cell))
+    scores, deltas = _Map(cls_scores, classes, values.dtype), _Map(bbox_preds, 4, np.float64)
     focal_numbers = tuple(values.dtype.type(number) for number in (gamma, 0, 1))
-    over_slices(
-        _losses_rows, len(inds), SERIAL_ROWS, scores, deltas, boxes, *targets, focal_numbers, alpha, loss_cls_weight,
-        loss_bbox_weight, tuple(stds), box_numbers(wh_ratio_clip, convention), box_loss == "l1", loss,
+    options = (
+        focal_numbers, alpha, loss_cls_weight, loss_bbox_weight, tuple(stds), box_numbers(wh_ratio_clip, convention),
+        box_loss == "l1",
     )  # fmt: skip
+    spans = _spans(bounds.tolist())
+
+    def run(begin: int, end: int) -> None:
+        for level, span in spans[begin:end]:
+            place = image[span], cell[span]
+            boxes = view(anchors[level]).take(place[1], 0).astype(float)
+            rows = [column[span] for column in (labels, *targets)]
+            _losses(scores.gather(level, *place), deltas.gather(level, *place), boxes, *rows, *options, loss[span])
+
+    over_slices(run, len(spans), SERIAL_SPANS)
     values.fill(np.nan)
-    values[exists] = loss
+    values[exists] = loss[rank[exists]]
     return losses

@@ -94,6 +94,20 @@ def _number_rows(gt_offset: Any) -> tuple[Any, Any]:
 
 
 @compiled
+def _copy_row(source: Any, i: int, target: Any, j: int) -> None:
+    # One by one: numba takes seconds to compile an assignment of arrays, for the error that it might raise.
+    for word in range(source.shape[1]):
+        target[j, word] = source[i, word]
+
+
+@compiled
+def _clear_row(target: Any, i: int) -> None:
+    # One by one: an assignment to a row makes a view first, which takes longer.
+    for word in range(target.shape[1]):
+        target[i, word] = 0
+
+
+@compiled
 def _write_images(
     first: int,
     last: int,
@@ -122,17 +136,19 @@ def _write_images(
         for p in range(begin, end):
             if positive[p]:
                 anchor = first_anchor + pos_inds[p]
-                anchor_of[kept], labels[kept], box_weights[kept] = anchor, label[anchor], bbox_weight[anchor]
+                anchor_of[kept], labels[kept] = anchor, label[anchor]
+                _copy_row(bbox_weight, anchor, box_weights, kept)
                 kept += 1
         for p in range(begin, end):
             if 0 <= pos_inds[p] < anchors:
                 anchor = first_anchor + pos_inds[p]
                 label[anchor] = num_classes
-                bbox_weight[anchor] = 0
+                _clear_row(bbox_weight, anchor)
                 if ignored[p]:
-                    label_weight[anchor] = 0
+                    _clear_row(label_weight, anchor)
         for i in range(kept):
-            label[anchor_of[i]], bbox_weight[anchor_of[i]] = labels[i], box_weights[i]
+            label[anchor_of[i]] = labels[i]
+            _copy_row(box_weights, i, bbox_weight, anchor_of[i])
 
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
@@ -154,7 +170,7 @@ def _reassign(
 ) -> tuple[Array, tuple[Array, ...], Array, Array]:
     """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
     candidates, fitted = _fit(losses, options)
-    pos_inds, pos_offset = losses[1], losses[3]
+    pos_inds, pos_offset = losses[1], losses[4]
     masks = np.zeros(len(pos_inds), bool), np.zeros(len(pos_inds), bool)
     over_slices(_separate_rows, len(candidates[0]), SERIAL_ROWS, *candidates, *fitted[-3:], *rule, *masks)
     return _write(pos_inds, *masks, pos_offset, targets), fitted[:-2], *masks
@@ -164,14 +180,17 @@ def _reassign(
 def _reassign_few(losses: Any, options: Any, rule: Any, targets: Any) -> Any:
     """The number of positives from `_reassign`, for a few rows of one image. It runs the same loops, on this thread: what Python
     does between them would take longer than they do."""
-    loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, width = losses
+    loss, pos_inds, pos_gt_inds, order, pos_offset, gt_offset, level_bounds, topk, width = losses
     levels, rows = level_bounds.shape[1] - 1, gt_offset[-1]
     groups = empty_groups(rows * levels, rows * levels * topk)
-    keep_smallest(0, 1, loss, pos_inds, pos_gt_inds, pos_offset, gt_offset, level_bounds, topk, *groups)
+    keep_smallest(0, 1, loss, pos_inds, pos_gt_inds, order, pos_offset, gt_offset, level_bounds, topk, *groups)
     candidates = empty_candidates(rows, width, loss.dtype)
     select_rows(0, rows, levels, loss, *groups, *candidates)
     fitted = empty_fit(rows, width, options[0].dtype)
-    fit_rows(0, rows, candidates[0].reshape(-1), np.arange(rows) * width, candidates[2], *options, *fitted)
+    start = np.empty(rows, np.int64)
+    for row in range(rows):
+        start[row] = row * width
+    fit_rows(0, rows, candidates[0].reshape(-1), start, candidates[2], *options, *fitted)
     positive, ignored = np.zeros(len(loss), np.bool_), np.zeros(len(loss), np.bool_)
     _separate_rows(0, rows, *candidates, *fitted[-3:], *rule, positive, ignored)
     num_pos = np.empty(1, np.int64)

@@ -30,29 +30,39 @@ SERIAL_IMAGES = 4
 INSERTION_LIMIT = 64
 
 
+# The key of +inf, and one above all keys.
+INFINITE_KEY, NO_KEY = 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF
+
+
 @compiled
 def _ordered_key(loss: Any) -> Any:
-    """An integer that orders like the loss: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign."""
+    """An integer that orders like the loss: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign < `NO_KEY`."""
     bits = np.float64(loss).view(np.int64)
     magnitude = bits & 0x7FFFFFFFFFFFFFFF
-    if magnitude > 0x7FF0000000000000:
-        return 0x7FFFFFFFFFFFFFFF
+    if magnitude > INFINITE_KEY:
+        return INFINITE_KEY + 1
     return magnitude if bits >= 0 else -magnitude
 
 
 @compiled
-def _stable_order(values: Any) -> Any:
-    """The positions of the values, smallest first, equal ones as they stand; compiled once for all that sort."""
-    return np.argsort(values, kind="mergesort")
+def _ascends(anchor: Any, pos_offset: Any) -> bool:
+    """Whether the anchors of every image do."""
+    for image in range(len(pos_offset) - 1):
+        for p in range(pos_offset[image] + 1, pos_offset[image + 1]):
+            if anchor[p] < anchor[p - 1]:
+                return False
+    return True
 
 
-@compiled
-def _anchor_order(anchor: Any) -> Any:
-    """The positions in the order of the anchors; none where they ascend already."""
-    for i in range(1, len(anchor)):
-        if anchor[i] < anchor[i - 1]:
-            return _stable_order(anchor)
-    return np.arange(0)
+def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
+    """The positions [P] in the order of each image's anchors; none where they ascend already, as they usually do.
+
+    numpy sorts, not a compiled loop: to compile a sort takes as long as the rest of the selection.
+    """
+    if _ascends(anchor, pos_offset):
+        return np.empty(0, np.int64)
+    images = itertools.pairwise(pos_offset.tolist())
+    return np.concatenate([begin + anchor[begin:end].argsort(kind="stable") for begin, end in images])
 
 
 @compiled
@@ -66,8 +76,8 @@ def _insert(loss_key: int, p: int, start: int, stop: int, key: Any, member: Any)
 
 @compiled
 def keep_smallest(
-    first: int, last: int, loss: Any, anchor: Any, gt: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any, topk: int,
-    group_start: Any, group_stop: Any, member: Any, key: Any,
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
+    topk: int, group_start: Any, group_stop: Any, member: Any, key: Any,
 ) -> None:  # fmt: skip
     """member[group_start[g]:group_stop[g]] = the `topk` potential positives of group g with the smallest losses, in order."""
     levels = level_bounds.shape[1] - 1
@@ -76,26 +86,27 @@ def keep_smallest(
         row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
         for g in range(row * levels, (row + num_gt) * levels):
             group_start[g] = group_stop[g] = g * topk
-        order, level = _anchor_order(anchor[start:stop]), 0
-        for i in range(stop - start):
-            p = start + (order[i] if len(order) > 0 else i)
+            key[(g + 1) * topk - 1] = NO_KEY
+        level = 0
+        for i in range(start, stop):
+            p = order[i] if len(order) > 0 else i
             if not (0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]):
                 continue
             while anchor[p] >= bounds[level + 1]:
                 level += 1
             g = (row + gt[p]) * levels + level
-            begin, end, loss_key = group_start[g], group_stop[g], _ordered_key(loss[p])
-            if end - begin < topk:
-                _insert(loss_key, p, begin, end, key, member)
-                group_stop[g] = end + 1
-            elif loss_key < key[end - 1]:
-                _insert(loss_key, p, begin, end - 1, key, member)
+            begin, last_place, loss_key = g * topk, (g + 1) * topk - 1, _ordered_key(loss[p])
+            # A group that is not full yet has no last key: what is smaller has a place.
+            if loss_key < key[last_place]:
+                end = group_stop[g]
+                _insert(loss_key, p, begin, min(end, last_place), key, member)
+                group_stop[g] = min(end + 1, last_place + 1)
 
 
 @compiled
 def sort_groups(
-    first: int, last: int, loss: Any, anchor: Any, gt: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any, topk: int,
-    group_start: Any, group_stop: Any, member: Any, key: Any,
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
+    topk: int, group_start: Any, group_stop: Any, member: Any, key: Any,
 ) -> None:  # fmt: skip
     """As `keep_smallest`, with room for all potential positives: those of a group come together, then it is sorted."""
     levels = level_bounds.shape[1] - 1
@@ -103,11 +114,11 @@ def sort_groups(
         start, stop = pos_offset[image], pos_offset[image + 1]
         row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
         groups = range(row * levels, (row + num_gt) * levels)
-        order, level = _anchor_order(anchor[start:stop]), 0
+        level = 0
         group = np.full(stop - start, -1)  # an index out of range
         group_stop[row * levels : (row + num_gt) * levels] = 0
         for i in range(stop - start):
-            p = start + (order[i] if len(order) > 0 else i)
+            p = order[start + i] if len(order) > 0 else start + i
             if 0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]:
                 while anchor[p] >= bounds[level + 1]:
                     level += 1
@@ -121,12 +132,12 @@ def sort_groups(
         for i in range(stop - start):
             g = group[i]
             if g >= 0:
-                p = start + (order[i] if len(order) > 0 else i)
+                p = order[start + i] if len(order) > 0 else start + i
                 member[group_stop[g]], key[group_stop[g]] = p, _ordered_key(loss[p])
                 group_stop[g] += 1
         for g in groups:
             begin, end = group_start[g], group_stop[g]
-            by_key = _stable_order(key[begin:end])
+            by_key = np.argsort(key[begin:end], kind="mergesort")
             key[begin:end], member[begin:end] = key[begin:end][by_key], member[begin:end][by_key]
             group_stop[g] = min(end, begin + topk)
 
@@ -156,8 +167,8 @@ def select_rows(
             row_index[row, count], row_loss[row, count] = p, loss[p]
             head[best] += 1
             count += 1
-        row_loss[row, count:] = np.inf
-        row_index[row, count:] = -1
+        for i in range(count, width):
+            row_loss[row, i], row_index[row, i] = np.inf, -1
         row_count[row] = count
 
 
@@ -207,14 +218,16 @@ def flatten(
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
     sizes = lengths(pos_inds)
     level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
+    anchor, pos_offset = flat(pos_inds, np.int64), offsets(sizes)
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
-        flat(pos_inds, np.int64),
+        anchor,
         flat(pos_gt_inds, np.int64),
-        offsets(sizes),
+        _anchor_order(anchor, pos_offset),
+        pos_offset,
         offsets(num_gts),
         level_bounds,
-        min(topk, sum(sizes)),
+        max(min(topk, sum(sizes)), 1),  # groups have a last place, also where nothing is in them
         max(map(min, sizes, room)),
     )
 

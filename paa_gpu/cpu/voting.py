@@ -286,6 +286,44 @@ def _weights(iou_thr: float, sigma: float, dtype: Any) -> tuple[float, float]:
     return max(iou_thr, 1 - vanishing * width), 1 / width
 
 
+def _from_pools(
+    boxes: Sequence[Tensor], scores: Sequence[Tensor], weights: Sequence[float], label: Array, threshold: float, dtype: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidates of an image from several pools: boxes [n, 4], weighted scores [n, its classes], and labels among these.
+
+    A score up to the threshold is -inf.
+    """
+    all_classes = scores[0].shape[1]
+    classes = _classes(label, all_classes)
+    candidates: tuple[list[Array], list[Array]] = [], []
+    for box, score, weight in zip(boxes, scores, weights, strict=True):
+        values = array(score, dtype)
+        found, _ = _candidates(values, dtype(threshold), classes)
+        own = values[found[:, None], classes[None]]
+        candidates[0].append(array(box, dtype)[found])
+        candidates[1].append(np.where(own > dtype(threshold), own * dtype(weight), dtype(-np.inf)))
+    number = np.full(all_classes, -1)
+    number[classes] = np.arange(len(classes))
+    among, inside = np.full(len(label), -1), (label >= 0) & (label < all_classes)
+    among[inside] = number[label[inside]]
+    box, score = (torch.from_numpy(np.concatenate(column)) for column in candidates)
+    return box, score, torch.from_numpy(among)
+
+
+def _pooled_image(
+    det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Sequence[Tensor], mlvl_nms_scores: Sequence[Tensor],
+    weights: Sequence[float], rule: tuple[float, float, float, float], keep_order: bool, dtype: Any, alone: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`_image` of several pools."""
+    labels = view(det_labels)
+    order = np.arange(len(labels)) if keep_order else labels.argsort(kind="stable")
+    label = np.ascontiguousarray(labels[order], np.int64)
+    boxes, scores, among = _from_pools(mlvl_bboxes, mlvl_nms_scores, weights, label, rule[0], dtype)
+    det = torch.from_numpy(array(det_bboxes, dtype)[order])
+    voted, _ = _image(det, among, boxes, scores, (-math.inf, *rule[1:]), True, dtype, alone)
+    return voted, labels[order]
+
+
 def score_voting(
     det_bboxes: Sequence[Tensor],
     det_labels: Sequence[Tensor],
@@ -296,20 +334,28 @@ def score_voting(
     sigma: float,
     offset: float,
     keep_order: bool,
+    weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     images, dtype = len(det_bboxes), det_bboxes[0].dtype
     wide = torch.float64 in (dtype, mlvl_bboxes[0].dtype, mlvl_nms_scores[0].dtype)
     real = np.float64 if wide else np.float32
     rule = rounded(score_thr, mlvl_nms_scores[0].dtype), *_weights(iou_thr, sigma, real), offset
+
+    def vote_image(i: int, alone: bool) -> tuple[Array, Array]:
+        if weights is None:
+            return _image(det_bboxes[i], det_labels[i], mlvl_bboxes[i], mlvl_nms_scores[i], rule, keep_order, real, alone)
+        own = slice(i * len(weights), (i + 1) * len(weights))
+        pools = mlvl_bboxes[own], mlvl_nms_scores[own], weights
+        return _pooled_image(det_bboxes[i], det_labels[i], *pools, rule, keep_order, real, alone)
+
     if images == 1:
-        voted, labels = _image(det_bboxes[0], det_labels[0], mlvl_bboxes[0], mlvl_nms_scores[0], rule, keep_order, real, True)
+        voted, labels = vote_image(0, True)
     else:
         results: list[Any] = [None] * images
 
         def vote_images(first: int, last: int) -> None:
             for i in range(first, last):
-                image = det_bboxes[i], det_labels[i], mlvl_bboxes[i], mlvl_nms_scores[i]
-                results[i] = _image(*image, rule, keep_order, real, False)
+                results[i] = vote_image(i, False)
 
         over_slices(vote_images, images, 2)
         voted, labels = map(np.concatenate, zip(*results, strict=True))

@@ -11,7 +11,14 @@ collect_ignore = []
 if api.IS_3X:
     init_default_scope("mmdet")
 if api.VERSION != (3, 3):  # tests of `paa_gpu.PAAHead` and of the documentation, for which one version is enough
-    collect_ignore += ["test_checkpoint.py", "test_docs.py", "test_example.py", "test_head.py", "test_head_steps.py"]
+    collect_ignore += [
+        "test_bench_head.py",
+        "test_checkpoint.py",
+        "test_docs.py",
+        "test_example.py",
+        "test_head.py",
+        "test_head_steps.py",
+    ]
 if api.LADHead is None:
     collect_ignore.append("test_lad.py")
 

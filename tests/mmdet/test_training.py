@@ -108,15 +108,15 @@ def test_mixed_dtypes_of_losses(generator):
 
 
 @pytest.mark.skipif(not api.IS_3X, reason="2.x casts to float32 what is in half precision")
-@pytest.mark.parametrize("boxes", [[0, 7], [60]], ids=str)
-def test_autocast(boxes, generator):
-    """Scores in bfloat16 and boxes in float32, as AmpOptimWrapper has them: labels and losses of the published arithmetic in bfloat16,
-    and nothing waits."""
+@pytest.mark.parametrize(("boxes", "dtype"), [([0, 7], torch.bfloat16), ([60], torch.bfloat16), ([7], torch.float16)], ids=str)
+def test_autocast(boxes, dtype, generator):
+    """Scores in half precision and boxes in float32, as AmpOptimWrapper has them: labels and losses of the published arithmetic in
+    half precision, and nothing waits."""
     heads = variants(build(**SMALL))
     features, samples = make_features(len(boxes), SIZE, 32, generator), make_samples(boxes, SIZE, 80, generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         cls_scores, bbox_preds, _ = heads.published(features)
-        assert (cls_scores[0].dtype, bbox_preds[0].dtype) == (torch.bfloat16, torch.float32)
+        assert (cls_scores[0].dtype, bbox_preds[0].dtype) == (dtype, torch.float32)
         compare(heads, features, samples)
         assert synchronisations(heads.accelerated, features, samples).count == 0
 
