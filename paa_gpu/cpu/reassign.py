@@ -101,10 +101,19 @@ def _copy_row(source: Any, i: int, target: Any, j: int) -> None:
 
 
 @compiled
-def _clear_row(target: Any, i: int) -> None:
-    # One by one: an assignment to a row makes a view first, which takes longer.
-    for word in range(target.shape[1]):
-        target[i, word] = 0
+def _make_background(anchor: Any, anchors: int, num_classes: int, label: Any, bbox_weight: Any) -> None:
+    """The label of background and no box weight at these anchors of an image, where they exist.
+
+    As unsigned numbers: a negative one is too large then, and an index that may be negative takes a branch. Column by column: a
+    call to fill one short row takes longer than to fill it.
+    """
+    for i in range(len(anchor)):
+        if np.uint64(anchor[i]) < np.uint64(anchors):
+            label[np.uint64(anchor[i])] = num_classes
+    for word in range(np.uint64(bbox_weight.shape[1])):
+        for i in range(len(anchor)):
+            if np.uint64(anchor[i]) < np.uint64(anchors):
+                bbox_weight[np.uint64(anchor[i]), word] = 0
 
 
 @compiled
@@ -125,30 +134,26 @@ def _write_images(
     """Background at all potential positives; then the positives get back what their anchors had, in whatever order two of them
     that share an anchor come."""
     for image in range(first, last):
-        begin, end, first_anchor = pos_offset[image], pos_offset[image + 1], anchor_offset[image]
-        anchors = anchor_offset[image + 1] - first_anchor
+        begin, end, start, stop = pos_offset[image], pos_offset[image + 1], anchor_offset[image], anchor_offset[image + 1]
+        anchor, own_label, own_weight = pos_inds[begin:end], label[start:stop], bbox_weight[start:stop]
         kept = 0
         for p in range(begin, end):
             kept += positive[p]
         anchor_of = np.empty(kept, np.int64)
         labels, box_weights = np.empty(kept, label.dtype), np.empty((kept, bbox_weight.shape[1]), bbox_weight.dtype)
         num_pos[image], kept = kept, 0
-        for p in range(begin, end):
-            if positive[p]:
-                anchor = first_anchor + pos_inds[p]
-                anchor_of[kept], labels[kept] = anchor, label[anchor]
-                _copy_row(bbox_weight, anchor, box_weights, kept)
+        for i in range(len(anchor)):
+            if positive[begin + i]:
+                anchor_of[kept], labels[kept] = anchor[i], own_label[anchor[i]]
+                _copy_row(own_weight, anchor[i], box_weights, kept)
                 kept += 1
-        for p in range(begin, end):
-            if 0 <= pos_inds[p] < anchors:
-                anchor = first_anchor + pos_inds[p]
-                label[anchor] = num_classes
-                _clear_row(bbox_weight, anchor)
-                if ignored[p]:
-                    _clear_row(label_weight, anchor)
+            elif ignored[begin + i]:
+                for byte in range(label_weight.shape[1]):
+                    label_weight[start + anchor[i], byte] = 0
+        _make_background(anchor, stop - start, num_classes, own_label, own_weight)
         for i in range(kept):
-            label[anchor_of[i]] = labels[i]
-            _copy_row(box_weights, i, bbox_weight, anchor_of[i])
+            own_label[anchor_of[i]] = labels[i]
+            _copy_row(box_weights, i, own_weight, anchor_of[i])
 
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:

@@ -47,11 +47,12 @@ def _ordered_key(loss: Any) -> Any:
 @compiled
 def _ascends(anchor: Any, pos_offset: Any) -> bool:
     """Whether the anchors of every image do."""
+    descents = 0  # counted to the end: a loop that may stop early does not fill vector registers
     for image in range(len(pos_offset) - 1):
-        for p in range(pos_offset[image] + 1, pos_offset[image + 1]):
-            if anchor[p] < anchor[p - 1]:
-                return False
-    return True
+        own = anchor[pos_offset[image] : pos_offset[image + 1]]
+        for p in range(1, len(own)):
+            descents += own[p] < own[p - 1]
+    return descents == 0
 
 
 def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
@@ -68,9 +69,10 @@ def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
 @compiled
 def _insert(loss_key: int, p: int, start: int, stop: int, key: Any, member: Any) -> None:
     """Insert behind those of [start, stop) with the same key or a smaller one; what stood at `stop` is lost."""
-    while stop > start and loss_key < key[stop - 1]:
-        key[stop], member[stop] = key[stop - 1], member[stop - 1]
-        stop -= 1
+    one = np.uint64(1)
+    while stop > start and loss_key < key[stop - one]:
+        key[stop], member[stop] = key[stop - one], member[stop - one]
+        stop -= one
     key[stop], member[stop] = loss_key, p
 
 
@@ -80,27 +82,31 @@ def keep_smallest(
     topk: int, group_start: Any, group_stop: Any, member: Any, key: Any,
 ) -> None:  # fmt: skip
     """member[group_start[g]:group_stop[g]] = the `topk` potential positives of group g with the smallest losses, in order."""
-    levels = level_bounds.shape[1] - 1
+    zero, one, levels = np.uint64(0), np.uint64(1), np.uint64(level_bounds.shape[1] - 1)
     for image in range(first, last):
-        start, stop = pos_offset[image], pos_offset[image + 1]
-        row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
+        # Unsigned: a negative number is too large then, and an index that may be negative takes a branch.
+        start, stop = np.uint64(pos_offset[image]), np.uint64(pos_offset[image + 1])
+        row, num_gt = np.uint64(gt_offset[image]), np.uint64(gt_offset[image + 1] - gt_offset[image])
+        bounds, room = level_bounds[image], np.uint64(topk)
         for g in range(row * levels, (row + num_gt) * levels):
-            group_start[g] = group_stop[g] = g * topk
-            key[(g + 1) * topk - 1] = NO_KEY
-        level = 0
+            group_start[g] = group_stop[g] = g * room
+            key[(g + one) * room - one] = NO_KEY
+        level, level_end, anchors = zero, np.uint64(bounds[1]), np.uint64(bounds[levels])
         for i in range(start, stop):
-            p = order[i] if len(order) > 0 else i
-            if not (0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]):
+            p = np.uint64(order[i]) if len(order) > 0 else i
+            own_gt, own_anchor = np.uint64(gt[p]), np.uint64(anchor[p])
+            if own_gt >= num_gt or own_anchor >= anchors:
                 continue
-            while anchor[p] >= bounds[level + 1]:
-                level += 1
-            g = (row + gt[p]) * levels + level
-            begin, last_place, loss_key = g * topk, (g + 1) * topk - 1, _ordered_key(loss[p])
+            while own_anchor >= level_end:
+                level += one
+                level_end = np.uint64(bounds[level + one])
+            g = (row + own_gt) * levels + level
+            last_place, loss_key = (g + one) * room - one, _ordered_key(loss[p])
             # A group that is not full yet has no last key: what is smaller has a place.
             if loss_key < key[last_place]:
-                end = group_stop[g]
-                _insert(loss_key, p, begin, min(end, last_place), key, member)
-                group_stop[g] = min(end + 1, last_place + 1)
+                end = np.uint64(group_stop[g])
+                _insert(loss_key, p, g * room, min(end, last_place), key, member)
+                group_stop[g] = min(end, last_place) + one
 
 
 @compiled
