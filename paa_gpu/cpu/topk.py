@@ -67,7 +67,7 @@ def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
 
 
 @compiled
-def _insert(loss_key: int, p: int, start: int, stop: int, key: Any, member: Any) -> None:
+def _insert(loss_key: int, p: Any, start: Any, stop: Any, key: Any, member: Any) -> None:
     """Insert behind those of [start, stop) with the same key or a smaller one; what stood at `stop` is lost."""
     one = np.uint64(1)
     while stop > start and loss_key < key[stop - one]:
@@ -91,7 +91,8 @@ def keep_smallest(
         for g in range(row * levels, (row + num_gt) * levels):
             group_start[g] = group_stop[g] = g * room
             key[(g + one) * room - one] = NO_KEY
-        level, level_end, anchors = zero, np.uint64(bounds[1]), np.uint64(bounds[levels])
+        level: Any = zero
+        level_end, anchors = np.uint64(bounds[min(one, levels)]), np.uint64(bounds[levels])  # there may be no level
         for i in range(start, stop):
             p = np.uint64(order[i]) if len(order) > 0 else i
             own_gt, own_anchor = np.uint64(gt[p]), np.uint64(anchor[p])
