@@ -301,6 +301,7 @@ def test_candidate_losses(changes, error, message):
     assert_refused(head(**changes), error, message, paa_gpu.candidate_losses)
 
 
+@pytest.mark.slow
 def test_what_the_two_of_the_head_accept():
     paa_gpu.candidate_losses(**head())
     paa_gpu.assign_max_iou(**assignment())

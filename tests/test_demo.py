@@ -42,6 +42,7 @@ def test_an_image_without_boxes(tmp_path, capsys):
     assert "no boxes: no picture" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("sklearn", "scikit-learn is not installed"), ("matplotlib", "matplotlib or Pillow is not installed")],

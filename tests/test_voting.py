@@ -89,6 +89,7 @@ def test_any_number_of_boxes(boxes, classes, rng):
     check(predictions(rng, 20, boxes, num_classes=classes), {}, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_225_000_candidates(rng):
     """1,000 detections, 5,000 boxes, 80 classes."""
     arguments = predictions(rng, 1000, 5000, num_classes=80, share=0.5625)
