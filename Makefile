@@ -36,9 +36,9 @@ KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassig
 	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_mixture_kernels.py tests/test_starts_kernels.py \
 	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_fusion_kernels.py tests/test_launch.py
 
-# Of both, those of the assignment and of voting: `make test` has ten minutes.
-MAIN_PUBLIC = tests/test_reassign.py tests/test_voting.py
-MAIN_KERNELS = $(MAIN_PUBLIC:.py=_kernels.py) tests/test_launch.py
+# Of both, those of the assignment: `make test` has ten minutes.
+MAIN_PUBLIC = tests/test_reassign.py
+MAIN_KERNELS = tests/test_reassign_kernels.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not long and not slow"
