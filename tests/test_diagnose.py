@@ -155,7 +155,9 @@ def test_the_report(capsys, monkeypatch):
     assert __main__.main(["check"]) == 0
     printed = capsys.readouterr().out
     assert "| kernels on a GPU | cuda | not checked | torch finds no CUDA device here |" in printed
-    assert "2 recorded images equal" in printed and "14 checks passed, 0 failed, 1 could not be made here" in printed
+    passed = printed.count("| ok |")
+    assert passed > 10 and f"{passed} checks passed, 0 failed, 1 could not be made here" in printed
+    assert "2 recorded images equal" in printed
     for operation in diagnose.operations():
         assert printed.count(f"| {operation.name}") == 3  # layouts, repetitions, times
     monkeypatch.setattr(diagnose, "PIXELS", -1.0)
