@@ -32,9 +32,7 @@ docs: $(READY)
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
 PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
 	tests/test_assign.py tests/test_mixture.py tests/test_nms.py tests/test_fusion.py
-KERNELS = tests/test_topk_kernels.py tests/test_em_kernels.py tests/test_reassign_kernels.py tests/test_voting_kernels.py \
-	tests/test_losses_kernels.py tests/test_assign_kernels.py tests/test_mixture_kernels.py tests/test_starts_kernels.py \
-	tests/test_em_long_kernels.py tests/test_nms_kernels.py tests/test_fusion_kernels.py tests/test_launch.py
+KERNELS = $(wildcard tests/test_*_kernels.py) tests/test_launch.py
 
 # Of both, those of the assignment: `make test` has ten minutes.
 MAIN_PUBLIC = tests/test_reassign.py
@@ -90,7 +88,7 @@ test-long: $(READY)
 
 # On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu DRY=--dry-run` prints the commands.
 gpu: $(READY)
-	PYTHONPATH=tests $(BIN)/python -m bench.gpu $(DRY)
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu --public $(PUBLIC) tests/test_layouts.py --kernels $(KERNELS) $(DRY)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun

@@ -26,7 +26,7 @@ from . import plot
 ROOT = Path(__file__).parents[1]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = [f"tests/test_{stem}_kernels.py" for stem in ("reassign", "assign", "voting", "losses")]
-PROFILED = "from bench import cases, providers; providers.library(cases.Call(providers.on_cuda(cases.coco_like())))"
+PROFILED = "from bench import cases, providers; providers.library(cases.Call(cases.coco_like().to('cuda')))"
 TAIL = 12
 
 
@@ -47,26 +47,21 @@ class Outcome(NamedTuple):
     tail: str
 
 
-def steps(folder: Path) -> list[Step]:
-    """All steps, in order: what is quick and tells most comes first."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not long"]
-    kernels = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*_kernels.py"))]
-    public = [path.replace("_kernels", "") for path in kernels if (ROOT / path.replace("_kernels", "")).exists()]
-    few = ["-x", "-m", "not long and not slow", "-k", "cuda", *SANITIZED]
+def steps(folder: Path, public: list[str], kernels: list[str]) -> list[Step]:
+    """All steps, in order: what is quick and tells most comes first. `public`, `kernels`: files of tests."""
+    python = [sys.executable, "-m", "pytest", "-q"]
+    pytest, few = [*python, "-m", "not long"], ["-x", "-m", "not long and not slow", "-k", "cuda", *SANITIZED]
     return [
         Step("check", [sys.executable, "-m", "paa_gpu", "check", "--device", "cuda"]),
-        Step("tests that need a GPU", [*pytest, "tests/test_cuda.py", "tests/test_launch.py"]),
-        Step("public functions", [*pytest, "--execution", "cuda", *public, "tests/test_layouts.py"]),
+        Step("tests that need a GPU", [*pytest, "tests/test_cuda.py"]),
+        Step("public functions", [*pytest, "--execution", "cuda", *public]),
         Step("kernels", [*pytest, "-k", "cuda", *kernels]),
         *(
-            Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest[:4], *few], "compute-sanitizer")
+            Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *python, *few], "compute-sanitizer")
             for tool in SANITIZERS
         ),
         Step("profile", ["ncu", "--set", "basic", sys.executable, "-c", PROFILED], "ncu"),
-        Step(
-            "benchmarks",
-            [*pytest[:4], "bench", "--benchmark-only", f"--benchmark-json={folder / 'suite.json'}"],
-        ),
+        Step("benchmarks", [*python, "bench", "--benchmark-only", f"--benchmark-json={folder / 'suite.json'}"]),
     ]
 
 
@@ -105,13 +100,15 @@ def report(device: str, todo: list[Step], folder: Path) -> Iterator[Outcome]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--public", nargs="+", required=True, help="tests of the public functions, which run on the GPU")
+    parser.add_argument("--kernels", nargs="+", required=True, help="tests of the kernels, of which those with `cuda` run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if device is None and not options.dry_run:
         raise SystemExit("there is no CUDA device here; --dry-run prints what would run on one")
     folder = ROOT / "bench" / "results" / re.sub(r"\W+", "-", device or "device").strip("-").lower()
-    todo = steps(folder)
+    todo = steps(folder, options.public, options.kernels)
     if options.dry_run:
         print(*(" ".join(step.command) for step in todo), sep="\n")
         return

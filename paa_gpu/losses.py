@@ -71,7 +71,7 @@ def candidate_losses(
 
     Returns:
         Per image Tensor[P_n], the `pos_losses` of `paa_reassign_batch`. They are float64 if a map or a target is, else float32.
-        Classes are summed in this dtype. Half precision is converted to it before any arithmetic.
+        The focal losses are computed in this dtype. Half precision is converted to it before any arithmetic.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative

@@ -41,7 +41,7 @@ CLASSES = 8
 
 @compiled
 def _gather(source: Any, layout: Any, image: Any, cell: Any, found: Any) -> None:
-    """Found [channels, n]: the channels of n anchors of a level.
+    """Gather the channels of n anchors of a level into `found` [channels, n].
 
     `source` is the memory of the map, `layout` the anchors of a location, the width and the strides. Places are unsigned: an
     index that may be negative may count from the end, and takes a branch.

@@ -110,8 +110,8 @@ def use_paa(
     over the four offsets (`retinanet_resnet50_fpn`) or GIoU (`retinanet_resnet50_fpn_v2`). `paa_reassign_batch` keeps the best.
     The head computes its own losses on them. There is no new parameter, so checkpoints load in both directions.
 
-    Prefer GIoU. L1 measures in sizes of the anchor, so the same error in pixels costs a large anchor less, and PAA then prefers
-    large anchors. `model.head.regression_head._loss_type = "giou"` changes the loss, before or after this call.
+    Prefer GIoU: in the experiment of `docs/torchvision.md`, PAA learned little with L1.
+    `model.head.regression_head._loss_type = "giou"` changes the loss, before or after this call.
 
     Args:
         model: a RetinaNet, or a module that contains RetinaNets, such as a DeepForest. A second call replaces the options.
