@@ -90,14 +90,25 @@ def test_several_processes_compile_at_once(tmp_path):
 
 
 LAYOUTS = """
-import torch, paa_gpu
+import collections, torch, paa_gpu
 from numba import types
+from numba.core.event import Listener, register
+
+layouts = collections.defaultdict(set)
+
+class Compiled(Listener):
+    def on_start(self, event):
+        arrays = [type for type in event.data["args"] if isinstance(type, types.Array)]
+        layouts[event.data["dispatcher"].py_func.__name__] |= {array.layout for array in arrays}
+
+    def on_end(self, event):
+        pass
+
+register("numba:compile", Compiled())
 for rows in (torch.rand(2, 45), torch.rand(1, 20_000)):
     paa_gpu.fit_gmm_1d(rows, init="kmeans")
-from paa_gpu.cpu import _mixtures, em, em_long
-for loop in (_mixtures.expectation, em._maximisation, em_long._moments, em_long._lloyd, em_long._range):
-    arrays = [argument for signature in loop.nopython_signatures for argument in signature.args if isinstance(argument, types.Array)]
-    print(loop.py_func.__name__, *sorted({array.layout for array in arrays}))
+for name in ("expectation", "_maximisation", "_moments", "_lloyd", "_range"):
+    print(name, *sorted(layouts[name]))
 """
 
 
