@@ -177,15 +177,6 @@ def assign(
         score[i] += r1[i]
 
 
-@inner
-def largest_size(first: int, last: int, count: Any) -> int:
-    """Room for y of the longest of these rows."""
-    most = 0
-    for row in range(first, last):
-        most = max(most, count[row])
-    return most + VECTOR
-
-
 @compiled
 def fit_rows(
     first: int, last: int, x: Any, start: Any, count: Any, tied: bool, tol: float, reg_covar: float, max_iter: int, started: bool,
@@ -193,7 +184,10 @@ def fit_rows(
     assignment: Any, score: Any,
 ) -> None:  # fmt: skip
     """`started`: the parameters hold what the first E-step takes, on y; else a row starts from its smallest and largest value."""
-    room = np.empty((3, largest_size(first, last, count)), weights.dtype)
+    width = 0
+    for row in range(first, last):
+        width = max(width, count[row])
+    room = np.empty((3, width + VECTOR), weights.dtype)
     for row in range(first, last):
         size, weight, mean, variance = count[row], weights[row], means[row], variances[row]
         smallest, y, r0, r1 = fit_row(

@@ -14,7 +14,8 @@ from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, inner, over_slices
-from .em import SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row, largest_size
+from ._mixtures import VECTOR
+from .em import SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row
 from .topk import SERIAL_IMAGES, flatten, select
 
 
@@ -57,7 +58,7 @@ def _fit_and_separate(
     positive: Any, ignored: Any,
 ) -> None:  # fmt: skip
     """Fit the rows, and mark their positive and ignored candidates."""
-    width = largest_size(first, last, count)
+    width = loss.shape[1] + VECTOR
     room, assignment, score = np.empty((3, width), weights.dtype), np.empty(width, np.bool_), np.empty(width, weights.dtype)
     for row in range(first, last):
         n, mean = count[row], means[row]
