@@ -368,7 +368,7 @@ def launch_rule(width: int) -> dict[str, int]:
     ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
     kernel takes the 72 to 94 it needs, and would spill under the usual limit.
     """
-    block = min(max(triton.next_power_of_2(width), 64), 1024)
+    block = min(max(1 << (width - 1).bit_length(), 64), 1024)
     if width > block:
         return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}

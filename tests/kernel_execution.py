@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -175,11 +175,12 @@ def _map_tensors(function: Any, value: Any) -> Any:
 def _admitted(session: Any) -> Iterator[None]:
     """Kernels may touch the tensors whose addresses they find in a table."""
 
-    def address(tensor: Tensor) -> int:
-        session.allow(tensor)
-        return tensor.data_ptr()
+    def pointers(tensors: Sequence[Tensor]) -> list[int]:
+        for tensor in tensors:
+            session.allow(tensor)
+        return [tensor.data_ptr() for tensor in tensors]
 
-    with mock.patch.object(_launch, "address", address):
+    with mock.patch.object(_launch, "pointers", pointers):
         yield
 
 
