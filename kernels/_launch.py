@@ -26,6 +26,21 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
 
 
+#: Compute capabilities of GPUs that do float64 at a 32nd or a 64th of the speed of float32, see the CUDA programming guide,
+#: "Throughput of native arithmetic instructions". Others count as fast.
+SLOW_FLOAT64 = {(7, 5), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the tensor's device; None where there is none."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda and torch.version.hip is None else None
+
+
+def mixes(precision: str, like: Tensor) -> bool:
+    """Whether fits on the device of `like` are of mixed precision."""
+    return capability(like) in SLOW_FLOAT64 if precision == "auto" else precision == "mixed"
+
+
 class Reserve:
     """Pinned memory for captured CUDA graphs, in pieces that live as long as the process.
 

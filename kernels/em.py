@@ -31,7 +31,7 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, mixes, register_limit, stage
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
@@ -416,7 +416,7 @@ def fit_gmm_1d(
             launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=covariance_type == "tied")
         elif n_components == 2:
             plain = init == "minmax" and weights_init is means_init is precisions_init is None
-            mixed = precision == "mixed" and plain and can_be_mixed(width, covariance_type)
+            mixed = mixes(precision, x) and plain and can_be_mixed(width, covariance_type)
             _fit_rows_kernel[(programs,)](
                 source, width, inits, tried, *options, PLAIN=plain, MIXED=mixed, **constants, **launch_rule(width)
             )

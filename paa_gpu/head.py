@@ -120,7 +120,7 @@ class PAAHead(nn.Module):
         covariance_type: str = "diag",
         separation: Separation = "mmdet",
         singleton: str = "background",
-        precision: str = "float64",
+        precision: str = "auto",
         gamma: float = 2.0,
         alpha: float = 0.25,
         bbox_loss_weight: float = 1.3,

@@ -60,7 +60,7 @@ def paa_reassign(
     covariance_type: str = "diag",
     separation: Separation = "mmdet",
     singleton: str = "background",
-    precision: str = "float64",
+    precision: str = "auto",
     num_gt: int | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -83,9 +83,9 @@ def paa_reassign(
             that it marks as both is positive.
         singleton: the rule for a ground truth with one candidate. "background": it gets no positive (mmdetection). "positive":
             its candidate is positive (the authors' repository).
-        precision: of the fit. "float64"; "float32"; or "mixed". "mixed" decides as "float64" does. Kernels then fit in float32,
-            and once more in float64 where float32 is not sure of a decision (`docs/options.md`). Loops for CPU tensors fit in
-            float64.
+        precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" decides as "float64" does. Kernels then fit in
+            float32, and once more in float64 where float32 is not sure of a decision (`docs/options.md`). "auto" is "mixed" on
+            GPUs with slow float64, and "float64" elsewhere. Loops for CPU tensors fit in float64.
         num_gt: ground truths of the image. None: the largest of `pos_gt_inds` plus one. Reading it waits for the device.
         validate: check the values too. This waits for the device.
 
@@ -147,7 +147,8 @@ def paa_reassign_batch(
         anchors: one list of levels (Tensor[A_l, 4] or ints) for all images, or a list of such lists, one per image.
         num_gts: ground truths of each image. None: the call reads the largest `pos_gt_inds` of each image, and waits once.
         num_classes, topk, covariance_type, separation, singleton, precision, validate: as in `paa_reassign`. If
-            `separation` is a function, it gets the ground truths of all images at once.
+            `separation` is a function, it gets the ground truths of all images at once. The default of `precision` is "float64",
+            because the result holds the parameters of the fits. With "mixed" and "auto", they may have float32's accuracy.
 
     Returns:
         `Reassignment`. With `num_gts`, and without `validate`, nothing waits for the device, and a CUDA graph can capture the

@@ -93,7 +93,8 @@ def assign_targets(
     A label outside [0, C) belongs to no class. The function does not modify its inputs, records no graph, and does not wait for
     the device. Source: PAA (arXiv 2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
     """
-    options = {name: value for name, value in _REASSIGNMENT.items() if name not in _OF_VALUES} | dict(reassignment or {})
+    usual = {name: value for name, value in _REASSIGNMENT.items() if name not in _OF_VALUES}
+    options = {**usual, "precision": "auto", **(reassignment or {})}  # nobody sees the parameters of the fits
     check_options(num_classes, **options)
     dtype, device = anchors[0].dtype, anchors[0].device
     boxes = _converted(boxes, dtype)
