@@ -124,7 +124,7 @@ def operations(seed: int = 0) -> list[Operation]:
         Operation("assign_max_iou", assign_max_iou, (anchors, boxes)),
         Operation("batched_nms", suppress, (predictions.mlvl_bboxes, predictions.mlvl_nms_scores)),
         Operation("weighted_boxes_fusion", weighted_boxes_fusion, _several_models(rng)),
-        Operation("mixed precision", decide, (losses, *batch[1:6])),
+        Operation("mixed_precision", decide, (losses, *batch[1:6])),
     ]
 
 
