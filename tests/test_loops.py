@@ -27,7 +27,7 @@ def test_the_disk_cache_sees_a_change_in_what_a_loop_calls(tmp_path):
 
     before = lower_bound()
     numeric = package / "cpu" / "_numeric.py"
-    numeric.write_text(numeric.read_text().replace("return series * np.int64", "return 2 * series * np.int64"))
+    numeric.write_text(numeric.read_text().replace("return integer(real(series)", "return real(2) * integer(real(series)"))
     assert lower_bound() > before + 0.1
 
 
@@ -35,6 +35,27 @@ def run(script: str, tmp_path: Path, **environment: str) -> subprocess.Completed
     """Run a script that starts without compiled loops."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), **environment}
     return subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+
+
+FUNCTIONS = """
+import paa_gpu
+from numba.core.event import install_recorder
+from paa_gpu import data
+
+with install_recorder("numba:compile") as recorder:
+    trees = data.load()
+    paa_gpu.paa_reassign(*trees.arguments, num_gt=trees.num_gt, num_classes=trees.num_classes)
+    assignment = len(recorder.buffer) // 2  # each begins and ends
+    paa_gpu.score_voting(*data.load_voting()[0].arguments)
+    print(assignment, len(recorder.buffer) // 2 - assignment)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_call_compiles_few_functions(tmp_path):
+    """Each takes a fifth of a second, whatever is in it. So the time of a first call grows with their number, numba's own included."""
+    assignment, voting = map(int, run(FUNCTIONS, tmp_path).stdout.split())
+    assert 0 < assignment <= 42 and 0 < voting <= 32
 
 
 NOTICE = """
@@ -90,14 +111,25 @@ def test_several_processes_compile_at_once(tmp_path):
 
 
 LAYOUTS = """
-import torch, paa_gpu
+import collections, torch, paa_gpu
 from numba import types
+from numba.core.event import Listener, register
+
+layouts = collections.defaultdict(set)
+
+class Compiled(Listener):
+    def on_start(self, event):
+        arrays = [type for type in event.data["args"] if isinstance(type, types.Array)]
+        layouts[event.data["dispatcher"].py_func.__name__] |= {array.layout for array in arrays}
+
+    def on_end(self, event):
+        pass
+
+register("numba:compile", Compiled())
 for rows in (torch.rand(2, 45), torch.rand(1, 20_000)):
     paa_gpu.fit_gmm_1d(rows, init="kmeans")
-from paa_gpu.cpu import _mixtures, em, em_long
-for loop in (_mixtures.expectation, em._maximisation, em_long._moments, em_long._lloyd, em_long._range):
-    arrays = [argument for signature in loop.nopython_signatures for argument in signature.args if isinstance(argument, types.Array)]
-    print(loop.py_func.__name__, *sorted({array.layout for array in arrays}))
+for name in ("expectation", "_maximisation", "_moments", "_lloyd", "_range"):
+    print(name, *sorted(layouts[name]))
 """
 
 

@@ -27,27 +27,31 @@ _SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.g
 _VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    def compile_at_first_call(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += f"-{_VERSION}"
-        # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
-        loop = njit(function, nogil=True, error_model="numpy", **options)
-        # No folder is writable: neither that of the package nor one of the user. Then each process compiles for itself.
-        with contextlib.suppress(RuntimeError):
-            loop.enable_caching()
-        return loop
-
-    return compile_at_first_call
-
-
-compiled = _compiled()
+# error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the
 # same on any number of threads; infinities and NaN stay what they are.
-compiled_sums = _compiled(fastmath={"reassoc", "contract", "arcp", "nsz"})
+_SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 
-# Python to Python, and a part of the compiled functions that call it.
-shared = register_jitable
+# For functions of one value: no sums in another order, whatever the caller allows. Their digits come from what rounding leaves.
+EXACT_SUMS: Any = {**_OPTIONS, "fastmath": {"contract"}}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A loop that Python calls. Its first call compiles it, for the types of the arguments."""
+    function.__qualname__ += f"-{_VERSION}"
+    loop = njit(function, nogil=True, **_OPTIONS)
+    # No folder is writable: neither that of the package nor one of the user. Then each process compiles for itself.
+    with contextlib.suppress(RuntimeError):
+        loop.enable_caching()
+    return loop
+
+
+# A part of the loops that call it, and Python to Python. Without an entry of their own for Python, and not kept on disk, they
+# compile in half of the time.
+inner = register_jitable(**_OPTIONS)
+inner_with_sums = register_jitable(**_SUMS)
 
 
 @functools.cache

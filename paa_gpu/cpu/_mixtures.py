@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ._loops import compiled, compiled_sums
+from ._loops import inner, inner_with_sums
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, exp, negative_exp2
 
 # Factors of at most 2 in a product that float32 can hold; of at most 8, in a mixture of eight components.
@@ -20,7 +20,7 @@ VECTOR = 16
 EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
 
 
-@compiled
+@inner
 def density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
     """(c, h) of the weighted log-density c - h (y - mean)^2."""
     real = weight.dtype.type
@@ -28,7 +28,7 @@ def density_terms(weight: Any, variance: Any, component: int) -> tuple[float, fl
     return real(math.log(w / math.sqrt(2 * math.pi * v))), real(0.5 / v)
 
 
-@compiled_sums
+@inner_with_sums
 def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: Any, r1: Any) -> Any:
     """Fill the responsibilities of two components; return the sum of the log-densities.
 
@@ -64,7 +64,7 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
     return total
 
 
-@compiled_sums
+@inner_with_sums
 def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any, resp: Any) -> Any:
     """`expectation` for any number k of components.
 
@@ -98,7 +98,7 @@ def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any,
     return total
 
 
-@compiled
+@inner
 def usable(row: int, weights_init: Any, means_init: Any, precisions_init: Any) -> bool:
     """Whether the initial values that are given are finite: a row whose are not starts as if there were none."""
     finite = True
@@ -108,7 +108,7 @@ def usable(row: int, weights_init: Any, means_init: Any, precisions_init: Any) -
     return finite
 
 
-@compiled
+@inner
 def take_given(
     row: int, smallest: float, weights_init: Any, means_init: Any, precisions_init: Any, tolerance: float,
     weight: Any, mean: Any, variance: Any,
@@ -130,7 +130,7 @@ def take_given(
     return good and (len(weights_init) == 0 or abs(total - 1) <= tolerance)
 
 
-@compiled
+@inner
 def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> Any:
     """Whether all is finite, and no component has shrunk to a point."""
     good = np.isfinite(lower_bound)
@@ -139,7 +139,7 @@ def is_fit(weight: Any, mean: Any, variance: Any, lower_bound: float) -> Any:
     return good
 
 
-@compiled
+@inner
 def void(row: int, weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any) -> None:
     """The results of a row that cannot be fitted."""
     lower_bound[row] = np.nan

@@ -9,14 +9,14 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from ._loops import compiled
+from ._loops import EXACT_SUMS, inner
 
 # log(2) in two parts, the first with so few bits that its product with any exponent is exact.
 LOG2_HIGH, LOG2_LOW = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
 C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for i in range(2, 14))
 
 
-@compiled
+@inner
 def exp(x: float) -> Any:
     """The exponential of x <= 0 to 1.1 units in the last place; that of -708 below, where float64 loses its bits.
 
@@ -33,26 +33,12 @@ def exp(x: float) -> Any:
     return series * np.int64((np.int64(np.int32(n)) + 1023) << 52).view(np.float64)
 
 
-# Coefficients of atanh(s) / s in s^2, up to the last term above a rounding error where s <= 1 / 3.
-A1, A2, A3, A4, A5, A6, A7, A8, A9, A10, A11, A12, A13, A14, A15, A16 = (1 / (2 * i + 1) for i in range(1, 17))
-
-
-@compiled
-def log1p(x: float) -> float:
-    """The logarithm of 1 + x = 2 atanh(x / (2 + x)) of 0 <= x <= 1."""
-    s = x / (2 + x)
-    t = s * s
-    high = A9 + t * (A10 + t * (A11 + t * (A12 + t * (A13 + t * (A14 + t * (A15 + t * A16))))))
-    return 2 * s * (1 + t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * (A5 + t * (A6 + t * (A7 + t * (A8 + t * high)))))))))
-
-
 def negative_exp(x: Any) -> Any:
     """exp(-x) for x >= 0 to 2 units in the last place; that of 87 (float64: 708) above, where bits are lost."""
     return np.exp(-x)
 
 
-# No sums in another order here either, as below.
-@overload(negative_exp, jit_options={"fastmath": {"contract"}})
+@overload(negative_exp, jit_options=EXACT_SUMS)
 def _negative_exp(x: Any) -> Any:
     single = x == numba.float32
     real: Any = np.float32 if single else np.float64
@@ -77,24 +63,30 @@ def _negative_exp(x: Any) -> Any:
 
 
 def log1p_of_part(x: Any) -> Any:
-    """The logarithm of 1 + x = 2 atanh(x / (2 + x)) of 0 <= x <= 1, to 3 units in the last place."""
+    """The logarithm of 1 + x = 2 atanh(x / (2 + x)) of 0 <= x <= 1, to 2 units in the last place."""
     return np.log1p(x)
 
 
-@overload(log1p_of_part)
+@overload(log1p_of_part, jit_options=EXACT_SUMS)
 def _log1p_of_part(x: Any) -> Any:
     single = x == numba.float32
     real: Any = np.float32 if single else np.float64
-    terms = tuple(real(1 / (2 * k + 1)) for k in range(7 if single else 16, -1, -1))
+    # The terms of even and of odd powers apart: the compiler unrolls loops of up to 16 rounds, and these two do not wait for each
+    # other. The first term, 1, comes last: what the others round away is small beside it.
+    degree = 7 if single else 16
+    even = tuple(real(1 / (2 * k + 1)) for k in range(degree // 2 * 2, 0, -2))
+    odd = tuple(real(1 / (2 * k + 1)) for k in range((degree - 1) // 2 * 2 + 1, 0, -2))
     two = real(2)
 
     def logarithm(x: Any) -> Any:
         s = x / (two + x)
         t = s * s
-        series = terms[0]
-        for k in range(1, len(terms)):
-            series = series * t + terms[k]
-        return two * s * series
+        square, of_even, of_odd = t * t, even[0], odd[0]
+        for k in range(1, len(even)):
+            of_even = of_even * square + even[k]
+        for k in range(1, len(odd)):
+            of_odd = of_odd * square + odd[k]
+        return two * s + two * s * (t * (of_odd + t * of_even))
 
     return logarithm
 
@@ -108,8 +100,7 @@ def negative_exp2(x: Any) -> Any:
 PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1021.0, 125.0
 
 
-# No sums in another order here, whatever the caller allows: the whole part comes from what rounding leaves of x.
-@overload(negative_exp2, jit_options={"fastmath": {"contract"}})
+@overload(negative_exp2, jit_options=EXACT_SUMS)
 def _negative_exp2(x: Any) -> Any:
     single = x == numba.float32
     real: Any = np.float32 if single else np.float64

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, flat, lengths, offsets
-from ._loops import compiled, over_slices
+from ._loops import compiled, inner, over_slices
 
 # Anchors of a row: many enough to fill vector registers, few enough to lie together; of an image with many anchors, more, so that
 # `best` has no more than MOST_ROWS numbers for each ground truth.
@@ -28,7 +28,7 @@ ROW, MOST_ROWS = 512, 128
 SERIAL_ROWS = 60
 
 
-@compiled
+@inner
 def _ratio(box: Any, side: Any, area: Any, of_anchor: bool, eps: Any, ratio: Any) -> None:
     """Intersection over union of a box with the anchors of a row, or over the area of the anchor. A box with a NaN has no area in
     common with an anchor."""
@@ -44,7 +44,7 @@ def _ratio(box: Any, side: Any, area: Any, of_anchor: bool, eps: Any, ratio: Any
         ratio[i] = overlap / (eps if whole < eps else whole)
 
 
-@compiled
+@inner
 def _overlap(box: Any, side: Any, area: Any, eps: Any, counts: Any, iou: Any) -> None:
     """IoU of the anchors that count, -1 of the others and where it is not a number."""
     _ratio(box, side, area, False, eps, iou)
@@ -53,7 +53,7 @@ def _overlap(box: Any, side: Any, area: Any, eps: Any, counts: Any, iou: Any) ->
         iou[i] = iou[i] if counts[i] and iou[i] >= 0 else none
 
 
-@compiled
+@inner
 def _highest(iou: Any) -> Any:
     """The highest of the overlaps, of which those that do not count are -1."""
     bits, highest = iou.view(np.int32), np.int32(-(2**31))
@@ -62,7 +62,7 @@ def _highest(iou: Any) -> Any:
     return np.array([highest], np.int32).view(np.float32)[0]
 
 
-@compiled
+@inner
 def _bounds(side: Any) -> tuple[Any, Any, Any, Any]:
     """x1, y1, x2, y2 around the anchors of a row; comparisons leave out what is NaN."""
     x1, y1, x2, y2 = np.float32(np.inf), np.float32(np.inf), np.float32(-np.inf), np.float32(-np.inf)
@@ -74,7 +74,7 @@ def _bounds(side: Any) -> tuple[Any, Any, Any, Any]:
     return x1, y1, x2, y2
 
 
-@compiled
+@inner
 def _apart(box: Any, bounds: tuple[Any, Any, Any, Any]) -> bool:
     """Whether the box overlaps no anchor within the bounds, so that each IoU is 0. Not known of one whose area is not finite."""
     x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
@@ -82,7 +82,7 @@ def _apart(box: Any, bounds: tuple[Any, Any, Any, Any]) -> bool:
     return bool(outside and np.isfinite((x2 - x1) * (y2 - y1)))
 
 
-@compiled
+@inner
 def _counting(side: Any, area: Any, boxes: Any, valid: Any, ignore_iof_thr: Any, eps: Any, iou: Any, counts: Any) -> None:
     """The anchors that are there and not ignored, and that may overlap something: whose area is a number."""
     for a in range(len(area)):
@@ -93,7 +93,7 @@ def _counting(side: Any, area: Any, boxes: Any, valid: Any, ignore_iof_thr: Any,
             counts[a] &= not iou[a] > ignore_iof_thr
 
 
-@compiled
+@inner
 def _decided(most: Any, owner: int, pos_iou_thr: Any, neg_iou_thr: Any) -> int:
     """The ground truth from 1, 0 for background, -1 for neither."""
     return owner + 1 if most >= pos_iou_thr else 0 if most >= 0 and most < neg_iou_thr else -1
@@ -150,7 +150,7 @@ def _first_pass(
             gt_inds[low + a] = kept if keep_owner else _decided(most[a], owner[a], pos_iou_thr, neg_iou_thr)
 
 
-@compiled
+@inner
 def _own(iou: Any, most: Any, gt: int, first_only: bool, gt_inds: Any) -> None:
     """The best anchors of a ground truth become its own."""
     for i in range(len(iou)):

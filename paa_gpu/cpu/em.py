@@ -12,7 +12,6 @@ until the lower bound changes by less than `tol`, as in scikit-learn's `Gaussian
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +23,9 @@ from .._ops import INITS, PRECISIONS, sum_tolerance
 from ..separation import tie_tolerance
 from . import em_long
 from ._arrays import Array, flat, view
-from ._loops import compiled, compiled_sums, over_slices, shared
+from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
-from ._numeric import exp, log1p
+from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
@@ -37,7 +36,7 @@ SERIAL_ROWS = 128
 LONG_ROW = 16_384
 
 
-@compiled_sums
+@inner_with_sums
 def _maximisation(
     y: Any, r0: Any, r1: Any, tied: bool, reg_covar: float, empty: float, weight: Any, mean: Any, variance: Any
 ) -> None:
@@ -61,43 +60,17 @@ def _maximisation(
     weight[0], weight[1] = n0 / (n0 + n1), n1 / (n0 + n1)
 
 
-@compiled
-def _assign(
-    y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
-) -> None:
-    """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
-    c0, h0 = density_terms(weight, variance, 0)
-    c1, h1 = density_terms(weight, variance, 1)
-    for i in range(size):
-        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
-        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
-        assignment[i] = log_p0 >= log_p1 - tolerance
-        score[i] = max(log_p0, log_p1)
-        r0[i] = log_p0 - log_p1
-    for i in range(len(y)):
-        r1[i] = log1p(exp(-abs(r0[i])))
-    for i in range(size):
-        score[i] += r1[i]
-
-
-@compiled
-def _extent(values: Any) -> tuple[Any, Any, bool]:
-    """The smallest and the largest value, and whether all are finite."""
-    smallest, largest, finite = values.dtype.type(np.inf), values.dtype.type(-np.inf), True
-    for value in values:
-        smallest, largest = min(smallest, value), max(largest, value)
-        finite &= np.isfinite(value)
-    return smallest, largest, finite
-
-
-@compiled
+@inner
 def _shifted(values: Any, y: Any) -> tuple[Any, Any, bool]:
     """Fill y with the values less the smallest, and zeros behind; in the arithmetic of y.
 
     Returns the smallest value, the extent, and whether all values are finite.
     """
     real = y.dtype.type
-    smallest, largest, finite = _extent(values)
+    smallest, largest, finite = values.dtype.type(np.inf), values.dtype.type(-np.inf), True
+    for value in values:
+        smallest, largest = min(smallest, value), max(largest, value)
+        finite &= np.isfinite(value)
     low = real(smallest)
     for i in range(len(values)):
         y[i] = real(values[i]) - low
@@ -113,8 +86,8 @@ def start_rows(
 ) -> None:  # fmt: skip
     """The parameters that the first E-step takes, on y, from centres; for rows that can be fitted.
 
-    A loop of its own: the assignment, which starts from the smallest and the largest loss, does not have to wait until this one
-    is compiled.
+    A loop of its own, as is `given_rows`: the assignment, which starts from the smallest and the largest loss, does not have to
+    wait until they are compiled.
     """
     real = weights.dtype.type
     for row in range(first, last):
@@ -132,82 +105,104 @@ def start_rows(
 
 
 @compiled
-def fit_rows(
-    first: int,
-    last: int,
-    x: Any,
-    start: Any,
-    count: Any,
-    weights_init: Any,
-    means_init: Any,
-    precisions_init: Any,
-    tied: bool,
-    tol: float,
-    reg_covar: float,
-    max_iter: int,
-    n_init: int,
-    sum_tolerance: float,
-    started: bool,
-    tolerance: float,
-    weights: Any,
-    means: Any,
-    variances: Any,
-    lower_bound: Any,
-    n_iter: Any,
-    converged: Any,
-    valid: Any,
-    assignment: Any,
-    score: Any,
+def given_rows(
+    first: int, last: int, x: Any, start: Any, count: Any, weights_init: Any, means_init: Any, precisions_init: Any,
+    sum_tolerance: float, n_init: int, started: bool, weights: Any, means: Any, variances: Any,
+) -> None:  # fmt: skip
+    """The parameters that the first E-step takes, on y: what is given, the rest as `start_rows` has left it where `started`.
+
+    NaN where what is given makes no mixture.
+    """
+    for row in range(first, last):
+        weight, mean, variance, given = weights[row], means[row], variances[row], row // n_init
+        values, y = x[start[row] : start[row] + count[row]], np.empty(count[row], weights.dtype)
+        smallest, extent, _ = _shifted(values, y)
+        if not started:
+            minmax(extent, weight, mean, variance)
+        usual = not usable(given, weights_init, means_init, precisions_init)
+        if not usual and not take_given(
+            given, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance
+        ):
+            weight[0] = np.nan
+
+
+@inner
+def fit_row(
+    row: int, values: Any, room: Any, tied: bool, tol: float, reg_covar: float, max_iter: int, started: bool,
+    weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """Fit a row. Returns the smallest value; y, less this value, as are the means then; and room for two rows like y."""
+    real, size = weights.dtype.type, len(values)
+    whole = (size + VECTOR - 1) // VECTOR * VECTOR
+    # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
+    y, r0, r1 = room[0][:whole], room[1][:whole], room[2][:whole]
+    smallest, extent, finite = _shifted(values, y)
+    weight, mean, variance = weights[row], means[row], variances[row]
+    if not started:
+        minmax(extent, weight, mean, variance)
+    converged[row], n_iter[row], previous = False, 0, real(-np.inf)
+    valid[row] = size >= 2 and finite and not np.isnan(weight[0])
+    while valid[row] and n_iter[row] < max_iter and not converged[row]:
+        n_iter[row] += 1
+        lower_bound[row] = expectation(y, size, weight, mean, variance, r0, r1) / real(size)
+        _maximisation(y, r0, r1, tied, real(reg_covar), real(EMPTY_COMPONENT), weight, mean, variance)
+        converged[row] = abs(lower_bound[row] - previous) < real(tol)
+        previous = lower_bound[row]
+    if not valid[row] or not is_fit(weight, mean, variance, lower_bound[row]):
+        void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
+    return smallest, y, r0, r1
+
+
+@inner
+def assign(
+    y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
 ) -> None:
-    """`started`: the parameters hold what `start_rows` has left, on y; else a row starts from its smallest and largest value."""
-    real = weights.dtype.type
-    change, floor, empty = real(tol), real(reg_covar), real(EMPTY_COMPONENT)
+    """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
+    c0, h0 = density_terms(weight, variance, 0)
+    c1, h1 = density_terms(weight, variance, 1)
+    real = y.dtype.type
+    per_log2, stop = real(PER_LOG2), real(STOP if y.itemsize == 8 else STOP_SINGLE)
+    for i in range(size):
+        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
+        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        assignment[i] = log_p0 >= log_p1 - real(tolerance)
+        score[i] = max(log_p0, log_p1)
+        r0[i] = log_p0 - log_p1
+    for i in range(len(y)):
+        power = abs(r0[i]) * per_log2
+        r1[i] = negative_exp2(stop if power > stop else power)
+    for i in range(len(y)):
+        r1[i] = log1p_of_part(r1[i])
+    for i in range(size):
+        score[i] += r1[i]
+
+
+@compiled
+def fit_rows(
+    first: int, last: int, x: Any, start: Any, count: Any, tied: bool, tol: float, reg_covar: float, max_iter: int, started: bool,
+    tolerance: float, weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any,
+    assignment: Any, score: Any,
+) -> None:  # fmt: skip
+    """`started`: the parameters hold what the first E-step takes, on y; else a row starts from its smallest and largest value."""
     width = 0
     for row in range(first, last):
         width = max(width, count[row])
-    width += VECTOR
-    y_row, resp_row = np.empty(width, weights.dtype), np.empty((2, width), weights.dtype)
+    room = np.empty((3, width + VECTOR), weights.dtype)
     for row in range(first, last):
-        size = count[row]
-        values = x[start[row] : start[row] + size]
-        y = y_row[: (size + VECTOR - 1) // VECTOR * VECTOR]
+        size, weight, mean, variance = count[row], weights[row], means[row], variances[row]
+        smallest, y, r0, r1 = fit_row(
+            row, x[start[row] : start[row] + size], room, tied, tol, reg_covar, max_iter, started,
+            weights, means, variances, lower_bound, n_iter, converged, valid,
+        )  # fmt: skip
         for i in range(score.shape[1]):
             assignment[row, i], score[row, i] = False, -np.inf
-        smallest, extent, finite = _shifted(values, y)
-        valid[row] = size >= 2 and finite
-        # Rows first: a slice of columns is not contiguous for the compiler, and the loops would not fill vector registers.
-        r0, r1 = resp_row[0][: len(y)], resp_row[1][: len(y)]
-        weight, mean, variance = weights[row], means[row], variances[row]
-        if valid[row]:
-            if not started:
-                minmax(extent, weight, mean, variance)
-            given = row // n_init
-            valid[row] = not usable(given, weights_init, means_init, precisions_init) or take_given(
-                given, smallest, weights_init, means_init, precisions_init, sum_tolerance, weight, mean, variance
-            )
-        if not valid[row]:
-            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
-            continue
-
-        previous = real(-np.inf)
-        converged[row], n_iter[row] = False, 0
-        while n_iter[row] < max_iter and not converged[row]:
-            n_iter[row] += 1
-            lower_bound[row] = expectation(y, size, weight, mean, variance, r0, r1) / real(size)
-            _maximisation(y, r0, r1, tied, floor, empty, weight, mean, variance)
-            converged[row] = abs(lower_bound[row] - previous) < change
-            previous = lower_bound[row]
-        if not is_fit(weight, mean, variance, lower_bound[row]):
-            void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
-            continue
-        if score.shape[1] > 0:
-            _assign(y, size, weight, mean, variance, real(tolerance), r0, r1, assignment[row], score[row])
+        if valid[row] and score.shape[1] > 0:
+            assign(y, size, weight, mean, variance, tolerance, r0, r1, assignment[row], score[row])
         mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
 
 
-@shared
-def empty_fit(rows: int, width: int, real: Any, k: int = 2) -> tuple[Array, ...]:
-    """weights, means, variances [G, k]; lower_bound, n_iter, converged, valid [G]; assignment, score [G, width]."""
+def empty_fit(rows: int, real: Any, k: int = 2) -> tuple[Array, ...]:
+    """weights, means, variances [G, k]; lower_bound, n_iter, converged, valid [G]."""
     return (
         np.empty((rows, k), real),
         np.empty((rows, k), real),
@@ -216,41 +211,24 @@ def empty_fit(rows: int, width: int, real: Any, k: int = 2) -> tuple[Array, ...]
         np.empty(rows, np.int64),
         np.empty(rows, np.bool_),
         np.empty(rows, np.bool_),
-        np.empty((rows, width), np.bool_),
-        np.empty((rows, width), real),
     )
 
 
-def fit(x: Array, start: Array, count: Array, width: int, options: tuple[Any, ...]) -> tuple[Array, ...]:
-    """Fit two components to x[start[g] : start[g] + count[g]] of a flat x for every row g: what `empty_fit` holds."""
-    results = empty_fit(len(start), width, options[0].dtype)
-    over_slices(fit_rows, len(start), SERIAL_ROWS, x, start, count, *options, *results)
-    return results
-
-
-@functools.cache
-def _none(precision: str) -> Array:
-    """No initial values."""
-    return np.empty((0, 2), precision)
-
-
 def fit_options(
-    precision: str,
-    covariance_type: str,
-    tol: float = 1e-3,
-    reg_covar: float = 1e-6,
-    max_iter: int = 100,
-    initial: Sequence[Tensor | None] = (None, None, None),
-    n_init: int = 1,
-    started: bool = False,
+    covariance_type: str, tol: float = 1e-3, reg_covar: float = 1e-6, max_iter: int = 100, started: bool = False
 ) -> tuple[Any, ...]:
-    """What `fit_rows` takes between the rows and its results. The initial weights, means and precisions are of the dtype of the
-    fit, and empty where not given."""
-    given = [_none(precision) if values is None else flat([values], precision) for values in initial]
-    return (
-        *given, covariance_type == "tied", tol, reg_covar, max_iter, n_init, sum_tolerance(initial[0]), started,
-        tie_tolerance(PRECISIONS[precision]),
-    )  # fmt: skip
+    """What `fit_row` takes between the row and its results."""
+    return covariance_type == "tied", tol, reg_covar, max_iter, started
+
+
+def fit(loss: Array, count: Array, covariance_type: str, precision: str) -> tuple[Array, ...]:
+    """Fit two components to loss[g, :count[g]] of every row g: what `empty_fit` holds, then assignment and score [G, K]."""
+    rows, width = loss.shape
+    real = np.dtype(precision)
+    results = *empty_fit(rows, real), np.empty((rows, width), np.bool_), np.empty((rows, width), real)
+    options = *fit_options(covariance_type), tie_tolerance(PRECISIONS[precision])
+    over_slices(fit_rows, rows, SERIAL_ROWS, loss.reshape(-1), np.arange(rows) * width, count, *options, *results)
+    return results
 
 
 def _best(results: tuple[Array, ...], rows: int, n_init: int) -> tuple[Array, ...]:
@@ -285,23 +263,30 @@ def fit_gmm_1d(
         size = np.asarray(lengths, np.int64)
         start = np.cumsum(size) - size
     else:
-        rows, width = x.shape
-        start = np.arange(rows) * width
-        size = np.full(rows, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
-    initial = (weights_init, means_init, precisions_init)
-    started = INITS.index(init) != MINMAX and not all(given is not None and np.isfinite(view(given)).all() for given in initial)
-    options = fit_options(precision, covariance_type, tol, reg_covar, max_iter, initial, n_init, started)
-    values = flat([x], precision).reshape(-1)
-    all_starts, sizes = np.repeat(start, n_init), np.repeat(size, n_init)
-    results = empty_fit(len(sizes), 0, np.dtype(precision), n_components)
-    in_blocks = np.flatnonzero((sizes > LONG_ROW) | (n_components != 2))
-    if len(in_blocks) < len(sizes):
+        number, width = x.shape
+        start = np.arange(number) * width
+        size = np.full(number, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
+    real, tied, initial = np.dtype(precision), covariance_type == "tied", (weights_init, means_init, precisions_init)
+    complete = all(values is not None and np.isfinite(view(values)).all() for values in initial)
+    # Empty where not given.
+    given = [np.empty((0, 2), real) if values is None else flat([values], real) for values in initial]
+    x_values, starts, sizes = flat([x], real).reshape(-1), np.repeat(start, n_init), np.repeat(size, n_init)
+    results = empty_fit(len(sizes), real, n_components)
+    short = (sizes <= LONG_ROW) & (n_components == 2)
+    if short.any():
         # What `em_long` fits is an empty row here.
-        short = np.where(sizes > LONG_ROW, 0, sizes)
-        if started:
-            start_options = INITS.index(init), seed, n_init, covariance_type == "tied", reg_covar
-            over_slices(start_rows, len(short), SERIAL_ROWS, values, all_starts, short, *start_options, *results[:3])
-        over_slices(fit_rows, len(short), SERIAL_ROWS, values, all_starts, short, *options, *results)
-    if len(in_blocks):
-        em_long.fit(in_blocks, values, all_starts, sizes, (*options[:-2], INITS.index(init), seed), results[:7])
-    return tuple(map(torch.from_numpy, _best(results[:7], len(size), n_init)))
+        rows = x_values, starts, np.where(short, sizes, 0)
+        if started := INITS.index(init) != MINMAX and not complete:
+            over_slices(
+                start_rows, len(sizes), SERIAL_ROWS, *rows, INITS.index(init), seed, n_init, tied, reg_covar, *results[:3]
+            )
+        if any_given := any(values is not None for values in initial):
+            given_options = sum_tolerance(weights_init), n_init, started
+            over_slices(given_rows, len(sizes), SERIAL_ROWS, *rows, *given, *given_options, *results[:3])
+        options = *fit_options(covariance_type, tol, reg_covar, max_iter, started or any_given), 0.0
+        unread = np.empty((len(sizes), 0), np.bool_), np.empty((len(sizes), 0), real)
+        over_slices(fit_rows, len(sizes), SERIAL_ROWS, *rows, *options, *results, *unread)
+    if not short.all():
+        long_options = tied, tol, reg_covar, max_iter, n_init, sum_tolerance(weights_init), INITS.index(init), seed
+        em_long.fit(np.flatnonzero(~short), x_values, starts, sizes, (*given, *long_options), results)
+    return tuple(map(torch.from_numpy, _best(results, len(size), n_init)))

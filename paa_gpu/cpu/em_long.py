@@ -18,7 +18,7 @@ import torch
 
 from .._ops import LLOYD_PASSES
 from ._arrays import Array
-from ._loops import compiled, compiled_sums, over_slices, shared
+from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
 from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move
 
@@ -33,7 +33,7 @@ SERIAL_BLOCKS = 100
 RANGE, LLOYD, DIVISION, EM, DONE = range(5)
 
 
-@compiled_sums
+@inner_with_sums
 def _range(x: Any, origin: float, low: Any, high: Any, out: Any) -> None:
     """The smallest and the largest value, the sum less `origin` each, and whether all are finite.
 
@@ -56,7 +56,7 @@ def _range(x: Any, origin: float, low: Any, high: Any, out: Any) -> None:
     out[0], out[1], out[2], out[3] = low.min(), high.max(), total, nothing == zero
 
 
-@compiled_sums
+@inner_with_sums
 def _moments(y: Any, r: Any, out: Any) -> None:
     """n, m and q of one component and block."""
     zero = y.dtype.type(0)
@@ -70,7 +70,7 @@ def _moments(y: Any, r: Any, out: Any) -> None:
     out[0], out[1], out[2] = number, mean, square
 
 
-@compiled_sums
+@inner_with_sums
 def _lloyd(values: Any, smallest: float, edge: Any, out: Any) -> None:
     """How many values belong to each centre, and their sum less `smallest` each. What is left belongs to the last centre."""
     zero, one = values.dtype.type(0), values.dtype.type(1)
@@ -124,7 +124,7 @@ def scan(
             _moments(y, resp[j][:whole], out[1 + 3 * j : 4 + 3 * j])
 
 
-@compiled
+@inner
 def maximisation(partial: Any, tied: bool, reg_covar: float, weight: Any, mean: Any, variance: Any) -> None:
     """The M-step, from the moments of the blocks."""
     k, empty = len(mean), weight.dtype.type(EMPTY_COMPONENT)
@@ -197,7 +197,7 @@ def advance(
     return EM
 
 
-@shared
+@inner
 def _scratch(size: int, k: int, like: Any) -> tuple[Array, Array, Array, Array]:
     """partial, span, centre and before of a row, see `advance`."""
     real = like.dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, offsets, rounded, tensor, view
-from ._loops import compiled, over_slices
+from ._loops import compiled, inner, over_slices
 
 CHUNK = 32
 AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
@@ -39,7 +39,7 @@ def _prepare(first: int, last: int, bounds: Any, boxes: Any, scores: Any, weight
             score[e] = np.float64(scores[e]) * weight
 
 
-@compiled
+@inner
 def _most_overlapped(fused: Any, clusters: int, x1: float, y1: float, x2: float, y2: float, iou_thr: float, overlaps: Any) -> int:
     """The fused box with the highest IoU, the first of equal ones; -1 if none exceeds the threshold."""
     area, best, match = (x2 - x1) * (y2 - y1), iou_thr, -1
@@ -58,20 +58,20 @@ def _most_overlapped(fused: Any, clusters: int, x1: float, y1: float, x2: float,
     return match
 
 
-@compiled
+@inner
 def _narrow(x: float) -> float:
     """Rounded to float32."""
     return np.float64(np.float32(x))
 
 
-@compiled
+@inner
 def _set_box(fused: Any, c: int, x1: float, y1: float, x2: float, y2: float) -> None:
     chunk, i = c // CHUNK, c % CHUNK
     fused[chunk, 0, i], fused[chunk, 1, i], fused[chunk, 2, i], fused[chunk, 3, i] = x1, y1, x2, y2
     fused[chunk, 4, i] = (x2 - x1) * (y2 - y1)
 
 
-@compiled
+@inner
 def _confidence(rule: int, mean: float, highest: float, n: int, weight: float, models: Any, weights: Any, total: float) -> Any:
     """The score of a cluster of n boxes. `mean` and `highest` are of their weighted scores, `weight` sums their weights."""
     if rule == MAXIMUM:
@@ -91,7 +91,7 @@ def _confidence(rule: int, mean: float, highest: float, n: int, weight: float, m
     return mean * n / (weight + absent)
 
 
-@compiled
+@inner
 def _cluster(order: Any, inputs: Any, weights: Any, iou_thr: float, rule: int, total: float, out: Any) -> int:
     """Form the clusters of a class. Its boxes are `order`. Write the fused boxes and scores, and return their number."""
     box, score, model = inputs

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._ops import box_numbers, empty_losses
 from ._arrays import Array, flat, lengths, offsets, view
-from ._loops import compiled, compiled_sums, over_slices
+from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
@@ -58,7 +58,7 @@ def _gather(source: Any, layout: Any, image: Any, cell: Any, found: Any) -> None
             channel[i] = source[place[i] + shift]
 
 
-@compiled_sums
+@inner_with_sums
 def _focal_of_class(logits: Any, sign: Any, numbers: Any, total: Any) -> None:
     """Add the focal losses of one class, without their weight, to `total` [n].
 
@@ -78,7 +78,7 @@ def _focal_of_class(logits: Any, sign: Any, numbers: Any, total: Any) -> None:
             total[i] += (max(z, zero) + log) * negative_exp(gamma * (max(-z, zero) + log))
 
 
-@compiled
+@inner
 def _focal(scores: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> None:
     """The focal losses [n] of logits [classes, n], which are written over.
 
@@ -101,7 +101,7 @@ def _focal(scores: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> No
             loss[i] += (1 - alpha) * part[i]
 
 
-@compiled
+@inner
 def _decode_side(low: float, high: float, shift: float, scale: float, least: float, most: float) -> tuple[float, float]:
     """The ends of a side of the anchor, moved and scaled; `least`, `most`: of the logarithm of the scale."""
     scale = most if scale > most else least if scale < least else scale
@@ -110,7 +110,7 @@ def _decode_side(low: float, high: float, shift: float, scale: float, least: flo
     return centre - half, centre + half
 
 
-@compiled
+@inner
 def _giou_loss(x1: float, y1: float, x2: float, y2: float, target: Any, least_area: float, added_area: float) -> float:
     """1 - GIoU; NaN where a corner is NaN."""
     target_x1, target_y1, target_x2, target_y2 = target[0], target[1], target[2], target[3]
@@ -123,14 +123,14 @@ def _giou_loss(x1: float, y1: float, x2: float, y2: float, target: Any, least_ar
     return loss
 
 
-@compiled
+@inner
 def _side_difference(low: float, high: float, target_low: float, target_high: float) -> tuple[float, float]:
     """The shift and the logarithm of the scale that take a side of the anchor to that of the target."""
     size, target_size = high - low, target_high - target_low
     return (target_low + target_high - low - high) * 0.5 / size, math.log(target_size / size)
 
 
-@compiled
+@inner
 def _l1_loss(box: Any, delta: Any, target: Any, weight: Any, stds: Any) -> float:
     dx, dw = _side_difference(box[0], box[2], target[0], target[2])
     dy, dh = _side_difference(box[1], box[3], target[1], target[3])

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .._ops import READOUTS
 from ._arrays import Array, array, offsets, part, view
-from ._loops import compiled, compiled_sums, over_slices
-from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p, negative_exp2
+from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 
 PREDICT, PREDICT_PROBA, LOW_PROBABILITY, SCORE_SAMPLES, LOG_LIKELIHOOD = range(len(READOUTS))
 
@@ -35,8 +35,8 @@ SERIAL_SPANS = 4
 BLOCK = 256
 
 
-@compiled_sums
-def _log_p(x: Any, row: int, weights: Any, means: Any, variances: Any, log_p: Any) -> None:
+@inner_with_sums
+def _log_p(x: Any, row: Any, weights: Any, means: Any, variances: Any, log_p: Any) -> None:
     """Log p_k of a block, [k, BLOCK]."""
     real = log_p.dtype.type
     for k in range(weights.shape[1]):
@@ -47,7 +47,7 @@ def _log_p(x: Any, row: int, weights: Any, means: Any, variances: Any, log_p: An
             of_component[i] = c - h * (x[i] - mean) ** 2
 
 
-@compiled
+@inner
 def _decay(x: Any, result: Any) -> None:
     """exp(-|x|) of a block; NaN of NaN."""
     zero = x.dtype.type(0)
@@ -58,7 +58,7 @@ def _decay(x: Any, result: Any) -> None:
         result[i] = zero if power > stop else value
 
 
-@compiled
+@inner
 def _share_of_two(log_p: Any, first: int, share: Any, ratio: Any) -> None:
     """The responsibility of component `first` of two."""
     one, own, other = share.dtype.type(1), log_p[first], log_p[1 - first]
@@ -70,7 +70,7 @@ def _share_of_two(log_p: Any, first: int, share: Any, ratio: Any) -> None:
         share[i] = larger if share[i] >= 0 else ratio[i] * larger
 
 
-@compiled
+@inner
 def _shares(log_p: Any, best: Any, total: Any) -> None:
     """Log p_k become p_k over the largest of them, and `total` their sum."""
     total[:] = 0
@@ -83,7 +83,7 @@ def _shares(log_p: Any, best: Any, total: Any) -> None:
             total[i] += share[i]
 
 
-@compiled
+@inner
 def _best(log_p: Any, best: Any) -> None:
     best[:] = log_p[0, : len(best)]
     for k in range(1, len(log_p)):
@@ -91,7 +91,7 @@ def _best(log_p: Any, best: Any) -> None:
             best[i] = max(best[i], log_p[k, i])
 
 
-@compiled
+@inner
 def _probabilities(log_p: Any, best: Any, total: Any, answer: Any) -> None:
     """Responsibilities, [BLOCK, k]."""
     if len(log_p) == 2:
@@ -109,8 +109,8 @@ def _probabilities(log_p: Any, best: Any, total: Any, answer: Any) -> None:
             answer[i, k] = log_p[k, i] / total[i]
 
 
-@compiled
-def _low_probabilities(log_p: Any, low: int, best: Any, total: Any, answer: Any) -> None:
+@inner
+def _low_probabilities(log_p: Any, low: Any, best: Any, total: Any, answer: Any) -> None:
     """The responsibility of component `low`, [BLOCK, 1]."""
     if len(log_p) == 2:
         _share_of_two(log_p, low, best, total)
@@ -122,7 +122,7 @@ def _low_probabilities(log_p: Any, low: int, best: Any, total: Any, answer: Any)
         answer[i, 0] = log_p[low, i] / total[i]
 
 
-@compiled
+@inner
 def _labels(log_p: Any, best: Any, answer: Any) -> None:
     """The first of the likeliest components, [BLOCK, 1]; -1 where none has a density."""
     best[:] = -np.inf
@@ -133,7 +133,7 @@ def _labels(log_p: Any, best: Any, answer: Any) -> None:
                 best[i], answer[i, 0] = log_p[k, i], k
 
 
-@compiled
+@inner
 def _scores(log_p: Any, best: Any, total: Any) -> None:
     """The log-densities, in `best`; -inf where no component has a density."""
     if len(log_p) == 2:
@@ -142,7 +142,7 @@ def _scores(log_p: Any, best: Any, total: Any) -> None:
         _decay(best, total)
         for i in range(len(best)):
             largest = max(log_p[0, i], log_p[1, i])
-            best[i] = largest if largest == -np.inf else largest + log1p(total[i])
+            best[i] = largest if largest == -np.inf else largest + log1p_of_part(total[i])
         return
     _best(log_p, best)
     _shares(log_p, best, total)
@@ -150,7 +150,7 @@ def _scores(log_p: Any, best: Any, total: Any) -> None:
         best[i] = best[i] if best[i] == -np.inf else best[i] + math.log(total[i])
 
 
-@compiled_sums
+@inner_with_sums
 def _sum(values: Any) -> Any:
     """In float64, whatever the values are."""
     total = 0.0

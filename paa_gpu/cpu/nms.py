@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, offsets, rounded, tensor, view
-from ._loops import compiled, over_slices
+from ._loops import compiled, inner, over_slices
 
 CHUNK = 32
 
@@ -68,7 +68,7 @@ def _dense(labels: Array) -> Array:
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
-@compiled
+@inner
 def _hits(kept: Any, chunk: Any, x1: Any, y1: Any, x2: Any, y2: Any, area: Any, limit: Any) -> Any:
     """Whether one of the chunk's boxes has an IoU above the limit with this one.
 
@@ -119,7 +119,7 @@ def _suppress(boxes: Any, order: Any, group: Any, groups: int, classes: int, lim
     return n
 
 
-@compiled
+@inner
 def _by_group(group: Any, groups: int) -> tuple[Any, Any]:
     """Positions in the order of the groups, within one as they were; where each group begins."""
     start = np.zeros(groups + 1, np.int64)
@@ -134,7 +134,7 @@ def _by_group(group: Any, groups: int) -> tuple[Any, Any]:
     return position, start
 
 
-@compiled
+@inner
 def _decay(boxes: Any, entry: Any, score: Any, first: int, last: int, best: int, classes: int, rule: Any) -> tuple[int, int]:
     """Let the scores first:last decay by their overlap with the box of the best one, which leaves, as do those that are too low.
 

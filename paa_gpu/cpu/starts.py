@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from .._ops import EXACT, INITS, LLOYD_PASSES
-from ._loops import compiled, compiled_sums
+from ._loops import inner, inner_with_sums
 
 MINMAX, QUANTILE, KMEANS, RANDOM = (INITS.index(name) for name in ("minmax", "quantile", "kmeans", "random"))
 
 
-@compiled
+@inner
 def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
     """Equal weights, means from the smallest to the largest value, variances of 1."""
     k = len(mean)
@@ -31,7 +31,7 @@ def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
         mean[j] = extent * j / (k - 1) if k > 1 else extent / 2
 
 
-@compiled
+@inner
 def philox(seed: int, c0: int, c1: int, c2: int) -> Any:
     """32 random bits from a counter: Philox 4x32 of 10 rounds, its first word. The kernels have Triton's."""
     k0, k1 = np.uint64(seed) & np.uint64(0xFFFFFFFF), np.uint64(seed) >> np.uint64(32)
@@ -44,7 +44,7 @@ def philox(seed: int, c0: int, c1: int, c2: int) -> Any:
     return np.int64(a)
 
 
-@compiled
+@inner
 def draw(seed: int, row: int, attempt: int, size: int, position: Any) -> None:
     """Distinct positions in a row, all sets of them equally likely (Floyd's algorithm)."""
     for j in range(len(position)):
@@ -56,7 +56,7 @@ def draw(seed: int, row: int, attempt: int, size: int, position: Any) -> None:
                 position[j] = bound
 
 
-@compiled
+@inner
 def of_rank(x: Any, smallest: float, extent: float, rank: int) -> float:
     """The value with `rank` values before it, less the smallest: what is not negative is in the order of its bits."""
     low, high = np.int64(0), np.float64(extent).view(np.int64)
@@ -72,7 +72,7 @@ def of_rank(x: Any, smallest: float, extent: float, rank: int) -> float:
     return np.int64(high).view(np.float64)
 
 
-@compiled
+@inner
 def centres(
     x: Any, smallest: float, extent: float, mean: float, init: int, seed: int, row: int, attempt: int, centre: Any
 ) -> None:
@@ -94,7 +94,7 @@ def centres(
             centre[j] = of_rank(x, smallest, extent, (2 * j + 1) * size // (2 * k))
 
 
-@compiled
+@inner
 def boundaries(centre: Any) -> Any:
     """What belongs to centre j is above `boundaries[j]` and not above `boundaries[j + 1]`."""
     edge = np.empty(len(centre) + 1, centre.dtype)
@@ -104,7 +104,7 @@ def boundaries(centre: Any) -> Any:
     return edge
 
 
-@compiled_sums
+@inner_with_sums
 def members(y: Any, low: float, high: float) -> tuple[float, float]:
     """How many values lie above `low` and not above `high`, and their sum."""
     zero = y.dtype.type(0)
@@ -118,7 +118,7 @@ def members(y: Any, low: float, high: float) -> tuple[float, float]:
     return number, total
 
 
-@compiled
+@inner
 def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
     """One step of Lloyd's iteration. Returns whether a value has changed sides since the last one; `before` is its `number`."""
     moved = False
@@ -130,7 +130,7 @@ def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
     return moved
 
 
-@compiled
+@inner
 def two_means(y: Any, centre: Any) -> None:
     """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value."""
     all_of, best, boundary = y.sum(), -np.inf, np.inf
@@ -143,7 +143,7 @@ def two_means(y: Any, centre: Any) -> None:
                 centre[0], centre[1] = total / number, (all_of - total) / (len(y) - number)
 
 
-@compiled
+@inner
 def kmeans(y: Any, centre: Any) -> None:
     """The centres of a row less its smallest value: exact, or by Lloyd's iteration from `centre`."""
     k = len(centre)
@@ -159,7 +159,7 @@ def kmeans(y: Any, centre: Any) -> None:
             break
 
 
-@compiled
+@inner
 def divide(y: Any, centre: Any, resp: Any) -> None:
     """resp[j]: 1 where a value belongs to centre j, else 0."""
     edge, zero, one = boundaries(centre), y.dtype.type(0), y.dtype.type(1)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, flat, lengths, offsets, tensor
-from ._loops import compiled, over_slices, shared
+from ._loops import compiled, inner, over_slices
 
-# Rows and images below which a second thread costs more than it saves, measured on 2 cores: a row takes 1 us, an image of
-# 10,000 potential positives 100, and handing over to a thread 100.
-SERIAL_ROWS = 512
+# Images below which a second thread costs more than it saves, measured on 2 cores: an image of 10,000 potential positives takes
+# 100 us, and handing over to a thread 100.
 SERIAL_IMAGES = 4
 
 
@@ -34,7 +33,7 @@ INSERTION_LIMIT = 64
 INFINITE_KEY, NO_KEY = 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF
 
 
-@compiled
+@inner
 def _ordered_key(loss: Any) -> Any:
     """An integer that orders like the loss: -inf < finite (-0.0 equals 0.0) < +inf < NaN of either sign < `NO_KEY`."""
     bits = np.float64(loss).view(np.int64)
@@ -44,29 +43,20 @@ def _ordered_key(loss: Any) -> Any:
     return magnitude if bits >= 0 else -magnitude
 
 
-@compiled
-def _ascends(anchor: Any, pos_offset: Any) -> bool:
-    """Whether the anchors of every image do."""
-    descents = 0  # counted to the end: a loop that may stop early does not fill vector registers
-    for image in range(len(pos_offset) - 1):
-        own = anchor[pos_offset[image] : pos_offset[image + 1]]
-        for p in range(1, len(own)):
-            descents += own[p] < own[p - 1]
-    return descents == 0
+# The order in which potential positives are given.
+_GIVEN = np.empty(0, np.int64)
 
 
 def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
-    """The positions [P] in the order of each image's anchors; none where they ascend already, as they usually do.
+    """The positions [P] in the order of each image's anchors.
 
     numpy sorts, not a compiled loop: to compile a sort takes as long as the rest of the selection.
     """
-    if _ascends(anchor, pos_offset):
-        return np.empty(0, np.int64)
     images = itertools.pairwise(pos_offset.tolist())
     return np.concatenate([begin + anchor[begin:end].argsort(kind="stable") for begin, end in images])
 
 
-@compiled
+@inner
 def _insert(loss_key: int, p: Any, start: Any, stop: Any, key: Any, member: Any) -> None:
     """Insert behind those of [start, stop) with the same key or a smaller one; what stood at `stop` is lost."""
     one = np.uint64(1)
@@ -76,28 +66,62 @@ def _insert(loss_key: int, p: Any, start: Any, stop: Any, key: Any, member: Any)
     key[stop], member[stop] = loss_key, p
 
 
+@inner
+def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, row_loss: Any, row_index: Any) -> int:
+    """The candidates of a row from its groups, and their number; of equal losses that of the lower level comes first."""
+    count, total, width = 0, 0, len(row_index)
+    for level in range(len(group_start)):
+        total += group_stop[level] - group_start[level]
+    # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
+    total = min(total, width)
+    while count < total:
+        best, smallest = -1, 0
+        for level in range(len(group_start)):
+            at = group_start[level]
+            if at < group_stop[level] and (best < 0 or key[at] < smallest):
+                best, smallest = level, key[at]
+        row_index[count] = member[group_start[best]]
+        row_loss[count] = loss[row_index[count]]
+        group_start[best] += 1
+        count += 1
+    for i in range(count, width):
+        row_loss[i], row_index[i] = np.inf, -1
+    return count
+
+
 @compiled
 def keep_smallest(
     first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
-    topk: int, group_start: Any, group_stop: Any, member: Any, key: Any,
+    topk: int, row_loss: Any, row_index: Any, row_count: Any, descends: Any,
 ) -> None:  # fmt: skip
-    """member[group_start[g]:group_stop[g]] = the `topk` potential positives of group g with the smallest losses, in order."""
-    zero, one, levels = np.uint64(0), np.uint64(1), np.uint64(level_bounds.shape[1] - 1)
+    """The candidates of the rows of some images. Each group keeps its `topk` smallest losses so far, in order.
+
+    `order` is empty where the anchors of each image ascend. An image where they do not is left, and `descends` says so.
+    """
+    zero, one, levels, room = np.uint64(0), np.uint64(1), np.uint64(level_bounds.shape[1] - 1), np.uint64(topk)
+    groups = np.uint64(gt_offset[last] - gt_offset[first]) * levels
+    group_start, group_stop = np.empty(groups, np.int64), np.empty(groups, np.int64)
+    member, key = np.empty(groups * room, np.int64), np.empty(groups * room, np.int64)
+    for g in range(groups):
+        group_start[g] = group_stop[g] = g * room
+        key[(g + one) * room - one] = NO_KEY
     for image in range(first, last):
         # Unsigned: a negative number is too large then, and an index that may be negative takes a branch.
         start, stop = np.uint64(pos_offset[image]), np.uint64(pos_offset[image + 1])
-        row, num_gt = np.uint64(gt_offset[image]), np.uint64(gt_offset[image + 1] - gt_offset[image])
-        bounds, room = level_bounds[image], np.uint64(topk)
-        for g in range(row * levels, (row + num_gt) * levels):
-            group_start[g] = group_stop[g] = g * room
-            key[(g + one) * room - one] = NO_KEY
+        row, num_gt = np.uint64(gt_offset[image] - gt_offset[first]), np.uint64(gt_offset[image + 1] - gt_offset[image])
+        bounds = level_bounds[image]
         level: Any = zero
         level_end, anchors = np.uint64(bounds[min(one, levels)]), np.uint64(bounds[levels])  # there may be no level
+        before: Any = zero
         for i in range(start, stop):
             p = np.uint64(order[i]) if len(order) > 0 else i
             own_gt, own_anchor = np.uint64(gt[p]), np.uint64(anchor[p])
             if own_gt >= num_gt or own_anchor >= anchors:
                 continue
+            if own_anchor < before:
+                descends[image] = 1
+                break
+            before = own_anchor
             while own_anchor >= level_end:
                 level += one
                 level_end = np.uint64(bounds[level + one])
@@ -108,99 +132,68 @@ def keep_smallest(
                 end = np.uint64(group_stop[g])
                 _insert(loss_key, p, g * room, min(end, last_place), key, member)
                 group_stop[g] = min(end, last_place) + one
+    for at in range(gt_offset[first], gt_offset[last]):
+        own = slice((at - gt_offset[first]) * levels, (at - gt_offset[first] + 1) * levels)
+        row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
 
 
 @compiled
 def sort_groups(
     first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
-    topk: int, group_start: Any, group_stop: Any, member: Any, key: Any,
+    topk: int, row_loss: Any, row_index: Any, row_count: Any,
 ) -> None:  # fmt: skip
-    """As `keep_smallest`, with room for all potential positives: those of a group come together, then it is sorted."""
+    """As `keep_smallest`, for a large `topk`: the potential positives of a group come together, then it is sorted."""
     levels = level_bounds.shape[1] - 1
     for image in range(first, last):
-        start, stop = pos_offset[image], pos_offset[image + 1]
-        row, num_gt, bounds = gt_offset[image], gt_offset[image + 1] - gt_offset[image], level_bounds[image]
-        groups = range(row * levels, (row + num_gt) * levels)
+        start, size = pos_offset[image], pos_offset[image + 1] - pos_offset[image]
+        num_gt, bounds = gt_offset[image + 1] - gt_offset[image], level_bounds[image]
+        group, member, key = np.full(size, -1), np.empty(size, np.int64), np.empty(size, np.int64)
+        group_start, group_stop = np.zeros(num_gt * levels, np.int64), np.zeros(num_gt * levels, np.int64)
         level = 0
-        group = np.full(stop - start, -1)  # an index out of range
-        group_stop[row * levels : (row + num_gt) * levels] = 0
-        for i in range(stop - start):
-            p = order[start + i] if len(order) > 0 else start + i
+        for i in range(size):
+            p = order[start + i]
             if 0 <= gt[p] < num_gt and 0 <= anchor[p] < bounds[levels]:
                 while anchor[p] >= bounds[level + 1]:
                     level += 1
-                group[i] = (row + gt[p]) * levels + level
+                group[i] = gt[p] * levels + level
                 group_stop[group[i]] += 1
-        place = start
-        for g in groups:
-            size = group_stop[g]
+        place = 0
+        for g in range(num_gt * levels):
+            number = group_stop[g]
             group_start[g] = group_stop[g] = place
-            place += size
-        for i in range(stop - start):
-            g = group[i]
+            place += number
+        for i in range(size):
+            g, p = group[i], order[start + i]
             if g >= 0:
-                p = order[start + i] if len(order) > 0 else start + i
                 member[group_stop[g]], key[group_stop[g]] = p, _ordered_key(loss[p])
                 group_stop[g] += 1
-        for g in groups:
+        for g in range(num_gt * levels):
             begin, end = group_start[g], group_stop[g]
             by_key = np.argsort(key[begin:end], kind="mergesort")
             key[begin:end], member[begin:end] = key[begin:end][by_key], member[begin:end][by_key]
             group_stop[g] = min(end, begin + topk)
-
-
-@compiled
-def select_rows(
-    first: int, last: int, levels: int, loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any,
-    row_loss: Any, row_index: Any, row_count: Any,
-) -> None:  # fmt: skip
-    """Merge the groups of each row; of equal losses that of the lower level comes first."""
-    head = np.empty(levels, np.int64)
-    width = row_index.shape[1]
-    for row in range(first, last):
-        count, total = 0, 0
-        for level in range(levels):
-            head[level] = group_start[row * levels + level]
-            total += group_stop[row * levels + level] - head[level]
-        # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
-        total = min(total, width)
-        while count < total:
-            best, smallest = -1, 0
-            for level in range(levels):
-                at = head[level]
-                if at < group_stop[row * levels + level] and (best < 0 or key[at] < smallest):
-                    best, smallest = level, key[at]
-            p = member[head[best]]
-            row_index[row, count], row_loss[row, count] = p, loss[p]
-            head[best] += 1
-            count += 1
-        for i in range(count, width):
-            row_loss[row, i], row_index[row, i] = np.inf, -1
-        row_count[row] = count
-
-
-@shared
-def empty_groups(groups: int, room: int) -> tuple[Array, ...]:
-    """group_start, group_stop; member, key."""
-    return np.empty(groups, np.int64), np.empty(groups, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-
-
-@shared
-def empty_candidates(rows: int, width: int, dtype: Any) -> tuple[Array, ...]:
-    """loss, index [G, K]; count [G]."""
-    return np.empty((rows, width), dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
+        for gt_number in range(num_gt):
+            at, own = gt_offset[image] + gt_number, slice(gt_number * levels, (gt_number + 1) * levels)
+            row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
 
 
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
-    loss, *images, gt_offset, level_bounds, topk, width = losses
-    levels, rows = level_bounds.shape[1] - 1, int(gt_offset[-1])
-    few = topk <= INSERTION_LIMIT
-    groups = empty_groups(rows * levels, rows * levels * topk if few else len(loss))
-    grouped = keep_smallest if few else sort_groups
-    over_slices(grouped, len(level_bounds), SERIAL_IMAGES, loss, *images, gt_offset, level_bounds, topk, *groups)
-    candidates = empty_candidates(rows, width, loss.dtype)
-    over_slices(select_rows, rows, SERIAL_ROWS, levels, loss, *groups, *candidates)
+    loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
+    rows, images = int(gt_offset[-1]), len(level_bounds)
+    candidates = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
+
+    def select_by(loop: Any, order: Array, *results: Array) -> None:
+        args = loss, anchor, gt, order, pos_offset, gt_offset, level_bounds, topk, *candidates, *results
+        over_slices(loop, images, SERIAL_IMAGES, *args)
+
+    if topk > INSERTION_LIMIT:
+        select_by(sort_groups, _anchor_order(anchor, pos_offset))
+        return candidates
+    descends = np.zeros(images, np.int64)
+    select_by(keep_smallest, _GIVEN, descends)
+    if np.count_nonzero(descends):
+        select_by(keep_smallest, _anchor_order(anchor, pos_offset), descends)
     return candidates
 
 
@@ -225,13 +218,11 @@ def flatten(
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
     sizes = lengths(pos_inds)
     level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
-    anchor, pos_offset = flat(pos_inds, np.int64), offsets(sizes)
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
-        anchor,
+        flat(pos_inds, np.int64),
         flat(pos_gt_inds, np.int64),
-        _anchor_order(anchor, pos_offset),
-        pos_offset,
+        offsets(sizes),
         offsets(num_gts),
         level_bounds,
         max(min(topk, sum(sizes)), 1),  # groups have a last place, also where nothing is in them

@@ -1,7 +1,8 @@
 """Score voting for CPU tensors. Each class gathers its voters once, in blocks of neighbours. Then detection follows detection.
 
-The candidates of a class are sorted so that neighbours of similar size follow each other. They are cut into blocks of 32. A
-detection skips the blocks whose bounding box it does not touch. It goes through the others without a branch:
+Boxes are sorted so that neighbours of similar size follow each other. The voters of a class are the boxes with a score above the
+threshold that touch what its detections span. They are cut into blocks of 32. A detection skips the blocks whose bounding box it
+does not touch. It goes through the others without a branch:
 
     weight = exp(-(1 - IoU)^2 / sigma) * score  where IoU > iou_thr, else 0
     box = detection + sum(weight * (candidate - detection)) / sum(weight)
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, rounded, tensor, view
-from ._loops import compiled, compiled_sums, over_slices
+from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import negative_exp2
 
 BLOCK = 32
 CELLS = 16  # of the grid, along each side of what the detections span
 SIZES = 4  # of boxes, each up to half as long as the one above
+TILE = 256  # boxes
 
 # Detections below which a second thread costs more than it saves, measured on 2 cores: a detection takes 1 us, handing over to a
 # thread 100.
@@ -49,51 +51,51 @@ def _hilbert(side: int) -> Array:
 CURVE = _hilbert(CELLS).astype(np.uint32)
 
 
-@compiled
+@inner
 def _is_finite(boxes: Any, i: int) -> Any:
     # Not `boxes[i]`, here and below: a view of a row costs more than what is done with it.
     return np.isfinite(boxes[i, 0]) & np.isfinite(boxes[i, 1]) & np.isfinite(boxes[i, 2]) & np.isfinite(boxes[i, 3])
 
 
-@compiled
-def _classes(labels: Any, classes: int) -> Any:
-    """The classes that a detection has, ascending."""
-    wanted = np.zeros(classes, np.bool_)
-    for label in labels:
-        if 0 <= label < classes:
-            wanted[label] = True
-    return np.flatnonzero(wanted)
+@inner
+def _classes(first: int, last: int, order: Any, det: Any, label: Any, all_classes: int, offset: Any) -> tuple[Any, Any, Any]:
+    """The classes of some detections.
+
+    Returns:
+        number [C], the number of a class among these, -1 if no detection has it; the classes; span [classes, 4], what the
+        detections of each class span.
+    """
+    real, n = det.dtype.type, 0
+    number, classes = np.empty(all_classes, np.int64), np.empty(all_classes, np.int64)
+    span = np.empty((all_classes, 4), det.dtype)
+    for c in range(all_classes):
+        number[c] = -1
+    for row in range(first, last):
+        at = order[row]
+        c = label[at]
+        if 0 <= c < all_classes and _is_finite(det, at):
+            if number[c] < 0:
+                number[c], classes[n] = n, c
+                span[n, 0] = span[n, 1] = real(np.inf)
+                span[n, 2] = span[n, 3] = real(-np.inf)
+                n += 1
+            k = number[c]
+            span[k, 0], span[k, 1] = min(span[k, 0], det[at, 0]), min(span[k, 1], det[at, 1])
+            span[k, 2], span[k, 3] = max(span[k, 2], det[at, 2] + offset), max(span[k, 3], det[at, 3] + offset)
+    return number, classes[:n], span
 
 
-@compiled
-def _candidates(scores: Any, threshold: Any, classes: Any) -> tuple[Any, Any]:
-    """The boxes with a score above the threshold in one of the classes, and how many there are in each of these."""
-    some, size = np.zeros(len(scores), np.bool_), np.zeros(len(classes), np.int64)
-    for k in range(len(classes)):
-        c, n = classes[k], 0
-        for i in range(len(scores)):
-            above = scores[i, c] > threshold
-            some[i] |= above
-            n += above
-        size[k] = n
-    found, n = np.empty(len(scores), np.uint32), 0
-    for i in range(len(scores)):
-        found[n] = i
-        n += some[i]
-    return found[:n], size
-
-
-@compiled
+@inner
 def _within(place: Any) -> int:
     """A cell along one side; NaN, where the detections have no extent or one beyond the largest number, is the first."""
     return int(min(place, CELLS - 1)) if place > 0 else 0
 
 
-@compiled
-def _neighbours(boxes: Any, candidates: Any, det: Any) -> Any:
-    """The finite candidates in an order in which neighbours of like size follow each other: by size, then along the curve.
+@inner
+def _neighbours(boxes: Any, det: Any) -> Any:
+    """The finite boxes in an order in which neighbours of like size follow each other: by size, then along the curve.
 
-    The grid is over what the centres of the detections span: candidates beyond are in a cell at its border.
+    The grid is over what the centres of the detections span: boxes beyond are in a cell at its border.
     """
     real = boxes.dtype.type
     left = top = real(np.inf)
@@ -106,70 +108,109 @@ def _neighbours(boxes: Any, candidates: Any, det: Any) -> Any:
             longest = max(longest, x2 - x1, y2 - y1)
     scale_x, scale_y = CELLS / (right - left), CELLS / (bottom - top)
     last = SIZES * CELLS * CELLS  # the group of boxes that are not finite
-    group, start = np.empty(len(candidates), np.uint32), np.zeros(last + 2, np.uint32)
-    for i in range(len(candidates)):
-        at = candidates[i]
-        x1, y1, x2, y2 = boxes[at, 0], boxes[at, 1], boxes[at, 2], boxes[at, 3]
+    group, start, ordered = np.empty(len(boxes), np.int64), np.empty(last + 2, np.int64), np.empty(len(boxes), np.int64)
+    for g in range(len(start)):
+        start[g] = 0
+    for i in range(len(boxes)):
+        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
         side, size = max(x2 - x1, y2 - y1), 0
         for k in range(1, SIZES):
             size += side < longest / (1 << k)
         across, down = _within((x1 + x2 - left) * scale_x), _within((y1 + y2 - top) * scale_y)
-        group[i] = size * CELLS * CELLS + CURVE[across, down] if _is_finite(boxes, at) else last
+        group[i] = size * CELLS * CELLS + CURVE[across, down] if _is_finite(boxes, i) else last
         start[group[i] + 1] += 1
     for g in range(last):
         start[g + 1] += start[g]
-    ordered, finite = np.empty_like(candidates), start[last]
-    for i in range(len(candidates)):
-        ordered[start[group[i]]] = candidates[i]
+    number = start[last]
+    for i in range(len(boxes)):
+        ordered[start[group[i]]] = i
         start[group[i]] += 1
-    return ordered[:finite]
+    return ordered[:number]
 
 
-@compiled
-def _gather(boxes: Any, scores: Any, det: Any, labels: Any, rule: Any) -> tuple[Any, Any, Any]:
-    """The candidates of every class that a detection has.
+@inner
+def _candidates(
+    boxes: Any, scores: Any, threshold: Any, offset: Any, ordered: Any, classes: Any, span: Any
+) -> tuple[Any, Any, Any]:
+    """The boxes in this order, and where they are candidates: their score is above the threshold, and they touch what the
+    detections of the class span.
 
     Returns:
-        block_start [C + 1], the blocks of each class; voter [6, n * BLOCK], corners, area and score of the candidates, zeros
-        behind the last one of a class; bounds [4, n], what the corners of each block span.
+        corner [5, n], corners and area of the boxes; score [classes, n], -inf where a box is no candidate; how many candidates a
+        class has.
     """
-    real = boxes.dtype.type
-    threshold, offset = real(rule[0]), real(rule[3])
-    classes = _classes(labels, scores.shape[1])
-    candidates, size = _candidates(scores, threshold, classes)
-    block_start, place = np.zeros(scores.shape[1] + 1, np.int64), np.empty(len(classes), np.int64)
+    none, n = boxes.dtype.type(-np.inf), np.uint64(len(ordered))
+    corner, size = np.empty((5, len(ordered)), boxes.dtype), np.empty(len(classes), np.int64)
+    score, flat, place = (
+        np.empty((len(classes), len(ordered)), boxes.dtype),
+        scores.reshape(-1),
+        np.empty(len(ordered), np.uint64),
+    )
+    x1, y1, x2, y2 = corner[0], corner[1], corner[2], corner[3]
+    for i in range(n):
+        at = np.uint64(ordered[i])
+        place[i] = at * np.uint64(scores.shape[1])
+        corner[0, i], corner[1, i] = boxes[at, 0], boxes[at, 1]
+        corner[2, i], corner[3, i] = boxes[at, 2] + offset, boxes[at, 3] + offset
+        corner[4, i] = (corner[2, i] - corner[0, i]) * (corner[3, i] - corner[1, i])
     for k in range(len(classes)):
-        block_start[classes[k] + 1] = (size[k] + BLOCK - 1) // BLOCK
-    for c in range(scores.shape[1]):
-        block_start[c + 1] += block_start[c]
-    for k in range(len(classes)):
-        place[k] = block_start[classes[k]] * BLOCK
-
-    index = np.empty(block_start[-1] * BLOCK, np.uint32)
-    for i in _neighbours(boxes, candidates, det):
+        size[k] = 0
+    # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Unsigned: an index
+    # that may be negative takes a branch. One loop after the other, so that they fill vector registers.
+    for first in range(np.uint64(0), n, np.uint64(TILE)):
+        last = min(first + np.uint64(TILE), n)
         for k in range(len(classes)):
-            if scores[i, classes[k]] > threshold:
-                index[place[k]] = i
-                place[k] += 1
+            own, c = score[k], np.uint64(classes[k])
+            for i in range(first, last):
+                own[i] = flat[place[i] + c]
+            left, top, right, bottom, total = span[k, 0], span[k, 1], span[k, 2], span[k, 3], 0
+            for i in range(first, last):
+                across = (right > x1[i]) & (x2[i] > left)
+                there = across & (bottom > y1[i]) & (y2[i] > top) & (own[i] > threshold)
+                own[i] = own[i] if there else none
+                total += there
+            size[k] += total
+    return corner, score, size
 
-    voter = np.zeros((6, block_start[-1] * BLOCK), boxes.dtype)
-    bounds = np.empty((4, block_start[-1]), boxes.dtype)
-    for k in range(len(classes)):
-        c = classes[k]
-        for b in range(block_start[c], block_start[c + 1]):
+
+@inner
+def _gather(corner: Any, score: Any, size: Any) -> tuple[Any, Any, Any]:
+    """The candidates of every class that a detection has, in their order.
+
+    Returns:
+        block_start [classes + 1], the blocks of each class; voter [6, n * BLOCK], corners, area and score of the candidates,
+        zeros behind the last one of a class; bounds [4, n], what the corners of each block span.
+    """
+    real, none, block_start = corner.dtype.type, corner.dtype.type(-np.inf), np.empty(len(size) + 1, np.int64)
+    block_start[0] = 0
+    for k in range(len(size)):
+        # One place more than there are candidates: what is none is written there.
+        block_start[k + 1] = block_start[k] + size[k] // BLOCK + 1
+    blocks = block_start[len(size)]
+    index = np.empty(blocks * BLOCK, np.int64)
+    voter, bounds = np.empty((6, blocks * BLOCK), corner.dtype), np.empty((4, blocks), corner.dtype)
+    for k in range(len(size)):
+        place = np.uint64(block_start[k] * BLOCK)
+        for i in range(np.uint64(score.shape[1])):
+            index[place] = i
+            place += np.uint64(score[k, i] > none)
+        for b in range(block_start[k], block_start[k + 1]):
             left = top = real(np.inf)
             right = bottom = real(-np.inf)
-            for at in range(b * BLOCK, min((b + 1) * BLOCK, place[k])):
-                i = index[at]
-                x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2] + offset, boxes[i, 3] + offset
+            for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), place)):
+                box = np.uint64(index[at])
+                x1, y1, x2, y2 = corner[0, box], corner[1, box], corner[2, box], corner[3, box]
                 voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
-                voter[4, at], voter[5, at] = (x2 - x1) * (y2 - y1), scores[i, c]
+                voter[4, at], voter[5, at] = corner[4, box], score[k, box]
                 left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
             bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
+        for side in range(6):
+            for at in range(place, np.uint64(block_start[k + 1] * BLOCK)):
+                voter[side, at] = 0
     return block_start, voter, bounds
 
 
-@compiled_sums
+@inner_with_sums
 def _vote(first: Any, last: Any, voter: Any, box: Any, least_iou: Any, scale: Any, total: Any) -> None:
     """Add the weights of voter[:, first:last], and the offsets of their boxes times them, to total [5].
 
@@ -202,74 +243,86 @@ def _vote(first: Any, last: Any, voter: Any, box: Any, least_iou: Any, scale: An
     total[4] += w4
 
 
-@compiled
+@inner
+def _touched(box: Any, bounds: Any, first: Any, last: Any, touched: Any, edge: Any) -> int:
+    """The stretches of neighbouring blocks that a box touches, from one edge to the next, and the number of edges.
+
+    Without branches: the processor cannot foretell them. `touched` has room for two more blocks, which are not touched.
+    """
+    x1, y1, x2, y2 = box
+    one, blocks = np.uint64(1), last - first
+    for b in range(blocks):
+        across = (bounds[2, first + b] > x1) & (x2 > bounds[0, first + b])
+        touched[b + one] = across & (bounds[3, first + b] > y1) & (y2 > bounds[1, first + b])
+    touched[blocks + one] = False
+    edges = 0
+    for b in range(blocks + one):
+        edge[edges] = first + b
+        edges += touched[b] != touched[b + one]
+    return edges
+
+
+@inner
 def _vote_rows(
-    first: int,
-    last: int,
-    order: Any,
-    det: Any,
-    label: Any,
-    block_start: Any,
-    voter: Any,
-    bounds: Any,
-    rule: Any,
-    voted: Any,
-) -> None:
+    first: int, last: int, order: Any, det: Any, label: Any, number: Any, block_start: Any, voter: Any, bounds: Any,
+    least_iou: Any, scale: Any, offset: Any, voted: Any,
+) -> None:  # fmt: skip
     """voted[row] = the box of detection order[row], and its score."""
-    real, blocks = det.dtype.type, bounds.shape[1]
-    least_iou, scale, offset = real(rule[1]), real(rule[2]), real(rule[3])
-    total, touched, edge = np.empty(5, det.dtype), np.zeros(blocks + 2, np.bool_), np.empty(blocks + 2, np.int64)
+    total, edge = np.empty(5, det.dtype), np.empty(bounds.shape[1] + 2, np.int64)
+    touched = np.empty(bounds.shape[1] + 2, np.uint8)
+    touched[0] = False
     for row in range(first, last):
         at = order[row]
         for side in range(5):
-            voted[row, side] = det[at, side]
-        c = label[at]
-        if c < 0 or c >= len(block_start) - 1:
+            voted[row, side], total[side] = det[at, side], 0
+        k = number[label[at]] if 0 <= label[at] < len(number) else -1
+        if k < 0:
             continue
-        x1, y1, x2, y2 = det[at, 0], det[at, 1], det[at, 2] + offset, det[at, 3] + offset
-        first_block, n = np.uint64(block_start[c]), np.uint64(block_start[c + 1]) - np.uint64(block_start[c])
-        for b in range(n):
-            block = first_block + b
-            across = (bounds[2, block] > x1) & (x2 > bounds[0, block])
-            touched[b + np.uint64(1)] = across & (bounds[3, block] > y1) & (y2 > bounds[1, block])
-        touched[n + np.uint64(1)] = False
-        # Neighbouring blocks that the box touches are one stretch, from one edge to the next. Without branches: the processor
-        # cannot foretell them.
-        edges = 0
-        for b in range(n + np.uint64(1)):
-            edge[edges] = b
-            edges += touched[b] != touched[b + np.uint64(1)]
-        total[:] = 0
-        for k in range(0, edges, 2):
-            start, stop = first_block + np.uint64(edge[k]), first_block + np.uint64(edge[k + 1])
-            _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, (x1, y1, x2, y2), least_iou, scale, total)
+        box = (det[at, 0], det[at, 1], det[at, 2] + offset, det[at, 3] + offset)
+        edges = _touched(box, bounds, np.uint64(block_start[k]), np.uint64(block_start[k + 1]), touched, edge)
+        for e in range(0, edges, 2):
+            start, stop = np.uint64(edge[e]), np.uint64(edge[e + 1])
+            _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, box, least_iou, scale, total)
         if total[0] != 0:
             for side in range(4):
                 voted[row, side] += total[side + 1] / total[0]
 
 
 @compiled
-def _vote_image(boxes: Any, scores: Any, det: Any, label: Any, order: Any, rule: Any, voted: Any) -> None:
-    """On this thread, in one call: with few voters, what Python does in between would take longer than the loops."""
-    voters = _gather(boxes, scores, det, label, rule)
-    _vote_rows(0, len(order), order, det, label, *voters, rule, voted)
+def _vote_image(
+    first: int, last: int, boxes: Any, scores: Any, det: Any, label: Any, order: Any, score_thr: float, least_iou: float,
+    scale: float, offset: float, voted: Any,
+) -> None:  # fmt: skip
+    """Some of the rows of an image, with their voters.
+
+    In one call: with few voters, what Python does in between would take longer than the loops.
+    """
+    real = det.dtype.type
+    pixel = real(offset)
+    number, classes, span = _classes(first, last, order, det, label, scores.shape[1], pixel)
+    candidates = _candidates(boxes, scores, real(score_thr), pixel, _neighbours(boxes, det), classes, span)
+    voters = _gather(*candidates)
+    _vote_rows(first, last, order, det, label, number, *voters, real(least_iou), real(scale), pixel, voted)
 
 
 def _image(
     det_bboxes: Tensor, det_labels: Tensor, mlvl_bboxes: Tensor, mlvl_nms_scores: Tensor,
     rule: tuple[float, float, float, float], keep_order: bool, dtype: Any, alone: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """The voted boxes and the labels of an image, on all threads if it is alone. `rule`: score_thr, least_iou, scale, offset."""
+    """The voted boxes and the labels of an image, on all threads if it is alone. `rule`: score_thr, least_iou, scale, offset.
+
+    Detections are shared by class, as is the gathering of their voters.
+    """
     det, boxes, scores = array(det_bboxes, dtype), array(mlvl_bboxes, dtype), array(mlvl_nms_scores, dtype)
     labels = view(det_labels)
     label = np.ascontiguousarray(labels, np.int64)
-    order = np.arange(len(label)) if keep_order else label.argsort(kind="stable")
+    order = label.argsort(kind="stable")
     voted = np.empty_like(det)
-    if alone and len(order) >= SERIAL_ROWS:
-        voters = _gather(boxes, scores, det, label, rule)
-        over_slices(_vote_rows, len(order), SERIAL_ROWS, order, det, label, *voters, rule, voted)
-    else:
-        _vote_image(boxes, scores, det, label, order, rule, voted)
+    over_slices(_vote_image, len(order), SERIAL_ROWS if alone else len(order) + 1, boxes, scores, det, label, order, *rule, voted)
+    if keep_order:
+        in_order = np.empty_like(voted)
+        in_order[order] = voted
+        return in_order, labels
     return voted, labels[order]
 
 
@@ -294,18 +347,16 @@ def _from_pools(
     A score up to the threshold is -inf.
     """
     all_classes = scores[0].shape[1]
-    classes = _classes(label, all_classes)
+    inside = (label >= 0) & (label < all_classes)
+    classes, among = np.unique(label[inside]), np.full(len(label), -1)
+    among[inside] = np.searchsorted(classes, label[inside])
     candidates: tuple[list[Array], list[Array]] = [], []
     for box, score, weight in zip(boxes, scores, weights, strict=True):
-        values = array(score, dtype)
-        found, _ = _candidates(values, dtype(threshold), classes)
-        own = values[found[:, None], classes[None]]
+        own = array(score, dtype)[:, classes]
+        above = own > dtype(threshold)
+        found = above.any(1)
         candidates[0].append(array(box, dtype)[found])
-        candidates[1].append(np.where(own > dtype(threshold), own * dtype(weight), dtype(-np.inf)))
-    number = np.full(all_classes, -1)
-    number[classes] = np.arange(len(classes))
-    among, inside = np.full(len(label), -1), (label >= 0) & (label < all_classes)
-    among[inside] = number[label[inside]]
+        candidates[1].append(np.where(above[found], own[found] * dtype(weight), dtype(-np.inf)))
     box, score = (torch.from_numpy(np.concatenate(column)) for column in candidates)
     return box, score, torch.from_numpy(among)
 
