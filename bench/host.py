@@ -85,7 +85,7 @@ def calls() -> dict[str, HostCall]:
         "fit_gmm_1d": HostCall(lambda: paa_gpu.fit_gmm_1d(rows), 24),
         "candidate_losses, 2 images": HostCall(lambda: paa_gpu.candidate_losses(*losses)),
         "assign_max_iou, 16 images": HostCall(lambda: paa_gpu.assign_max_iou(anchors, boxes)),
-        # Half of what it took when it was first measured: 1,330 to 1,450, in turns with 680 to 730 since.
+        # 1,330 to 1,450 when it was first measured, and in turns with that, 655 to 730 since. A half is 690; the rest is noise.
         "PAAHead.loss, without the towers": HostCall(head_loss(), 750, as_with_results),
         "batched_nms": HostCall(lambda: paa_gpu.batched_nms(*found, 0.6)),
     }
