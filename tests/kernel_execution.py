@@ -69,6 +69,7 @@ MODULES = {
 SETTINGS: dict[str, Any] = {}
 
 _POISON = 0xAA
+EMPTY = torch.empty  #: Memory of inputs, of which nothing is to be touched, while `poisoned_outputs` replaces it for results.
 
 
 @contextlib.contextmanager
@@ -142,11 +143,11 @@ class Copies:
     def _copy(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.storages or not storage.nbytes():
-            whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device)
+            whole = EMPTY(storage.nbytes(), dtype=torch.uint8, device=self.device)
             if storage.nbytes() <= self.LARGEST:
-                whole.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+                whole.copy_(EMPTY(0, dtype=torch.uint8).set_(storage))
             self.storages[storage.data_ptr()] = whole
-        there = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        there = EMPTY(0, dtype=tensor.dtype, device=self.device)
         there.set_(self.storages[storage.data_ptr()].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if storage.nbytes() > self.LARGEST:
             there.copy_(tensor)
