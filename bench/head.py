@@ -114,8 +114,8 @@ class Parts:
 OWN_PARTS = {"get_anchors": PARTS[0], "get_targets": PARTS[0], "get_pos_loss": PARTS[1]}
 OWN_LOSSES = {"loss_cls": PARTS[3], "loss_bbox": PARTS[4], "loss_centerness": PARTS[4]}
 LIBRARY_PARTS = [
-    (whole, "_valid", PARTS[0]), (targets, "assign_max_iou", PARTS[0]), (targets, "candidate_losses", PARTS[1]),
-    (targets, "paa_reassign_batch", PARTS[2]), (whole, "_classification", PARTS[3]), (whole, "positive_losses", PARTS[4]),
+    (whole, "_valid", PARTS[0]), (targets, "assignment_of", PARTS[0]), (targets, "losses_of", PARTS[1]),
+    (targets, "reassignment_of", PARTS[2]), (whole, "_classification", PARTS[3]), (whole, "positive_losses", PARTS[4]),
 ]  # fmt: skip
 
 

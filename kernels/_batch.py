@@ -101,12 +101,16 @@ def starts_of(sizes: Iterable[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
 
+def places(column: Sequence[Tensor]) -> list[Sequence[int]]:
+    """Of tensors of one rank: all addresses, all strides of the first axis, and so on."""
+    return [_launch.pointers(column), *zip(*map(Tensor.stride, column), strict=True)]
+
+
 def addresses(column: Sequence[Tensor]) -> list[int]:
     """The fields of a column of the images' tensors: addresses, and strides axis after axis."""
-    fields = [_launch.address(tensor) for tensor in column]
-    fields.append(0)
-    for axis in range(column[0].dim()):
-        fields += [tensor.stride(axis) for tensor in column]
+    fields: list[int] = []
+    for numbers in places(column):
+        fields += numbers
         fields.append(0)
     return fields
 

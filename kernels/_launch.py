@@ -8,6 +8,7 @@ Triton's interpreter, or with compiled kernels on the CPU) there is nothing to g
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,9 +21,24 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def address(tensor: Tensor) -> int:
-    """Where the tensor's memory begins, for a kernel that finds it in a table. Tests of what a launch touches listen here."""
-    return tensor.data_ptr()
+def pointers(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor's memory begins, for a kernel that finds it in a table. Tests of what a launch touches listen here."""
+    return [*map(Tensor.data_ptr, tensors)]
+
+
+#: Compute capabilities of GPUs that do float64 at a 32nd or a 64th of the speed of float32, see the CUDA programming guide,
+#: "Throughput of native arithmetic instructions". Others count as fast.
+SLOW_FLOAT64 = {(7, 5), (8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}
+
+
+def capability(tensor: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the tensor's device; None where there is none."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda and torch.version.hip is None else None
+
+
+def mixes(precision: str, like: Tensor) -> bool:
+    """Whether fits on the device of `like` are of mixed precision."""
+    return capability(like) in SLOW_FLOAT64 if precision == "auto" else precision == "mixed"
 
 
 class Reserve:
@@ -62,10 +78,15 @@ class Reserve:
                 )
             part = self._pieces[-1][len(self._pieces[-1]) - self._free :][: len(values)]
             self._free -= len(values)
-        return part.copy_(torch.tensor(values, dtype=torch.int64))
+        return part.copy_(_integers(values))
 
 
 RESERVE = Reserve()
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    """Tensor[len(values)] int64; `torch.tensor` takes twice as long."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
 def stage(values: Sequence[int], like: Tensor) -> Tensor:
@@ -74,12 +95,12 @@ def stage(values: Sequence[int], like: Tensor) -> Tensor:
     The copy reads pinned memory. torch frees it when the copy is over; in a captured graph it stays, see `Reserve`.
     """
     if not like.is_cuda:
-        return torch.tensor(values, dtype=torch.int64)
+        return _integers(values).clone()  # aligned as torch aligns
     if torch.cuda.is_current_stream_capturing():
         host = RESERVE.take(values)
     else:
         RESERVE.fill(len(values))
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
+        host = _integers(values).pin_memory()
     return host.to(like.device, non_blocking=True)
 
 

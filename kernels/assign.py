@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu.kernels import _launch
+from paa_gpu.kernels._batch import places, sizes_of, starts_of
 from paa_gpu.kernels._launch import device_guard, register_limit, stage
 
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
@@ -343,8 +343,10 @@ def launch_rule(half: bool) -> dict[str, int]:
     return {"BLOCK": 256 if half else 512, "num_warps": 4, "enable_fp_fusion": False, **register_limit()}
 
 
-def _row(boxes: Tensor) -> tuple[int, ...]:
-    return _launch.address(boxes), boxes.shape[0], *boxes.stride()
+def _rows(boxes: Sequence[Tensor]) -> list[Sequence[int]]:
+    """Address, number and strides of each."""
+    address, *strides = places(boxes)
+    return [address, sizes_of(boxes), *strides]
 
 
 def assign_max_iou(
@@ -365,19 +367,21 @@ def assign_max_iou(
     """The operator `paa_gpu::assign_max_iou`: a copy and two launches, one where nothing is matched afterwards."""
     images, rule = len(gt_bboxes), launch_rule(2 in (anchors[0].itemsize, gt_bboxes[0].itemsize))
     levels = len(anchors) // images if per_image else len(anchors)
-    sizes = [[level.shape[0] for level in anchors[i * levels * per_image :][:levels]] for i in range(images)]
-    first_anchor = [*itertools.accumulate(map(sum, sizes), initial=0)]
-    first_gt = [*itertools.accumulate((boxes.shape[0] for boxes in gt_bboxes), initial=0)]
+    level_sizes = sizes_of(anchors)
+    sizes = [level_sizes[i * levels * per_image :][:levels] for i in range(images)]
+    first_anchor, first_gt = starts_of(map(sum, sizes)), starts_of(sizes_of(gt_bboxes))
     gt_inds = gt_bboxes[0].new_empty(first_anchor[images], dtype=torch.int64)
     overlaps = gt_bboxes[0].new_empty(first_anchor[images], dtype=torch.float32)
     if first_anchor[images] == 0:
         return gt_inds, overlaps
-    rows = [(*_row(boxes), *first) for boxes, *first in zip(gt_bboxes, first_gt, first_anchor, strict=False)]
-    some = map(_row, gt_bboxes_ignore) if gt_bboxes_ignore else [(0,) * 4] * images
-    flags = [(_launch.address(flag), flag.stride(0)) for flag in valid] or [(0, 0)] * images
-    of_images = [number for row in zip(rows, some, flags, strict=True) for number in itertools.chain(*row)]
-    table = stage([*of_images, *itertools.chain(*map(_row, anchors))], gt_inds)
-    n_rows = min(MOST_ROWS, max(sum(triton.cdiv(size, rule["BLOCK"]) for size in of_image) for of_image in sizes))
+    nothing = [0] * images
+    some = _rows(gt_bboxes_ignore) if gt_bboxes_ignore else [nothing] * 4
+    flags = places(valid) if valid else [nothing] * 2
+    of_image = zip(*_rows(gt_bboxes), first_gt[:-1], first_anchor[:-1], *some, *flags, strict=True)
+    of_images = [*itertools.chain(*of_image)]
+    table = stage([*of_images, *itertools.chain(*zip(*_rows(anchors), strict=True))], gt_inds)
+    different = sizes if per_image else sizes[:1]
+    n_rows = min(MOST_ROWS, max(sum(-(-size // rule["BLOCK"]) for size in of_image) for of_image in different))
     best = gt_inds.new_empty(n_rows * first_gt[images])
     step = (table, table[len(of_images) :], levels, levels * per_image, n_rows, first_gt[images], pos_iou_thr, neg_iou_thr)
     # The least union is no zero, which would make an IoU of 0 not a number.

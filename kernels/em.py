@@ -31,7 +31,7 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, mixes, register_limit, stage
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
@@ -368,7 +368,7 @@ def launch_rule(width: int) -> dict[str, int]:
     ptxas gives a thread of a kernel of 16 warps 64 registers and spills what needs 68, unless it is told a limit. A LONG
     kernel takes the 72 to 94 it needs, and would spill under the usual limit.
     """
-    block = min(max(triton.next_power_of_2(width), 64), 1024)
+    block = min(max(1 << (width - 1).bit_length(), 64), 1024)
     if width > block:
         return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
     return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
@@ -416,7 +416,7 @@ def fit_gmm_1d(
             launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=covariance_type == "tied")
         elif n_components == 2:
             plain = init == "minmax" and weights_init is means_init is precisions_init is None
-            mixed = precision == "mixed" and plain and can_be_mixed(width, covariance_type)
+            mixed = mixes(precision, x) and plain and can_be_mixed(width, covariance_type)
             _fit_rows_kernel[(programs,)](
                 source, width, inits, tried, *options, PLAIN=plain, MIXED=mixed, **constants, **launch_rule(width)
             )

@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import box_numbers, empty_losses
-from paa_gpu.kernels import _launch
+from paa_gpu.kernels._batch import image_of, places, sizes_of, starts_of
 from paa_gpu.kernels._launch import device_guard, register_limit, stage
-from paa_gpu.kernels.topk import image_of
 
 # Fields of a row of the table. Of a level: first anchor, anchors per location, width; address and strides of the scores, the
 # deltas and the anchors. Of an image: first position, number of positions; address and strides of each of its five tensors. To
@@ -257,27 +256,16 @@ def launch_rule(wide: bool, sparse: bool) -> dict[str, int]:
     return {"BLOCK_P": 512 if sparse else 32, "LANES": 32, "BLOCK_C": 1 if wide else 4, "num_warps": 1, **register_limit()}
 
 
-def _where(tensor: Tensor) -> tuple[int, ...]:
-    return _launch.address(tensor), *tensor.stride()
-
-
 def _level_table(anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor]) -> list[int]:
-    first = itertools.accumulate((level.shape[0] for level in anchors), initial=0)
-    return [
-        number
-        for begin, boxes, scores, deltas in zip(first, anchors, cls_scores, bbox_preds, strict=False)
-        for number in (begin, deltas.shape[1] // 4, scores.shape[3], *_where(scores), *_where(deltas), *_where(boxes))
-    ]
+    first = starts_of(sizes_of(anchors))[:-1]
+    per_location, widths = [deltas.shape[1] // 4 for deltas in bbox_preds], [scores.shape[3] for scores in cls_scores]
+    maps = places(cls_scores) + places(bbox_preds) + places(anchors)
+    return [*itertools.chain(*zip(first, per_location, widths, *maps, strict=True))]
 
 
-def _image_table(pos_inds: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> list[int]:
-    sizes = [inds.shape[0] for inds in pos_inds]
-    first = itertools.accumulate(sizes, initial=0)
-    return [
-        number
-        for begin, size, *tensors in zip(first, sizes, pos_inds, *columns, strict=False)
-        for number in (begin, size, *itertools.chain(*map(_where, tensors)))
-    ]
+def _image_table(sizes: Sequence[int], *columns: Sequence[Tensor]) -> list[int]:
+    tensors = itertools.chain(*map(places, columns))
+    return [*itertools.chain(*zip(starts_of(sizes)[:-1], sizes, *tensors, strict=True))]
 
 
 def candidate_losses(
@@ -302,15 +290,14 @@ def candidate_losses(
     losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
     if losses.shape[0] == 0:
         return losses
-    images, total = len(label), label[0].shape[0]
-    rule = launch_rule(losses.itemsize == 8, all(inds.shape[0] == total for inds in pos_inds))
-    blocks = (triton.cdiv(inds.shape[0], rule["BLOCK_P"]) for inds in pos_inds)
-    starts = [*itertools.accumulate(blocks, initial=0)]
+    images, total, sizes = len(label), label[0].shape[0], sizes_of(pos_inds)
+    rule = launch_rule(losses.itemsize == 8, sizes == [total] * images)
+    starts = starts_of(-(-size // rule["BLOCK_P"]) for size in sizes)
     # In memory and not as arguments: they are needed late, and would fill AMD's scalar registers until then.
     numbers = *stds, *box_numbers(wh_ratio_clip, convention), gamma, loss_cls_weight * alpha, loss_cls_weight * (1 - alpha)
     options = struct.unpack("11q", struct.pack("11d", *numbers))
     levels = _level_table(anchors, cls_scores, bbox_preds)
-    rows = _image_table(pos_inds, (label, label_weight, bbox_target, bbox_weight))
+    rows = _image_table(sizes, pos_inds, label, label_weight, bbox_target, bbox_weight)
     table = stage([*options, *levels, *starts, *rows], losses)
     with device_guard(losses):
         _losses_kernel[(starts[images],)](

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paa_gpu._ops import PRECISIONS, count_gts, empty_fit, empty_masks, empty_targets
 from paa_gpu.kernels._batch import BLOCK, DTYPES, FIRST_POSITION, anchors_at, field, image_fields, image_of, potential, sizes_of
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, mixes, register_limit, stage
 from paa_gpu.kernels._targets import copy_targets, give_back, make_background
 from paa_gpu.kernels.em import launch_fit
 from paa_gpu.kernels.topk import count_block, gather_batch, launch_select, scatter_block, select
@@ -161,7 +161,7 @@ def paa_reassign_batch(
         singleton=singleton,
         targets=(image, *images, tuple(targets), num_pos),
         inds=pos_inds[0].dtype,
-        mixed=precision == "mixed",
+        mixed=mixes(precision, like),
     )
     return *targets, num_pos, *fit, image, gt, positive, ignored
 

@@ -414,7 +414,7 @@ def gather_batch(
 
 def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int], block: int = BLOCK) -> list[list[int]]:
     """First block, position, row and anchor of each image, and their totals."""
-    blocks = [triton.cdiv(number, block) for number in potential]
+    blocks = [-(-number // block) for number in potential]
     return [[0, *itertools.accumulate(numbers)] for numbers in (blocks, potential, num_gts, anchors)]
 
 

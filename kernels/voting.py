@@ -263,7 +263,7 @@ def launch_rule(wide: bool) -> dict[str, int]:
 def _table(*columns: Sequence[Tensor]) -> tuple[list[int], int]:
     """The table of several images, from det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores; the number of blocks of boxes."""
     boxes = sizes_of(columns[2])
-    blocks = starts_of([triton.cdiv(size, BLOCK_N) for size in boxes])
+    blocks = starts_of([-(-size // BLOCK_N) for size in boxes])
     starts = (blocks, starts_of(boxes), starts_of(sizes_of(columns[1])))
     return [*itertools.chain(*starts), *itertools.chain(*map(addresses, columns))], blocks[-1]
 

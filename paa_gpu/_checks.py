@@ -40,7 +40,7 @@ def check_tensor(
     if len(sizes) != len(shape):
         raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(sizes)}")
     if sizes != shape:
-        for size, wanted in zip(sizes, shape, strict=True):
+        for size, wanted in zip(sizes, shape):  # noqa: B905  # both have the same length; `strict` takes a third of this loop
             if wanted is not None and size != wanted:
                 raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
     if value.dtype not in dtypes:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
 
-#: The dtype of the results of a fit. Compiled loops for CPU tensors fit in float64 where kernels mix.
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "mixed": torch.float64}
+#: The dtype of the results of a fit. "auto" is "mixed" on devices where float64 is slow, and "float64" elsewhere. Compiled loops
+#: for CPU tensors fit in float64 where kernels mix.
+PRECISIONS = {"auto": torch.float64, "float64": torch.float64, "float32": torch.float32, "mixed": torch.float64}
 
 #: What `read_mixture` reads.
 READOUTS = ("predict", "predict_proba", "low_probability", "score_samples", "log_likelihood")
@@ -107,7 +108,7 @@ def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
         return getattr(_module(module), name)(*args)
 
     def run_on_cpu(*args: Any) -> Any:
-        return run(*("float64" if type(arg) is str and arg == "mixed" else arg for arg in args))
+        return run(*("float64" if type(arg) is str and arg in ("auto", "mixed") else arg for arg in args))
 
     return run_on_cpu if package == "cpu" else run
 

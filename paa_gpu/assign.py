@@ -89,9 +89,37 @@ def assign_max_iou(
     """
     check_list("gt_bboxes", gt_bboxes)
     levels, sizes = _levels(anchors, len(gt_bboxes))
+    check_boxes(gt_bboxes, levels[0].device)
+    gt_inds, overlaps = assignment_of(
+        levels, sizes, gt_bboxes, gt_bboxes_ignore, valid, isinstance(anchors[0], LIST),
+        pos_iou_thr=pos_iou_thr, neg_iou_thr=neg_iou_thr, min_pos_iou=min_pos_iou, ignore_iof_thr=ignore_iof_thr,
+        match_low_quality=match_low_quality, gt_max_assign_all=gt_max_assign_all, low_quality=low_quality, eps=eps,
+    )  # fmt: skip
+    return Assignment(list(gt_inds.split_with_sizes(sizes)), list(overlaps.split_with_sizes(sizes)))
+
+
+def assignment_of(
+    levels: Sequence[Tensor],
+    sizes: Sequence[int],
+    gt_bboxes: Sequence[Tensor],
+    gt_bboxes_ignore: Sequence[Tensor] | None,
+    valid: Sequence[Tensor] | None,
+    per_image: bool,
+    *,
+    pos_iou_thr: float,
+    neg_iou_thr: float,
+    min_pos_iou: float,
+    ignore_iof_thr: float,
+    match_low_quality: bool,
+    gt_max_assign_all: bool,
+    low_quality: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What `assign_max_iou` returns, of all images one after the other. The levels and the ground truths were checked.
+
+    `sizes`: the anchors of each image. `per_image`: each image has its own levels.
+    """
     device = levels[0].device
-    for image, boxes in enumerate(gt_bboxes):
-        check_tensor(f"gt_bboxes[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,) if image else FLOATS, device)
     if gt_bboxes_ignore is not None:
         check_list("gt_bboxes_ignore", gt_bboxes_ignore, length=len(gt_bboxes), like="`gt_bboxes`")
         for image, boxes in enumerate(gt_bboxes_ignore):
@@ -113,10 +141,14 @@ def assign_max_iou(
         for column in (levels, gt_bboxes, ignored, valid or ())
     ]
     thresholds = (float(pos_iou_thr), float(neg_iou_thr), float(min_pos_iou), float(ignore_iof_thr), float(eps))
-    per_image = isinstance(anchors[0], LIST)
     options = (per_image, *thresholds, match_low_quality, gt_max_assign_all, low_quality)
     gt_inds, overlaps = _ops.assign_max_iou(*columns, *options)
-    return Assignment(list(gt_inds.split_with_sizes(sizes)), list(overlaps.split_with_sizes(sizes)))
+    return gt_inds, overlaps
+
+
+def check_boxes(gt_bboxes: Sequence[Tensor], device: torch.device) -> None:
+    for image, boxes in enumerate(gt_bboxes):
+        check_tensor(f"gt_bboxes[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,) if image else FLOATS, device)
 
 
 def _levels(anchors: Sequence[Any], images: int) -> tuple[list[Tensor], list[int]]:

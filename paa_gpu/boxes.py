@@ -13,49 +13,59 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["LEAST_AREA", "WH_RATIO_CLIP", "decode", "focal_loss", "giou_loss", "iou_and_union"]
+__all__ = ["LEAST_AREA", "WH_RATIO_CLIP", "corners", "decode", "focal_loss", "iou_and_giou_loss"]
 
 LEAST_AREA = 1e-6  # the smallest union, and the smallest enclosing area, in square pixels
 WH_RATIO_CLIP = 16 / 1000  # a box is at most 1 / 0.016 times as large as its anchor, and at least 0.016 times
 
 
-def decode(anchors: Tensor, deltas: Tensor, stds: Sequence[float], wh_ratio_clip: float = WH_RATIO_CLIP) -> Tensor:
+def decode(anchors: Tensor, deltas: Tensor, stds: Sequence[float]) -> Tensor:
     """Boxes [..., 4] from anchors [..., 4] and predicted offsets [..., 4] (x, y, log w, log h, divided by `stds`)."""
+    return torch.cat(corners(anchors, deltas, stds), -1)
+
+
+def corners(
+    anchors: Tensor, deltas: Tensor, stds: Sequence[float], wh_ratio_clip: float = WH_RATIO_CLIP
+) -> tuple[Tensor, Tensor]:
+    """Upper left and lower right corners [..., 2] of the boxes of `decode`."""
     limit = abs(math.log(wh_ratio_clip))
-    dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.unbind(-1), stds, strict=True))
-    x1, y1, x2, y2 = anchors.unbind(-1)
-    width, height = x2 - x1, y2 - y1
-    x, y = (x1 + x2) * 0.5 + width * dx, (y1 + y2) * 0.5 + height * dy
-    half_width = width * dw.clamp(-limit, limit).exp() * 0.5
-    half_height = height * dh.clamp(-limit, limit).exp() * 0.5
-    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
+    position, log_size = deltas.chunk(2, -1)
+    lower, upper = anchors.chunk(2, -1)
+    size = upper - lower
+    centre = (lower + upper) * 0.5 + size * _scaled(position, stds[:2])
+    half = (size * 0.5) * _scaled(log_size, stds[2:]).clamp(-limit, limit).exp()
+    return centre - half, centre + half
 
 
-def iou_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union [n] of each pair of boxes [n, 4]. Two boxes without area have IoU 0."""
-    intersection = _area(torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:]))
-    areas = _area(boxes[:, :2], boxes[:, 2:]) + _area(others[:, :2], others[:, 2:])
-    union = (areas - intersection).clamp(min=LEAST_AREA)
-    return intersection / union, union
+def iou_and_giou_loss(lower: Tensor, upper: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and 1 - generalised IoU [n] (arXiv 1902.09630) of pairs of boxes: corners [n, 2] of one, [n, 4] of the other.
 
-
-def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
-    """1 - generalised IoU [n] of each pair of boxes [n, 4] (arXiv 1902.09630)."""
-    iou, union = iou_and_union(boxes, others)
-    enclosing = _area(torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:]))
+    Two boxes without area have IoU 0.
+    """
+    other_lower, other_upper = others.chunk(2, 1)
+    sides = [
+        upper - lower,
+        other_upper - other_lower,
+        torch.minimum(upper, other_upper) - torch.maximum(lower, other_lower),
+        torch.maximum(upper, other_upper) - torch.minimum(lower, other_lower),
+    ]
+    width, height = torch.stack(sides).clamp(min=0).unbind(2)
+    area, other, intersection, enclosing = (width * height).unbind()
+    union = (area + other - intersection).clamp(min=LEAST_AREA)
     enclosing = enclosing.clamp(min=LEAST_AREA)
-    return 1 - iou + (enclosing - union) / enclosing
+    iou = intersection / union
+    return iou, 1 - iou + (enclosing - union) / enclosing
 
 
 def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Tensor:
     """The sigmoid focal loss [n, C] of logits [n, C] (arXiv 1708.02002); a label [n] outside [0, C) belongs to no class."""
     target = label[:, None] == torch.arange(scores.shape[1], device=scores.device)
     logit = torch.where(target, scores, -scores)  # of what is true
-    weight = torch.where(target, alpha, 1 - alpha) * (-logit).sigmoid().pow(gamma)
-    return -F.logsigmoid(logit) * weight
+    return F.logsigmoid(logit) * (torch.where(target, -alpha, alpha - 1) * (-logit).sigmoid().pow(gamma))
 
 
-def _area(upper_left: Tensor, lower_right: Tensor) -> Tensor:
-    """The areas [n] between two corners [n, 2]; 0 if the corners are swapped."""
-    width, height = (lower_right - upper_left).clamp(min=0).unbind(1)
-    return width * height
+def _scaled(pair: Tensor, factors: Sequence[float]) -> Tensor:
+    """A pair [..., 2], each number times its own factor. One operation where both are the same, as they usually are."""
+    if factors[0] == factors[1]:
+        return pair * factors[0]
+    return torch.stack([column * factor for column, factor in zip(pair.unbind(-1), factors, strict=True)], -1)

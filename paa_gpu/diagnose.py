@@ -97,6 +97,11 @@ def operations(seed: int = 0) -> list[Operation]:
         arguments: Any = (*columns, batch.anchors)
         return paa_reassign_batch(*arguments, **batch.options)
 
+    def decide(*columns: Any) -> Any:
+        arguments: Any = (*columns, batch.anchors)
+        got = paa_reassign_batch(*arguments, **batch.options, precision="mixed")
+        return (*got[:4], got.fit.n_iter, got.fit.converged, got.fit.valid, *got[5:])  # all but the parameters of the fits
+
     def select(*tensors: Any) -> Any:
         arguments: Any = (*tensors, batch.anchors[first])
         return select_candidates(*arguments, num_gt=batch.num_gts[first])
@@ -119,6 +124,7 @@ def operations(seed: int = 0) -> list[Operation]:
         Operation("assign_max_iou", assign_max_iou, (anchors, boxes)),
         Operation("batched_nms", suppress, (predictions.mlvl_bboxes, predictions.mlvl_nms_scores)),
         Operation("weighted_boxes_fusion", weighted_boxes_fusion, _several_models(rng)),
+        Operation("mixed_precision", decide, (losses, *batch[1:6])),
     ]
 
 

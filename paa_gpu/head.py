@@ -37,7 +37,7 @@ from .em import COVARIANCE_TYPES
 from .nms import batched_nms
 from .reassign import SINGLETONS, Separation
 from .separation import SCHEMES
-from .targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
+from .targets import Kept, Targets, assign_targets, flatten_levels, on_device, positive_losses
 from .voting import score_voting_batch
 
 __all__ = ["PAAHead", "levels_to_images"]
@@ -120,7 +120,7 @@ class PAAHead(nn.Module):
         covariance_type: str = "diag",
         separation: Separation = "mmdet",
         singleton: str = "background",
-        precision: str = "float64",
+        precision: str = "auto",
         gamma: float = 2.0,
         alpha: float = 0.25,
         bbox_loss_weight: float = 1.3,
@@ -186,6 +186,7 @@ class PAAHead(nn.Module):
         self.atss_reg = nn.Conv2d(features, 4, 3, padding=1)
         self.atss_centerness = nn.Conv2d(features, 1, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in strides)
+        self._kept = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -259,15 +260,17 @@ class PAAHead(nn.Module):
         cls_scores, bbox_preds, iou_preds = self(features)
         # Autocast keeps to float32 what starts there: there are neither products of matrices nor convolutions behind the towers.
         cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
-        anchors = self._anchors(cls_scores)
-        assigned = self._assign(cls_scores, bbox_preds, anchors, targets, image_sizes)
-        giou, cross_entropy, iou = positive_losses(assigned, torch.cat(anchors), bbox_preds, iou_preds, self.target_stds)
-        num_pos, images, iou_sum = reduce_mean(torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()]))
+        anchors, all_anchors = self._anchors(cls_scores)
+        valid = None if image_sizes is None else self._inside(all_anchors, image_sizes).unbind()
+        assigned = self._assign(cls_scores, bbox_preds, anchors, targets, valid)
+        giou, cross_entropy, iou = positive_losses(assigned, all_anchors, bbox_preds, iou_preds, self.target_stds)
+        sums = torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()])
+        num_pos, images, iou_sum = (reduce_mean(sums) + EPS).unbind()
         loss_cls = focal_loss(flatten_levels(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
         return {
-            "loss_cls": (loss_cls * assigned.label_weight).sum() / (torch.maximum(num_pos, images) + EPS),
-            "loss_bbox": self.bbox_loss_weight * (giou * iou.clamp(min=LEAST_WEIGHT)).sum() / (iou_sum + EPS),
-            "loss_iou": self.iou_loss_weight * cross_entropy.sum() / (num_pos + EPS),
+            "loss_cls": (loss_cls * assigned.label_weight).sum() / torch.maximum(num_pos, images),
+            "loss_bbox": self.bbox_loss_weight * (giou * iou.clamp(min=LEAST_WEIGHT)).sum() / iou_sum,
+            "loss_iou": self.iou_loss_weight * cross_entropy.sum() / num_pos,
         }
 
     @overload
@@ -338,28 +341,32 @@ class PAAHead(nn.Module):
         numbers = found.count.tolist()
         return [{name: rows[i, :number] for name, rows in batch.items()} for i, number in enumerate(numbers)]
 
-    def _anchors(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Tensor[A_l, 4] of each level, made from Python numbers, so nothing waits."""
+    def _anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        """Tensor[A_l, 4] of each level, and Tensor[A, 4], made from Python numbers, so nothing waits."""
+        return self._kept.of(levels, lambda: self._make_anchors(levels))
+
+    def _make_anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         anchors = []
         for level, stride in zip(levels, self.strides, strict=True):
             y, x = (torch.arange(size, device=level.device, dtype=torch.float32) * stride for size in level.shape[2:])
             half = 0.5 * stride * self.anchor_scale
             y, x = torch.meshgrid(y, x, indexing="ij")
             anchors.append(torch.stack([x - half, y - half, x + half, y + half], -1).reshape(-1, 4))
-        return anchors
+        return anchors, torch.cat(anchors)
 
     def _assign(
         self,
         cls_scores: list[Tensor],
         bbox_preds: list[Tensor],
-        anchors: list[Tensor],
+        anchors: Sequence[Tensor],
         targets: Sequence[Mapping[str, Tensor]],
-        image_sizes: Sequence[Size] | None,
+        valid: Sequence[Tensor] | None,
     ) -> Targets:
         """The targets of the anchors."""
         boxes = [target["boxes"] for target in targets]
-        ignored = [target.get("ignored_boxes", boxes[0][:0]) for target in targets]
-        valid = None if image_sizes is None else self._inside(torch.cat(anchors), image_sizes).unbind()
+        ignored = None
+        if self.assignment["ignore_iof_thr"] > 0:
+            ignored = [target.get("ignored_boxes", boxes[0][:0]) for target in targets]
         return assign_targets(
             anchors, cls_scores, bbox_preds, boxes, [target["labels"] for target in targets], ignored, valid,
             num_classes=self.num_classes,
@@ -386,7 +393,7 @@ class PAAHead(nn.Module):
         self, cls_scores: list[Tensor], bbox_preds: list[Tensor], iou_preds: list[Tensor], image_sizes: Sizes
     ) -> tuple[Tensor, Tensor]:
         """Boxes [N, K, 4] and scores [N, K, C] of the best `nms_pre` of each level."""
-        anchors = self._anchors(cls_scores)
+        anchors, _ = self._anchors(cls_scores)
         if isinstance(image_sizes, Tensor):
             limits = image_sizes.to(anchors[0].dtype).flip(1).repeat(1, 2)[:, None]
         else:
@@ -420,7 +427,7 @@ class PAAHead(nn.Module):
                 if key not in target:
                     raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
             check_tensor(f"targets[{i}]['boxes']", target["boxes"], (None, 4), FLOATS, device)
-            check_tensor(f"targets[{i}]['labels']", target["labels"], (len(target["boxes"]),), INDICES, device)
+            check_tensor(f"targets[{i}]['labels']", target["labels"], (target["boxes"].shape[0],), INDICES, device)
             check_classes(f"targets[{i}]['labels']", target["labels"], self.num_classes)
             if "ignored_boxes" in target:
                 check_tensor(f"targets[{i}]['ignored_boxes']", target["ignored_boxes"], (None, 4), FLOATS, device)

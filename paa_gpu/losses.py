@@ -84,7 +84,7 @@ def candidate_losses(
     Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU loss and `DeltaXYWHBBoxCoder`; torchvision 0.29,
     `models/detection/_utils.py`, `ops/giou_loss.py`.
     """
-    _check_maps(anchors, cls_scores, bbox_preds, label)
+    check_maps(anchors, cls_scores, bbox_preds, label)
     columns = {
         "label": (label, (torch.int64,), ()),
         "label_weight": (label_weight, (anchors[0].dtype,), ()),
@@ -99,6 +99,30 @@ def candidate_losses(
     check_list("pos_inds", pos_inds, length=len(label), like="`label`")
     for image, inds in enumerate(pos_inds):
         check_tensor(f"pos_inds[{image}]", inds, (None,), (pos_inds[0].dtype,) if image else INDICES, device)
+    tensors = (anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds)
+    losses = losses_of(
+        *([tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in tensors),
+        gamma=gamma, alpha=alpha, loss_cls_weight=loss_cls_weight, loss_bbox_weight=loss_bbox_weight, stds=stds,
+        wh_ratio_clip=wh_ratio_clip, box_loss=box_loss, convention=convention,
+    )  # fmt: skip
+    return list(losses.split_with_sizes([inds.shape[0] for inds in pos_inds]))
+
+
+def losses_of(
+    *tensors: Sequence[Tensor],
+    gamma: float,
+    alpha: float,
+    loss_cls_weight: float,
+    loss_bbox_weight: float,
+    stds: Sequence[float],
+    wh_ratio_clip: float,
+    box_loss: str,
+    convention: str,
+) -> Tensor:
+    """The losses [P] of all images. The lists of tensors were checked, or cannot be wrong, and detached.
+
+    The options are checked here.
+    """
     numbers = {"gamma": gamma, "alpha": alpha, "loss_cls_weight": loss_cls_weight, "loss_bbox_weight": loss_bbox_weight}
     for name, number in numbers.items():
         check_non_negative(name, number)
@@ -108,14 +132,12 @@ def candidate_losses(
     for i, std in enumerate(stds):
         (check_positive if box_loss == "l1" else check_non_negative)(f"stds[{i}]", std)  # the one divides by them
     check_option("convention", convention, CONVENTIONS)
-    tensors = (anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds)
-    detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in tensors]
     options = (*map(float, numbers.values()), [*map(float, stds)], float(wh_ratio_clip), box_loss, convention)
-    losses = _ops.candidate_losses(*detached, *options)
-    return list(losses.split_with_sizes([inds.shape[0] for inds in pos_inds]))
+    losses: Tensor = _ops.candidate_losses(*tensors, *options)
+    return losses
 
 
-def _check_maps(
+def check_maps(
     anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor], label: Sequence[Tensor]
 ) -> None:
     """The levels; `label` says how many images there are."""

@@ -60,7 +60,7 @@ def paa_reassign(
     covariance_type: str = "diag",
     separation: Separation = "mmdet",
     singleton: str = "background",
-    precision: str = "float64",
+    precision: str = "auto",
     num_gt: int | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -83,9 +83,9 @@ def paa_reassign(
             that it marks as both is positive.
         singleton: the rule for a ground truth with one candidate. "background": it gets no positive (mmdetection). "positive":
             its candidate is positive (the authors' repository).
-        precision: of the fit. "float64"; "float32"; or "mixed". "mixed" decides as "float64" does. Kernels then fit in float32,
-            and once more in float64 where float32 is not sure of a decision (`docs/options.md`). Loops for CPU tensors fit in
-            float64.
+        precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" decides as "float64" does. Kernels then fit in
+            float32, and once more in float64 where float32 is not sure of a decision (`docs/options.md`). "auto" is "mixed" on
+            GPUs with slow float64, and "float64" elsewhere. Loops for CPU tensors fit in float64.
         num_gt: ground truths of the image. None: the largest of `pos_gt_inds` plus one. Reading it waits for the device.
         validate: check the values too. This waits for the device.
 
@@ -114,7 +114,8 @@ def paa_reassign(
     )  # fmt: skip
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
     if callable(separation):
-        results = _with_callable(columns, sizes, None if num_gt is None else [num_gt], *options)
+        num_gts = _ops.count_gts(columns[-1]) if num_gt is None else [num_gt]
+        results = _with_callable(columns, sizes, num_gts, *options)
     else:
         results = _ops.paa_reassign(*[column[0] for column in columns], sizes, num_gt, *options)
     return results[0], results[1], results[2], int(results[3])
@@ -146,7 +147,8 @@ def paa_reassign_batch(
         anchors: one list of levels (Tensor[A_l, 4] or ints) for all images, or a list of such lists, one per image.
         num_gts: ground truths of each image. None: the call reads the largest `pos_gt_inds` of each image, and waits once.
         num_classes, topk, covariance_type, separation, singleton, precision, validate: as in `paa_reassign`. If
-            `separation` is a function, it gets the ground truths of all images at once.
+            `separation` is a function, it gets the ground truths of all images at once. The default of `precision` is "float64",
+            because the result holds the parameters of the fits. With "mixed" and "auto", they may have float32's accuracy.
 
     Returns:
         `Reassignment`. With `num_gts`, and without `validate`, nothing waits for the device, and a CUDA graph can capture the
@@ -169,10 +171,7 @@ def paa_reassign_batch(
         num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
     )  # fmt: skip
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
-    if callable(separation):
-        results = _with_callable(checked, sizes, num_gts, *options)
-    else:
-        results = _ops.paa_reassign_batch(*checked, sizes, num_gts or _ops.count_gts(checked[-1]), *options)
+    results = reassignment_of(checked, sizes, num_gts or _ops.count_gts(checked[-1]), *options)
     anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
     return Reassignment(
         list(results[0].split_with_sizes(anchors_of)),
@@ -214,13 +213,7 @@ def _checked(
 
     In errors, the names of an image's tensors end in its `suffix`."""
     _check_tensors(columns, level_sizes, suffix)
-    check_int("num_classes", num_classes, 1)
-    check_int("topk", topk, 1)
-    check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
-    if not callable(separation):
-        check_option("separation", separation, SCHEMES)
-    check_option("singleton", singleton, SINGLETONS)
-    check_option("precision", precision, _ops.PRECISIONS)
+    check_options(num_classes, topk, covariance_type, separation, singleton, precision)
     for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
         check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
     detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
@@ -233,10 +226,41 @@ def _checked(
     return detached, [size for levels in level_sizes for size in levels]
 
 
+def check_options(
+    num_classes: int, topk: int, covariance_type: str, separation: Separation, singleton: str, precision: str
+) -> None:
+    check_int("num_classes", num_classes, 1)
+    check_int("topk", topk, 1)
+    check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
+    if not callable(separation):
+        check_option("separation", separation, SCHEMES)
+    check_option("singleton", singleton, SINGLETONS)
+    check_option("precision", precision, _ops.PRECISIONS)
+
+
+def reassignment_of(
+    columns: Sequence[Sequence[Tensor]],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
+    num_classes: int,
+    topk: int,
+    covariance_type: str,
+    separation: Separation,
+    singleton: str,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """The results of the operator `paa_reassign_batch` for tensors and options that were checked, or cannot be wrong."""
+    options = level_sizes, num_gts, num_classes, topk, covariance_type, separation, singleton, precision
+    if callable(separation):
+        return _with_callable(columns, *options)
+    results: tuple[Tensor, ...] = _ops.paa_reassign_batch(*columns, *options)
+    return results
+
+
 def _with_callable(
     columns: Sequence[Sequence[Tensor]],
     level_sizes: Sequence[int],
-    num_gts: Sequence[int] | None,
+    num_gts: Sequence[int],
     num_classes: int,
     topk: int,
     covariance_type: str,
@@ -247,7 +271,7 @@ def _with_callable(
     """The results of the operator `paa_reassign_batch`, with a caller's scheme between two operators."""
     pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     loss, index, count, assignment, score, *fit, fit_image, fit_gt = _ops.fit_candidates(
-        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts or _ops.count_gts(pos_gt_inds), topk, covariance_type, precision
+        pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk, covariance_type, precision
     )
     masks = _separate(separation, singleton, loss, count, assignment, score, fit[-1])
     *targets, positive, ignored = _ops.write_targets(label, label_weight, bbox_weight, pos_inds, index, *masks, num_classes)
@@ -255,14 +279,20 @@ def _with_callable(
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
-    device = None
+    device, arguments = None, _ARGUMENTS
     for image, end in enumerate(suffix):
         sizes: dict[str, int] = {}
-        for (name, shape, dtypes), column in zip(_ARGUMENTS, columns, strict=True):
-            wanted = (sizes.get(shape[0]), *shape[1:])
-            check_tensor(f"{name}{end}", column[image], wanted, (column[0].dtype,) if image else dtypes, device)
-            sizes[shape[0]] = column[image].shape[0]
-            device = column[image].device
+        for (name, shape, dtypes), column in zip(arguments, columns, strict=True):
+            tensor, size = column[image], sizes.get(shape[0])
+            check_tensor(f"{name}{end}", tensor, (size, *shape[1:]), dtypes, device)
+            if size is None:
+                sizes[shape[0]] = tensor.shape[0]
+            if device is None:
+                device = tensor.device
+        if image == 0:  # the others have the dtypes of the first
+            arguments = tuple(
+                (name, shape, (column[0].dtype,)) for (name, shape, _), column in zip(arguments, columns, strict=True)
+            )
         if sum(level_sizes[image]) != sizes["A"]:
             raise ValueError(
                 f"`anchors` must hold {sizes['A']} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"

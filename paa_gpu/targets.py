@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .assign import assign_max_iou
-from .boxes import decode, giou_loss, iou_and_union
-from .losses import candidate_losses
-from .reassign import Reassignment, paa_reassign_batch
+from .assign import assign_max_iou, assignment_of
+from .boxes import corners, iou_and_giou_loss
+from .losses import candidate_losses, check_maps, losses_of
+from .reassign import check_options, paa_reassign_batch, reassignment_of
 
-__all__ = ["Targets", "assign_targets", "flatten_levels", "on_device", "positive_losses"]
+__all__ = ["Kept", "Targets", "assign_targets", "flatten_levels", "on_device", "positive_losses"]
+
+
+Made = TypeVar("Made")
 
 
 class Targets(NamedTuple):
@@ -37,7 +40,13 @@ class Targets(NamedTuple):
     found: Tensor  #: BoolTensor[S], False for what follows the positives
     num_pos: Tensor  #: Tensor[N] int64, positives of each image
     gt_inds: Tensor  #: Tensor[N * A] int64 before the reassignment: i + 1, the ground truth i; 0, background; -1, not trained
-    reassignment: Reassignment
+
+
+#: The defaults of the three functions. What they do after their checks of tensors is called here.
+_ASSIGNMENT: dict[str, Any] = assign_max_iou.__kwdefaults__ or {}
+_LOSSES: dict[str, Any] = candidate_losses.__kwdefaults__ or {}
+_REASSIGNMENT: dict[str, Any] = paa_reassign_batch.__kwdefaults__ or {}
+_OF_VALUES = ("num_gts", "validate")  # options of the last one that have no meaning here
 
 
 @torch.no_grad()
@@ -79,48 +88,51 @@ def assign_targets(
         the most candidates that one can have: `topk` of each level, or all anchors of a level with fewer.
 
     Raises:
-        TypeError, ValueError: as the three functions do.
+        TypeError, ValueError: as the three functions do, except that callers check `boxes` and `labels`.
 
     A label outside [0, C) belongs to no class. The function does not modify its inputs, records no graph, and does not wait for
     the device. Source: PAA (arXiv 2007.08103), section 3.2; `PAAHead.get_targets` and `get_pos_loss` of mmdetection.
     """
-    options, dtype, device = {"topk": 9, **(reassignment or {})}, anchors[0].dtype, anchors[0].device
-    boxes = [image.to(dtype) for image in boxes]
-    ignored = None if ignored is None else [image.to(dtype) for image in ignored]
-    gt_inds = torch.stack(assign_max_iou(anchors, boxes, ignored, valid, **(assignment or {})).gt_inds)  # [N, A]
-    num_gts = [len(image) for image in boxes]
-    # One copy to the device: what `gt_inds` is compared with, the label of background, where the boxes of each image begin.
-    numbers = on_device([0, 1, num_classes, *itertools.accumulate(num_gts[:-1], initial=0)], torch.int64, device)
-    is_trained = gt_inds >= numbers[:2, None, None]  # [2, N, A]: at all, and with a box
-    label_weight, bbox_weight = is_trained.to(dtype)
+    usual = {name: value for name, value in _REASSIGNMENT.items() if name not in _OF_VALUES}
+    options = {**usual, "precision": "auto", **(reassignment or {})}  # nobody sees the parameters of the fits
+    check_options(num_classes, **options)
+    dtype, device = anchors[0].dtype, anchors[0].device
+    boxes = _converted(boxes, dtype)
+    ignored = None if ignored is None else _converted(ignored, dtype)
+    check_maps(anchors, cls_scores, bbox_preds, boxes)
+    num_gts, sizes = [image.shape[0] for image in boxes], [level.shape[0] for level in anchors]
+    gt_inds, _ = assignment_of(
+        anchors, [sum(sizes)] * len(boxes), boxes, ignored, valid, False, **{**_ASSIGNMENT, **(assignment or {})}
+    )
+    gt_inds = gt_inds.view(len(boxes), -1)  # [N, A]
+    # One copy to the device: all numbers that `gt_inds` meets, the label of background, where the boxes of each image begin.
+    numbers = on_device([-1, 0, 1, num_classes, *itertools.accumulate(num_gts[:-1], initial=0)], torch.int64, device)
+    nowhere, least, background, first_gt = numbers.split_with_sizes([1, 2, 1, len(boxes)])
+    trained, has_box = (gt_inds >= least.view(2, 1, 1)).unbind()
+    label_weight = trained.to(dtype)
     if pos_weight != 1:
-        label_weight = torch.where(is_trained[1], pos_weight, label_weight)
-    row = ((gt_inds + numbers[3:, None]) * is_trained[1]).flatten()  # 0: no ground truth
-    label = torch.cat([numbers[2:3], *labels]).index_select(0, row).view_as(gt_inds)
+        label_weight = torch.where(has_box, pos_weight, label_weight)
+    row = ((gt_inds + first_gt.view(-1, 1)) * has_box).flatten()  # 0: no ground truth
+    label = torch.cat([background, *labels]).index_select(0, row).view_as(gt_inds)
     bbox_target = torch.cat([boxes[0].new_zeros(1, 4), *boxes]).index_select(0, row)
-    weights = label_weight.unbind(), bbox_weight[..., None].expand(-1, -1, 4).unbind()
-    pos_inds = torch.where(is_trained[1], torch.arange(gt_inds.shape[1], device=device), -1).unbind()
+    # Anchors with a box have weight 1, and nobody asks for the others.
+    bbox_weight = [anchors[0].new_full((), 1.0).expand(gt_inds.shape[1], 4)] * len(boxes)
+    each_label, each_weight, each_target = label.unbind(), label_weight.unbind(), bbox_target.view(*gt_inds.shape, 4).unbind()
+    pos_inds = torch.where(has_box, torch.arange(gt_inds.shape[1], device=device), nowhere).unbind()
     boxes_only = {} if classification is None else {"loss_cls_weight": 0.0}
-    pos_losses = candidate_losses(
-        anchors, cls_scores, bbox_preds, label.unbind(), weights[0], bbox_target.view(*gt_inds.shape, 4).unbind(), weights[1],
-        pos_inds, **{**(losses or {}), **boxes_only},
-    )  # fmt: skip
+    maps = ([level.detach() for level in levels] for levels in (cls_scores, bbox_preds))
+    columns = each_label, each_weight, each_target, bbox_weight, pos_inds
+    pos_losses = losses_of(anchors, *maps, *columns, **{**_LOSSES, **(losses or {}), **boxes_only})
     if classification is not None:
-        own = classification(label.flatten(), label_weight.flatten()).view_as(label)
-        pos_losses = list((torch.stack(pos_losses) + own).unbind())
-    reassigned = paa_reassign_batch(
-        pos_losses, label.unbind(), *weights, pos_inds, (gt_inds - 1).unbind(), anchors,
-        num_classes=num_classes, num_gts=num_gts, **options,
-    )  # fmt: skip
-    label = torch.cat(reassigned.label)
-    most = sum(min(options["topk"], len(level)) for level in anchors)
+        pos_losses = pos_losses + classification(label.flatten(), label_weight.flatten())
+    potential = pos_losses.view_as(label).unbind(), each_label, each_weight, bbox_weight, pos_inds, (gt_inds + nowhere).unbind()
+    reassigned = reassignment_of(potential, sizes * len(boxes), num_gts, num_classes, **options)
+    label, label_weight, num_pos = reassigned[0], reassigned[1], reassigned[3]
+    most = sum(min(options["topk"], size) for size in sizes)
     # A list of a length that depends on the number of positives could only be had by waiting for it.
-    size = min(sum(num_gts) * most, len(label))
-    index = torch.nonzero_static(label != num_classes, size=size, fill_value=-1).flatten()
-    return Targets(
-        label, torch.cat(reassigned.label_weight), bbox_target, index.clamp(min=0), index >= 0,
-        reassigned.num_pos, gt_inds.flatten(), reassigned,
-    )  # fmt: skip
+    size = min(sum(num_gts) * most, label.shape[0])
+    index = torch.nonzero_static(label != background, size=size, fill_value=-1).flatten()
+    return Targets(label, label_weight, bbox_target, index.clamp(min=0), index > nowhere, num_pos, gt_inds.flatten())
 
 
 def positive_losses(
@@ -135,17 +147,58 @@ def positive_losses(
         stds: deviations that the offsets were divided by.
     """
     index, found = targets.positive, targets.found
-    boxes = decode(anchors[index % len(anchors)], flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index), stds)
-    bbox_target = targets.bbox_target[index]
-    iou = torch.where(found, iou_and_union(boxes.detach(), bbox_target)[0], 0)
-    iou_pred = flatten_levels(iou_preds).flatten().index_select(0, index)
+    deltas = flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index)
+    lower, upper = corners(anchors.index_select(0, index % anchors.shape[0]), deltas, stds)
+    iou, giou = iou_and_giou_loss(lower, upper, targets.bbox_target.index_select(0, index))
+    iou = torch.where(found, iou.detach(), 0)
+    iou_pred = torch.cat([level.flatten(1) for level in iou_preds], 1).flatten().index_select(0, index)
     cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none")
-    return giou_loss(boxes, bbox_target) * found, cross_entropy * found, iou
+    return giou * found, cross_entropy * found, iou
 
 
 def flatten_levels(levels: Sequence[Tensor]) -> Tensor:
     """Tensor[N, A, channels] from Tensor[N, channels, H_l, W_l] of each level; cells row after row."""
     return torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in levels], 1)
+
+
+def _converted(images: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [image if image.dtype == dtype else image.to(dtype) for image in images]
+
+
+class Kept:
+    """What depends on the sizes of the maps alone, for the last sizes. It is neither copied nor pickled.
+
+    Nothing is kept that ends with a compiler's trace, with fake tensors or with the memory of a CUDA graph. Each stream has its
+    own, because nothing else says when the work of another stream is done.
+    """
+
+    MOST = 32  # of training with many sizes of images; anchors of 800 x 1333 pixels take 0.4 MB
+
+    def __init__(self) -> None:
+        self._values: dict[Any, Any] = {}
+
+    def of(self, levels: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+        """What `make` returns for the sizes of these maps, Tensor[N, channels, H_l, W_l]."""
+        first = levels[0]
+        if torch.compiler.is_compiling() or type(first) is not Tensor or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return make()
+        stream = 0
+        if first.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return make()
+            stream = torch.cuda.current_stream(first.device).cuda_stream
+        key = (*(level.shape[2:] for level in levels), first.device, stream)
+        value: Made | None = self._values.get(key)
+        if value is None:
+            with torch.inference_mode(False):
+                value = make()
+            if len(self._values) == self.MOST:
+                self._values = {}
+            self._values[key] = value
+        return value
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Kept, ()
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -69,6 +69,7 @@ MODULES = {
 SETTINGS: dict[str, Any] = {}
 
 _POISON = 0xAA
+EMPTY = torch.empty  #: Memory of inputs, of which nothing is to be touched, while `poisoned_outputs` replaces it for results.
 
 
 @contextlib.contextmanager
@@ -142,11 +143,11 @@ class Copies:
     def _copy(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.storages or not storage.nbytes():
-            whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device=self.device)
+            whole = EMPTY(storage.nbytes(), dtype=torch.uint8, device=self.device)
             if storage.nbytes() <= self.LARGEST:
-                whole.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+                whole.copy_(EMPTY(0, dtype=torch.uint8).set_(storage))
             self.storages[storage.data_ptr()] = whole
-        there = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        there = EMPTY(0, dtype=tensor.dtype, device=self.device)
         there.set_(self.storages[storage.data_ptr()].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if storage.nbytes() > self.LARGEST:
             there.copy_(tensor)
@@ -175,11 +176,12 @@ def _map_tensors(function: Any, value: Any) -> Any:
 def _admitted(session: Any) -> Iterator[None]:
     """Kernels may touch the tensors whose addresses they find in a table."""
 
-    def address(tensor: Tensor) -> int:
-        session.allow(tensor)
-        return tensor.data_ptr()
+    def pointers(tensors: Sequence[Tensor]) -> list[int]:
+        for tensor in tensors:
+            session.allow(tensor)
+        return [tensor.data_ptr() for tensor in tensors]
 
-    with mock.patch.object(_launch, "address", address):
+    with mock.patch.object(_launch, "pointers", pointers):
         yield
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from unittest import mock
 
 import pytest
 from kernel_execution import compiled_only
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cases, compare, host, plot, providers, scaling
 
@@ -134,3 +136,25 @@ def test_the_host_code_of_every_call_runs_without_launches():
         with mock.patch.object(host, "_return_at_once", lambda *_, launches=launches, **__: launches.append(1)):
             measured = host.multiples({name: call}, rounds=1)
         assert launches and measured[name] > 1, name
+
+
+def test_the_loss_has_as_many_operations_for_maps_of_few_cells():
+    """So that those few cells show what Python does for an image of 800 x 1333 pixels."""
+    counts = []
+    for shapes in (host.FEW, cases.HEAD_SHAPES):
+        with host.launches_return_at_once(), host.as_with_results(), Operations() as operations:
+            host.head_loss(shapes)()
+        counts.append(operations.by)
+    assert counts[0] == counts[1] and sum(counts[0].values()) > 100
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.by[func.name()] += 1
+        return func(*args, **(kwargs or {}))

@@ -86,7 +86,7 @@ BATCH = [
     ),
     ({"separation": "c"}, ValueError, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
     ({"singleton": None}, ValueError, '`singleton` must be "background" or "positive", got None'),
-    ({"precision": "float16"}, ValueError, '`precision` must be "float64", "float32" or "mixed", got \'float16\''),
+    ({"precision": "float16"}, ValueError, '`precision` must be "auto", "float64", "float32" or "mixed", got \'float16\''),
     ({"num_gts": [1, -1]}, ValueError, "`num_gts[1]` must be at least 0, got -1"),
     ({"num_gts": [1, 1.0]}, TypeError, "`num_gts[1]` must be an int, got float"),
     # what a callable returns
@@ -164,7 +164,7 @@ FIT = [
     ({"reg_covar": -1}, ValueError, "`reg_covar` must not be negative, got -1"),
     ({"reg_covar": "1"}, TypeError, "`reg_covar` must be a float, got str"),
     ({"max_iter": 0}, ValueError, "`max_iter` must be at least 1, got 0"),
-    ({"precision": 64}, ValueError, '`precision` must be "float64", "float32" or "mixed", got 64'),
+    ({"precision": 64}, ValueError, '`precision` must be "auto", "float64", "float32" or "mixed", got 64'),
     ({"weights_init": torch.ones(3)}, ValueError, "`weights_init` must have shape [2], got [3]"),
     ({"means_init": torch.ones(3, 2)}, ValueError, "`means_init` must have shape [2, 2], got [3, 2]"),
     ({"means_init": [1.0, 2.0]}, TypeError, "`means_init` must be a Tensor, got list"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ import triton.language as tl
 from kernel_execution import INTERPRETER, compiled_only, execute, on_device, slow_interpreted
 
 import paa_gpu
-from bench import cases
+from bench import cases, host
 from paa_gpu import testing
+from paa_gpu.kernels import _launch
 from paa_gpu.kernels._tiles import find_range, load_tile
 from paa_gpu.kernels.em_mixed import fit_narrow
 
@@ -157,10 +160,45 @@ def test_a_function_of_scores_gets_those_of_float64(execution, rng):
     assert torch.equal(*scores)
 
 
-def test_loops_for_cpu_tensors_fit_in_float64(rng):
+@pytest.mark.parametrize("precision", ["mixed", "auto"])
+def test_loops_for_cpu_tensors_fit_in_float64(precision, rng):
     x = torch.from_numpy(rng.gamma(2.0, 1.0, (3, 45)))
-    mixed, double = (paa_gpu.fit_gmm_1d(x, precision=precision) for precision in ("mixed", "float64"))
+    mixed, double = (paa_gpu.fit_gmm_1d(x, precision=precision) for precision in (precision, "float64"))
     assert mixed.means.dtype == torch.float64 and torch.equal(mixed.means, double.means)
+
+
+@compiled_only
+@pytest.mark.parametrize(("capability", "precision"), [((8, 6), "mixed"), ((9, 0), "float64"), (None, "float64")])
+def test_the_device_decides(capability, precision, rng):
+    """Which of the two others "auto" is, by the bits of the means."""
+    batch = testing.make_batch([6], rng, ["bimodal"], dtype=torch.float32)
+    x = torch.from_numpy(np.stack([testing.make_losses("bimodal", 45, rng) for _ in range(6)]))
+    with execute(90), mock.patch.object(_launch, "capability", lambda like: capability):
+        fits = {name: (reassign(batch, name).fit, paa_gpu.fit_gmm_1d(x, precision=name)) for name in ("auto", "mixed", "float64")}
+    for place in (0, 1):
+        means = {name: fit[place].means for name, fit in fits.items()}
+        assert torch.equal(means["auto"], means[precision]) and not torch.equal(means["mixed"], means["float64"])
+
+
+@compiled_only
+def test_who_asks_the_device(rng):
+    """By default: what returns decisions only. What returns parameters of fits has float64, wherever it runs."""
+    asked = []
+    capability = mock.patch.object(_launch, "capability", lambda like: asked.append(1))
+    batch = testing.make_batch([2], rng, ["bimodal"], dtype=torch.float32)
+    tensors = [column[0] for column in batch.arguments[:6]]
+    rows, head = torch.from_numpy(rng.random((3, 20))), paa_gpu.PAAHead(2, 1, 1, 0, 1)
+    calls = {
+        lambda: paa_gpu.paa_reassign(*tensors, batch.anchors[0], num_classes=batch.num_classes, num_gt=2): 1,
+        lambda: head.loss([torch.zeros(1, 1, 2, 2)] * 5, [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1).long()}]): 1,
+        lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options): 0,
+        lambda: paa_gpu.fit_gmm_1d(rows): 0,
+    }
+    with host.launches_return_at_once(), host.as_with_results(), capability:
+        for call, times in calls.items():
+            asked.clear()
+            call()
+            assert len(asked) == times
 
 
 @compiled_only

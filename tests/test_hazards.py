@@ -15,6 +15,7 @@ from test_fusion import make_models
 from torch import Tensor
 
 import paa_gpu
+from bench import cases, mixed
 from paa_gpu import data, testing
 
 pytestmark = compiled_only
@@ -115,9 +116,39 @@ def test_recorded_images(mode):
         assert_same_decisions(*run(mode, paa_gpu.paa_reassign_batch, *columns, call.arguments[6], **options))
 
 
+ROUNDING = [mode for mode in MODES if not mode.startswith("late")]
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if mode == "approximate 0" else pytest.mark.long) for mode in ROUNDING]
+)
+def test_mixed_precision(mode):
+    """Its bounds cover what float32 may lose there: decisions as in float64."""
+    batch = testing.make_batch([100], np.random.default_rng(0), scales=(1e-3, 1e3), level_sizes=(9000, 2000), dtype=torch.float32)
+    assert_mixed_decisions(mode, batch, separation="b")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ROUNDING)
+def test_mixed_precision_of_recorded_and_random_images(mode):
+    """2,000 random ground truths for each of the usual size and of sizes from 0.001 to 1,000."""
+    assert_mixed_decisions(mode, cases.recorded(), separation="b")
+    for batch in mixed.random_batches(2 * mixed.EACH):
+        assert_mixed_decisions(mode, batch, separation="mmdet")
+
+
+def assert_mixed_decisions(mode: str, batch: testing.Batch, separation: str) -> None:
+    options = {**batch.options, "separation": separation, "precision": "mixed"}
+    got, wanted = run(mode, paa_gpu.paa_reassign_batch, *batch.arguments, **options)
+    for name in ("label", "label_weight", "positive", "ignored"):
+        assert all(map(torch.equal, getattr(got, name), getattr(wanted, name))), name
+    for name in ("n_iter", "converged", "valid"):
+        assert torch.equal(getattr(got.fit, name), getattr(wanted.fit, name)), name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["float64", "float32", "mixed"])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith("late")])
+@pytest.mark.parametrize("mode", ROUNDING)
 def test_lanes_agree_on_convergence(mode, precision):
     """Two thousand rows of every width class: a lane that leaves the loop alone would be a divergence or a deadlock."""
     rng = np.random.default_rng(list(mode.encode()))

@@ -203,7 +203,7 @@ SETTINGS = [
     ({"covariance_type": "round"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'round\''),
     ({"separation": "c"}, ValueError, '`separation` must be "mmdet", "paper", "a", "b" or "d", got \'c\''),
     ({"singleton": "maybe"}, ValueError, '`singleton` must be "background" or "positive", got \'maybe\''),
-    ({"precision": "float16"}, ValueError, '`precision` must be "float64", "float32" or "mixed", got \'float16\''),
+    ({"precision": "float16"}, ValueError, '`precision` must be "auto", "float64", "float32" or "mixed", got \'float16\''),
     ({"gamma": -2}, ValueError, "`gamma` must not be negative, got -2"),
     ({"alpha": None}, TypeError, "`alpha` must be a float, got NoneType"),
     ({"bbox_loss_weight": -1.3}, ValueError, "`bbox_loss_weight` must not be negative, got -1.3"),

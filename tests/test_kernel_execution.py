@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import kernel_execution
 import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_execution import Copies, compiled_only, execute, on_device
+from kernel_execution import Copies, compiled_only, execute, on_device, poisoned_outputs
 
 import paa_gpu
 
@@ -34,6 +37,12 @@ def test_a_copy_has_the_layout_of_its_original(view, device):
     assert (there.shape, there.stride(), there.storage_offset()) == (tensor.shape, tensor.stride(), tensor.storage_offset())
     assert torch.equal(there.cpu(), tensor) and there.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     assert there.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+
+
+def test_copies_of_inputs_are_not_poisoned():
+    """Of a large storage only a view is copied; to fill the rest would take all of the machine's memory."""
+    with poisoned_outputs(), mock.patch.object(kernel_execution, "poison", side_effect=AssertionError):
+        assert torch.equal(Copies("cpu").of(torch.ones(3)), torch.ones(3))
 
 
 def test_changes_come_back_and_results_too():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
 from paa_gpu._ops import kernels_on_cpu
 from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
-from paa_gpu.kernels._launch import Reserve, device_guard, stage
+from paa_gpu.kernels._launch import Reserve, device_guard, mixes, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -38,6 +40,18 @@ def test_guard_makes_the_device_current():
 def test_staged_integers(values):
     staged = stage(values, torch.zeros(2, 2))
     assert (staged.dtype, staged.tolist(), staged.device.type) == (torch.int64, values, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "slow"), [((7, 5), True), ((8, 0), False), ((8, 9), True), ((9, 0), False), ((12, 0), True)]
+)
+def test_a_device_with_slow_float64(capability, slow):
+    device = mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability)
+    with device, mock.patch.object(torch.version, "hip", None):
+        like = SimpleNamespace(is_cuda=True, device="cuda:1")
+        assert mixes("auto", like) == slow
+        assert mixes("mixed", like) and not mixes("float64", like)
+    assert not mixes("auto", torch.zeros(1))
 
 
 @needs_gpu

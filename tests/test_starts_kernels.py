@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_execution import assert_written, execute, poisoned_outputs, slow_interpreted
+from kernel_execution import assert_written, execute, on_device, poisoned_outputs, slow_interpreted
 from test_starts import SHAPES, philox
 
 from paa_gpu import _ops, testing
@@ -83,5 +83,5 @@ def test_philox_of_the_cpu_is_tritons(session):
         tl.store(out_ptr + i, bits.to(tl.int64))
 
     out = torch.zeros(8, dtype=torch.int64)
-    draw[(1,)](out, 2**40 + 3)
+    on_device(draw[(1,)])(out, 2**40 + 3)
     assert out.tolist() == [philox(2**40 + 3, i, i + 1, 3 * i) for i in range(8)]

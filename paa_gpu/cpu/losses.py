@@ -27,7 +27,7 @@ from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
-SPAN = 512
+SPAN = 1024
 
 # Spans below which a second thread costs more than it saves: one takes 30 us and more, handing over to a thread 100.
 SERIAL_SPANS = 4
@@ -197,43 +197,26 @@ def _memory(level: Tensor) -> Array:
     return (flat.view(torch.int16) if flat.itemsize == 2 else flat).numpy()
 
 
-@compiled
-def _by_level(inds: Any, images: Any, first: Any) -> tuple[Any, Any, Any, Any]:
-    """The potential positives in the order of their levels.
+def _by_level(inds: Array, images: Array, first: Array) -> tuple[Array, Array, Array, Array]:
+    """The potential positives in the order of their levels, then of the memory of the maps, which the processor then foretells.
 
     Returns:
-        rank [P], the place of each one in that order, -1 for an index out of range; image and cell of each place, the cell in its
-        level; bounds [L + 1] of the levels among the places.
+        those in range, in that order; the image and the cell of each, the cell in its level; bounds [L + 1] of the levels among
+        them.
     """
-    levels = len(first) - 1
-    level_of, rank, bounds = np.empty(len(inds), np.int64), np.empty(len(inds), np.int64), np.zeros(levels + 1, np.int64)
-    for p in range(len(inds)):
-        level_of[p] = -1
-        if 0 <= inds[p] < first[levels]:
-            level = 0
-            while inds[p] >= first[level + 1]:
-                level += 1
-            level_of[p] = level
-            bounds[level + 1] += 1
-    for level in range(levels):
-        bounds[level + 1] += bounds[level]
-    image, cell, place = np.empty(bounds[levels], np.int64), np.empty(bounds[levels], np.int64), bounds.copy()
-    for i in range(len(images) - 1):
-        for p in range(images[i], images[i + 1]):
-            level = level_of[p]
-            rank[p] = -1 if level < 0 else place[level]
-            if level >= 0:
-                image[place[level]], cell[place[level]] = i, inds[p] - first[level]
-                place[level] += 1
-    return rank, image, cell, bounds
+    source = np.flatnonzero((inds >= 0) & (inds < first[-1]))
+    image = np.arange(len(images) - 1).repeat(np.diff(images))[source]
+    level = first[1:].searchsorted(inds[source], "right")
+    order = ((level * len(images) + image) * first[-1] + inds[source]).argsort()
+    source, image, level = source[order], image[order], level[order]
+    return source, image, inds[source] - first[level], level.searchsorted(np.arange(len(first)))
 
 
-def _take(column: Sequence[Tensor], inds: Array, rank: Array, exists: Array, images: Array, size: int, dtype: Any) -> Array:
-    """The targets of the potential positives, in the order of `rank`."""
+def _take(column: Sequence[Tensor], places: Sequence[tuple[Array, Array]], size: int, dtype: Any) -> Array:
+    """The targets of the potential positives. `places`: of each image, which of them are its own, and their anchors."""
     taken = np.empty((size, *column[0].shape[1:]), dtype)
-    for tensor, begin, end in zip(column, images, images[1:], strict=False):
-        there = exists[begin:end]
-        taken[rank[begin:end][there]] = view(tensor).take(inds[begin:end][there], 0)
+    for tensor, (own, anchor) in zip(column, places, strict=True):
+        taken[own] = view(tensor).take(anchor, 0)
     return taken
 
 
@@ -267,10 +250,11 @@ def candidate_losses(
     losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
     inds, classes = flat(pos_inds, np.int64), cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1]
     first, images = offsets(lengths(anchors)), offsets(lengths(pos_inds))
-    rank, image, cell, bounds = _by_level(inds, images, first)
-    exists = rank >= 0
+    source, image, cell, bounds = _by_level(inds, images, first)
+    of_images = [np.flatnonzero(image == i) for i in range(len(label))]
+    places = [(own, inds[source[own]]) for own in of_images]
     labels, *targets = (
-        _take(column, inds, rank, exists, images, len(cell), dtype)
+        _take(column, places, len(source), dtype)
         for column, dtype in ((label, np.int64), (label_weight, float), (bbox_target, float), (bbox_weight, float))
     )
     labels = np.where(labels < classes, labels, -1)
@@ -292,5 +276,5 @@ def candidate_losses(
 
     over_slices(run, len(spans), SERIAL_SPANS)
     values.fill(np.nan)
-    values[exists] = loss[rank[exists]]
+    values[source] = loss
     return losses

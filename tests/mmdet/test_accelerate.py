@@ -109,8 +109,8 @@ def test_how_often_the_library_is_called(own, inputs):
     """Once for the batch, or image by image where a subclass loops itself or replaces the method of one image."""
     head, calls = accelerate(as_class(build(**SMALL), own)), []
     with contextlib.ExitStack() as stack:
-        for module in (integration, targets):
-            stack.enter_context(mock.patch.object(module, "paa_reassign_batch", counted(module.paa_reassign_batch, calls)))
+        for module, name in ((integration, "paa_reassign_batch"), (targets, "reassignment_of")):
+            stack.enter_context(mock.patch.object(module, name, counted(getattr(module, name), calls)))
         step(head, *inputs)
     assert len(calls) == PATHS[own][1]
 
@@ -279,7 +279,7 @@ def test_restored_heads_do_what_they_did(inputs):
     head = as_class(build(**SMALL), Float64PAAHead)
     published = copy.deepcopy(head)
     restore(accelerate(head))
-    with mock.patch.object(targets, "paa_reassign_batch", side_effect=AssertionError):
+    with mock.patch.object(targets, "reassignment_of", side_effect=AssertionError):
         assert_same_step(step(head, *inputs), step(published, *inputs))
 
 

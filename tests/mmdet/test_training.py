@@ -145,13 +145,13 @@ def synchronisations(head, features, samples):
 
 @pytest.mark.parametrize("boxes", [[1], [7, 0, 1], [7] * 6], ids=str)
 def test_nothing_waits(boxes, generator):
-    """The batch goes through `paa_reassign_batch` once, with `num_gts`, and nothing is read."""
+    """The batch is reassigned once, with the numbers of its boxes, and nothing is read."""
     heads = variants(build(**SMALL))
     features, samples = make_features(len(boxes), SIZE, 32, generator), make_samples(boxes, SIZE, 80, generator)
     api.loss(heads.accelerated, features, samples)
-    with mock.patch.object(targets, "paa_reassign_batch", wraps=targets.paa_reassign_batch) as batch:
+    with mock.patch.object(targets, "reassignment_of", wraps=targets.reassignment_of) as batch:
         ours = synchronisations(heads.accelerated, features, samples)
-    assert [call.kwargs["num_gts"] for call in batch.call_args_list] == [boxes]
+    assert [call.args[2] for call in batch.call_args_list] == [boxes]
     published = synchronisations(heads.float64, features, samples)
     print(f"{ours.count} synchronisations, published {published.count}: {published.by.most_common(8)}")
     assert ours.count == 0 < published.count, ours.by

@@ -200,7 +200,7 @@ class PAAHeadGPU(PAAHead):
         preset = PRESETS[self.preset]
         return {
             "topk": self.topk, "covariance_type": self.covariance_type, "separation": preset.separation,
-            "singleton": preset.singleton,
+            "singleton": preset.singleton, "precision": "auto",
         }  # fmt: skip
 
     def paa_reassign(

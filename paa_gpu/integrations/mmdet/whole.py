@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...assign import check_boxes
 from ...boxes import WH_RATIO_CLIP, focal_loss
-from ...targets import Targets, assign_targets, flatten_levels, on_device, positive_losses
+from ...targets import Kept, Targets, assign_targets, flatten_levels, on_device, positive_losses
 from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_location, prior_generator
 
 HALF = (torch.bfloat16, torch.float16)
@@ -72,45 +72,30 @@ class _Grid(NamedTuple):
     """Everything that depends only on the sizes of the levels."""
 
     anchors: list[Tensor]  # per level Tensor[A_l, 4]
+    all_anchors: Tensor  # Tensor[A, 4]
     cells: Tensor  # Tensor[A, 2] int64: column and row
     levels: Tensor  # Tensor[A] int64
 
 
-class Grids:
-    """The anchors for the sizes of the last batches. Making them copies to the device, which waits. Not copied, not pickled."""
-
-    MOST = 32  # of training with many sizes of images; at 800 x 1333 pixels 1 MB each
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[Any, _Grid] = OrderedDict()
-
-    def of(self, head: Any, sizes: Sequence[tuple[int, int]], device: torch.device) -> _Grid:
-        """Those of a head."""
-        key = (*sizes, device)
-        if key not in self.kept:
-            anchors = anchors_of(prior_generator(head), sizes, device)
-            index = [torch.arange(height * width, device=device) for height, width in sizes]
-            cells = [torch.stack([i % width, i // width], 1) for i, (_, width) in zip(index, sizes, strict=True)]
-            levels = [torch.full_like(i, level) for level, i in enumerate(index)]
-            self.kept[key] = _Grid(anchors, torch.cat(cells), torch.cat(levels))
-        self.kept.move_to_end(key)
-        if len(self.kept) > self.MOST:
-            self.kept.popitem(last=False)
-        return self.kept[key]
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Grids, ()
+def _grid(head: Any, sizes: Sequence[tuple[int, int]], device: torch.device) -> _Grid:
+    """That of a head. Making it copies to the device, which waits."""
+    anchors = anchors_of(prior_generator(head), sizes, device)
+    index = [torch.arange(height * width, device=device) for height, width in sizes]
+    cells = [torch.stack([i % width, i // width], 1) for i, (_, width) in zip(index, sizes, strict=True)]
+    levels = [torch.full_like(i, level) for level, i in enumerate(index)]
+    return _Grid(anchors, torch.cat(anchors), torch.cat(cells), torch.cat(levels))
 
 
 def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> tuple[Tensor, Targets]:
     """The anchors of an image [A, 4], and the targets of the batch."""
     sizes = [(level.shape[-2], level.shape[-1]) for level in cls_scores]
-    grid = vars(head).setdefault("grids", Grids()).of(head, sizes, cls_scores[0].device)
+    grid = vars(head).setdefault("grids", Kept()).of(cls_scores, lambda: _grid(head, sizes, cls_scores[0].device))
     assigner, options = head.assigner, head.reassignment()
     names = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
     weight = head.train_cfg.pos_weight
     half = cls_scores[0].dtype in HALF
     assert truth.labels is not None
+    check_boxes(truth.boxes, cls_scores[0].device)
     targets = assign_targets(
         grid.anchors, cls_scores, bbox_preds, truth.boxes, truth.labels, truth.ignored, _valid(head, grid, sizes, truth.metas),
         num_classes=head.num_classes,
@@ -123,7 +108,7 @@ def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth:
         reassignment=options,
         classification=functools.partial(_each_classification, head.loss_cls, cls_scores) if half else None,
     )  # fmt: skip
-    return torch.cat(grid.anchors), targets
+    return grid.all_anchors, targets
 
 
 def _each_classification(loss: Any, cls_scores: list[Tensor], label: Tensor, label_weight: Tensor) -> Tensor:
@@ -149,7 +134,7 @@ def _valid(head: Any, grid: _Grid, sizes: Sequence[tuple[int, int]], metas: list
     if any(level != size[::-1] for image in limits for level, size in zip(image, sizes, strict=True)):
         valid = (grid.cells < on_device(limits, torch.int64, device).index_select(1, grid.levels)).all(-1)
     if border >= 0:
-        anchors = torch.cat(grid.anchors)
+        anchors = grid.all_anchors
         ends = on_device(
             [(meta["img_shape"][1] + border, meta["img_shape"][0] + border) for meta in metas], anchors.dtype, device
         )
