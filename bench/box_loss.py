@@ -43,9 +43,9 @@ def experiment() -> Any:
     return module
 
 
-def score_by(box_loss: str, weight: float) -> None:
-    """PAA in this process scores candidates by this box loss. The loss that trains stays the model's own."""
-    integration._losses = lambda model: {**MEASURED(model), "box_loss": box_loss, "loss_bbox_weight": weight}
+def weigh(weight: float) -> None:
+    """PAA in this process weights the box loss of candidates."""
+    integration._losses = lambda model: {**MEASURED(model), "loss_bbox_weight": weight}
 
 
 def look(model: nn.Module, batch: tuple, last: Tensor | None, box_loss: str) -> tuple[dict[str, float], Tensor]:
@@ -115,8 +115,8 @@ def train(scored: str, trained: str, weight: float, seed: int, options: argparse
     torch.manual_seed(seed)
     model = trees.detector(trained)
     if scored != "IoU":
-        integration.use_paa(model)
-        score_by(scored, weight)
+        integration.use_paa(model, box_loss=scored)
+        weigh(weight)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps, pct_start=0.1)
     one = argparse.Namespace(**{**vars(options), "steps": 1, "batch": 8})
@@ -135,7 +135,8 @@ def train(scored: str, trained: str, weight: float, seed: int, options: argparse
         nn.utils.clip_grad_norm_(model.parameters(), 10)
         optimizer.step()
         schedule.step()
-    return {"scored": scored, "trained": trained, "weight": weight, "seed": seed, "records": records}
+    ap50 = trees.evaluate(model, trees.pictures(trees.TESTED))["all"][0]
+    return {"scored": scored, "trained": trained, "weight": weight, "seed": seed, "AP50": ap50, "records": records}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -146,7 +147,10 @@ def main(options: argparse.Namespace) -> None:
         for future in as_completed([pool.submit(train, *run, options) for run in runs]):
             record = future.result()
             records.append(record)
-            print(f"scored by {record['scored']} x {record['weight']:g}, trained by {record['trained']}, seed {record['seed']}")
+            print(
+                f"scored by {record['scored']} x {record['weight']:g}, trained by {record['trained']}, seed {record['seed']}: "
+                f"AP50 {record['AP50']:.3f} on the test sites"
+            )
             print("".join(f"{name:>11}" for name in COLUMNS))
             for row in record["records"]:
                 print("".join(f"{row[name]:11.3f}" for name in COLUMNS), flush=True)

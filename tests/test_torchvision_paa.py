@@ -53,13 +53,14 @@ def expected(target, logits, offsets, anchors, level_sizes, model, **options) ->
     for i, row in enumerate(overlaps):
         owner[row == row.max()] = i
     (inds,) = (owner >= 0).nonzero(as_tuple=True)
-    head, losses = model.head.regression_head, []
+    coder, losses = model.head.regression_head.box_coder, []
     for anchor in inds.tolist():
         own, one = owner[anchor], slice(anchor, anchor + 1)
         truth = nn.functional.one_hot(target["labels"][own], CLASSES).float()
         focal = sigmoid_focal_loss(logits[anchor].double(), truth.double(), reduction="sum")
         boxes = target["boxes"][own][None].double()
-        losses.append(focal + _box_loss(head._loss_type, head.box_coder, anchors[one].double(), boxes, offsets[one].double()))
+        box = _box_loss(model.paa_options.box_loss, coder, anchors[one].double(), boxes, offsets[one].double())
+        losses.append(focal + box)
     label = torch.full((len(anchors),), CLASSES)
     label[inds] = target["labels"][owner[inds]]
     new, weight, _, _ = reference.paa_reassign(
@@ -69,10 +70,12 @@ def expected(target, logits, offsets, anchors, level_sizes, model, **options) ->
     return torch.where(new < CLASSES, owner, torch.where(weight > 0, -1, -2))
 
 
-@pytest.mark.parametrize("box_loss", ["l1", "giou"])
+@pytest.mark.parametrize(("trained", "scored"), [("l1", {}), ("giou", {}), ("l1", {"box_loss": "l1"})], ids=str)
 @pytest.mark.parametrize("options", [{}, {"topk": 4, "separation": "d"}], ids=str)
-def test_the_anchors_are_those_of_the_published_loop(box_loss, options, generator, monkeypatch):
-    model = use_paa(models.retinanet(box_loss), **options)
+def test_the_anchors_are_those_of_the_published_loop(trained, scored, options, generator, monkeypatch):
+    """Whatever loss trains, GIoU sorts the candidates, unless the caller wants L1."""
+    model = use_paa(models.retinanet(trained), **options, **scored)
+    assert model.paa_options.box_loss == scored.get("box_loss", "giou")
     batch = models.batch(generator)
     targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
     assert outputs.keys() == {"cls_logits", "bbox_regression"}
@@ -89,7 +92,7 @@ def test_it_learns(generator):
     model, batch = use_paa(models.retinanet()), models.batch(generator)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     totals = []
-    for _ in range(12):
+    for _ in range(24):
         loss = sum(train(model, batch).values())
         optimizer.zero_grad()
         loss.backward()
@@ -189,6 +192,8 @@ def test_score_voting(generator):
 def test_what_it_refuses(generator):
     with pytest.raises(ValueError, match="`model` must be or contain a RetinaNet of torchvision, got FasterRCNN"):
         use_paa(models.faster_rcnn())
+    with pytest.raises(ValueError, match='`box_loss` must be "l1" or "giou", got \'iou\''):
+        use_paa(models.retinanet(), box_loss="iou")
     model = models.retinanet("smooth_l1")
     message = '`model.head.regression_head` must have the box loss "l1" or "giou", got \'smooth_l1\''
     with pytest.raises(ValueError, match=re.escape(message)):

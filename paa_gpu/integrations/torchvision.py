@@ -58,6 +58,7 @@ class PAAOptions(NamedTuple):
     separation: Separation = "mmdet"
     singleton: str = "background"
     score_voting: bool = False
+    box_loss: str = "giou"
 
 
 def accelerate(model: Model) -> Model:
@@ -102,17 +103,14 @@ def use_paa(
     separation: Separation = "mmdet",
     singleton: str = "background",
     score_voting: bool = False,
+    box_loss: str = "giou",
 ) -> Model:
     """Train every RetinaNet of a model by probabilistic anchor assignment (PAA), and no longer by thresholds of the IoU.
 
     In training, the potential positives of a ground truth are its best anchors, and all anchors with an IoU of `pos_iou_thr` or
-    more. Their losses sort them. Each is the focal loss, summed over the classes, plus the box loss of the regression head: L1
-    over the four offsets (`retinanet_resnet50_fpn`) or GIoU (`retinanet_resnet50_fpn_v2`). `paa_reassign_batch` keeps the best.
-    The head computes its own losses on them. There is no new parameter, so checkpoints load in both directions.
-
-    Prefer GIoU: in the experiment of `docs/torchvision.md`, PAA learned little with L1. Among the anchors of a box, L1 varies
-    several times as much as the focal loss.
-    `model.head.regression_head._loss_type = "giou"` changes the loss, before or after this call.
+    more. Their losses sort them. Each is the focal loss, summed over the classes, plus `box_loss`. `paa_reassign_batch` keeps
+    the best. The head computes its own losses on them: L1 in `retinanet_resnet50_fpn`, GIoU in `retinanet_resnet50_fpn_v2`.
+    There is no new parameter, so checkpoints load in both directions.
 
     Args:
         model: a RetinaNet, or a module that contains RetinaNets, such as a DeepForest. A second call replaces the options.
@@ -121,6 +119,9 @@ def use_paa(
         covariance_type, separation, singleton: see `paa_reassign`.
         score_voting: at inference, move each detection to the weighted mean of the boxes around it; see `score_voting`. Every
             anchor may vote if its score for the class exceeds the model's `score_thresh`.
+        box_loss: of the candidates. "giou" of the decoded box, or "l1" of the four offsets. Prefer GIoU, also where the head
+            trains with L1. Offsets are in units of the anchor. So L1 prefers anchors that are larger than the box. In the
+            experiment of `docs/torchvision.md`, such a model learned next to nothing.
 
     Returns:
         `model`, the same object.
@@ -133,7 +134,7 @@ def use_paa(
 
     Source: PAA (arXiv 2007.08103), section 3.
     """
-    options = PAAOptions(topk, pos_iou_thr, covariance_type, separation, singleton, score_voting)
+    options = PAAOptions(topk, pos_iou_thr, covariance_type, separation, singleton, score_voting, box_loss)
     _check_options(options)
     found = [(name, module) for name, module in _modules(model) if isinstance(module, RetinaNet)]
     if not found:
@@ -361,11 +362,10 @@ def _maps(outputs: Tensor, level_sizes: list[int]) -> list[Tensor]:
     return [level.transpose(1, 2)[..., None] for level in outputs.split_with_sizes(level_sizes, 1)]
 
 
-def _losses(model: RetinaNet) -> dict[str, Any]:
+def _losses(model: RetinaNetPAA) -> dict[str, Any]:
     """The options of `candidate_losses` for torchvision's losses, which are sums over classes and offsets."""
     stds = [1 / weight for weight in model.head.regression_head.box_coder.weights]
-    box_loss = model.head.regression_head._loss_type
-    return {"loss_bbox_weight": 1.0, "stds": stds, "box_loss": box_loss, "convention": "torchvision"}
+    return {"loss_bbox_weight": 1.0, "stds": stds, "box_loss": model.paa_options.box_loss, "convention": "torchvision"}
 
 
 def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -410,3 +410,4 @@ def _check_options(options: PAAOptions) -> None:
         check_option("separation", options.separation, SCHEMES)
     check_option("singleton", options.singleton, SINGLETONS)
     check_bool("score_voting", options.score_voting)
+    check_option("box_loss", options.box_loss, BOX_LOSSES)
