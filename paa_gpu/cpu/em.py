@@ -26,7 +26,7 @@ from ._arrays import Array, flat, view
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
-from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax
+from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax, sum_of
 
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
@@ -97,7 +97,7 @@ def start_rows(
         if size < 2 or not finite:
             continue
         centre, resp = np.empty(2, weights.dtype), np.empty((2, size), weights.dtype)
-        centres(values, smallest, extent, y.mean(), init, seed, row // n_init, row % n_init, centre)
+        centres(values, smallest, extent, sum_of(y) / real(size), init, seed, row // n_init, row % n_init, centre)
         if init == KMEANS:
             kmeans(y, centre)
         divide(y, centre, resp)

@@ -20,7 +20,7 @@ from .._ops import LLOYD_PASSES
 from ._arrays import Array
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
-from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move
+from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move, sum_of
 
 # Values of a block: with the responsibilities of two components they fill half of a small first-level cache.
 BLOCK = 1024
@@ -127,17 +127,21 @@ def scan(
 @inner
 def maximisation(partial: Any, tied: bool, reg_covar: float, weight: Any, mean: Any, variance: Any) -> None:
     """The M-step, from the moments of the blocks."""
-    k, empty = len(mean), weight.dtype.type(EMPTY_COMPONENT)
+    k, zero, empty = len(mean), weight.dtype.type(0), weight.dtype.type(EMPTY_COMPONENT)
     for j in range(k):
         number, centre, square = partial[:, 1 + 3 * j], partial[:, 2 + 3 * j], partial[:, 3 + 3 * j]
-        n = number.sum()
-        m = (number * centre).sum() / n if n > 0 else n
+        n, weighted, squares = sum_of(number), zero, zero
+        for block in range(len(number)):
+            weighted += number[block] * centre[block]
+        m = weighted / n if n > 0 else n
+        for block in range(len(number)):
+            squares += square[block] + number[block] * (centre[block] - m) ** 2
         weight[j] = n + empty
         mean[j] = n * m / weight[j]
-        variance[j] = (square + number * (centre - m) ** 2).sum() + n * (m - mean[j]) ** 2
-    total = weight.sum()
+        variance[j] = squares + n * (m - mean[j]) ** 2
+    total = sum_of(weight)
     if tied:
-        variance[:] = variance.sum() / total + reg_covar
+        variance[:] = sum_of(variance) / total + reg_covar
     else:
         variance[:] = variance / weight + reg_covar
     weight /= total
@@ -160,7 +164,7 @@ def advance(
     if phase == RANGE:
         span[0] = partial[:, 0].min()
         span[1] = partial[:, 1].max() - span[0]
-        average = partial[:, 2].sum() / real(len(x)) + (x[0] - span[0])
+        average = sum_of(partial[:, 2]) / real(len(x)) + (x[0] - span[0])
         if len(x) < max(2, k) or not (partial[:, 3] > 0).all():
             void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
             return DONE
@@ -174,13 +178,13 @@ def advance(
     elif phase == LLOYD:
         number, total = np.empty(k, real), np.empty(k, real)
         for j in range(k):
-            number[j], total[j] = partial[:, 1 + 3 * j].sum(), partial[:, 2 + 3 * j].sum()
+            number[j], total[j] = sum_of(partial[:, 1 + 3 * j]), sum_of(partial[:, 2 + 3 * j])
         return LLOYD if move(number, total, before, centre) and passes < LLOYD_PASSES else DIVISION
     elif phase == DIVISION:
         maximisation(partial, tied, real(reg_covar), weight, mean, variance)
     else:
         previous = lower_bound[row]
-        lower_bound[row] = partial[:, 0].sum() / real(len(x))
+        lower_bound[row] = sum_of(partial[:, 0]) / real(len(x))
         maximisation(partial, tied, real(reg_covar), weight, mean, variance)
         n_iter[row] = passes
         converged[row] = abs(lower_bound[row] - previous) < real(tol)

@@ -23,6 +23,16 @@ MINMAX, QUANTILE, KMEANS, RANDOM = (INITS.index(name) for name in ("minmax", "qu
 
 
 @inner
+def sum_of(values: Any) -> Any:
+    """The sum in the order of the values. numba compiles an array's own `sum` once in a process, in the arithmetic of whoever
+    comes first, and then its last bit would depend on what a process did before."""
+    total = values.dtype.type(0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@inner
 def minmax(extent: float, weight: Any, mean: Any, variance: Any) -> None:
     """Equal weights, means from the smallest to the largest value, variances of 1."""
     k = len(mean)
@@ -133,7 +143,7 @@ def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
 @inner
 def two_means(y: Any, centre: Any) -> None:
     """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value."""
-    all_of, best, boundary = y.sum(), -np.inf, np.inf
+    all_of, best, boundary = sum_of(y), -np.inf, np.inf
     for value in y:
         number, total = members(y, -np.inf, value)
         if number < len(y):
