@@ -1,4 +1,4 @@
-"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs, sorting of pairs."""
+"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs."""
 
 from __future__ import annotations
 
@@ -45,42 +45,5 @@ def first_of_highest(key, at, other_key, other_at):
 
 
 @triton.jit
-def _side(axis: tl.constexpr, n_axes: tl.constexpr):
-    """0 and 1 along one axis of the hypercube."""
-    return tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (n_axes - 1 - axis))
-
-
-@triton.jit
-def _compare_and_swap(key, tie, axis: tl.constexpr, n_axes: tl.constexpr):
-    # The sum over an axis of two, less one's own value, is the other's: integers wrap around.
-    other_key = tl.sum(key, axis, keep_dims=True) - key
-    other_tie = tl.sum(tie, axis, keep_dims=True) - tie
-    after = (key > other_key) | ((key == other_key) & (tie > other_tie))
-    swap = after != (_side(axis, n_axes) != 0)
-    return tl.where(swap, other_key, key), tl.where(swap, other_tie, tie)
-
-
-@triton.jit
 def smallest_integer(DTYPE: tl.constexpr):
     return tl.full((), -(1 << (DTYPE.primitive_bitwidth - 1)), DTYPE)
-
-
-@triton.jit
-def sort_pairs(key, tie, inside, LOG_BLOCK: tl.constexpr):
-    """Sort the pairs (key, tie), integers [2 ** LOG_BLOCK], ascending by key, then by tie: a bitonic network.
-
-    What is not inside goes to the end, where both are the largest integers.
-    """
-    cube_key = tl.reshape(tl.where(inside, key, ~smallest_integer(key.dtype)), [2] * LOG_BLOCK)
-    cube_tie = tl.reshape(tl.where(inside, tie, ~smallest_integer(tie.dtype)), [2] * LOG_BLOCK)
-    for stage in tl.static_range(1, LOG_BLOCK + 1):
-        # Every other run descends: its complements ascend. A direction for each comparison would be more masks than
-        # AMD has scalar registers.
-        if stage < LOG_BLOCK:
-            descending = -_side(LOG_BLOCK - 1 - stage, LOG_BLOCK)
-            cube_key, cube_tie = cube_key ^ descending, cube_tie ^ descending
-        for axis in tl.static_range(LOG_BLOCK - stage, LOG_BLOCK):
-            cube_key, cube_tie = _compare_and_swap(cube_key, cube_tie, axis, LOG_BLOCK)
-        if stage < LOG_BLOCK:
-            cube_key, cube_tie = cube_key ^ descending, cube_tie ^ descending
-    return tl.reshape(cube_key, key.shape), tl.reshape(cube_tie, tie.shape)

@@ -7,7 +7,8 @@ P + G:
               the program that finishes last turns the counts into the buckets' starts
     scatter   each potential positive's key and tie go to its place in the bucket
     select    one program per row keeps the best so far of its bucket, in order, and reads on. What comes after the last candidate
-              of a level that is full is dropped at once; what is left waits until many slots are taken, and then all are sorted
+              of a level that is full is dropped at once; what is left waits until many slots are taken, and then all are sorted.
+              A sort with equal losses, or nearly equal ones, takes three times the work (see `_sort`)
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
 it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31
@@ -43,9 +44,8 @@ from paa_gpu.kernels._batch import (
     vector,
 )
 from paa_gpu.kernels._launch import device_guard, register_limit, stage
-from paa_gpu.kernels._numeric import ordered_key, smallest_integer, sort_pairs
-
-LOG_SLOTS = 7  # four slots a thread: one warp sorts without shared memory or barriers, and its registers last
+from paa_gpu.kernels._numeric import ordered_key, smallest_integer
+from paa_gpu.kernels._sort import count_in_order, count_in_slots, sort_slots
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _admit(anchor, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
         end = tl.load(end_ptr + level).to(tl.int32)
         here = (anchor >= begin) & (anchor < end)
         room = topk - tl.sum(tl.where(level_index == level, taken, 0), 0)
-        admitted = admitted | (here & (tl.cumsum(here.to(tl.int32), 0) <= room))
+        admitted = admitted | (here & (count_in_order(here) <= room))
         begin = end
     return admitted
 
@@ -267,10 +267,9 @@ def _select_kernel(
     gt_ptr,  # Tensor[G]: its ground truth within the image
     LOSS: tl.constexpr,
     LOG_LEVELS: tl.constexpr,
-    LOG_SLOTS: tl.constexpr,
 ):
     LEVELS: tl.constexpr = 1 << LOG_LEVELS
-    SLOTS: tl.constexpr = 1 << LOG_SLOTS  # at most half of them hold candidates, the others what is compared with them
+    SLOTS: tl.constexpr = 128  # at most half of them hold candidates, the others what is compared with them
     CROWDED: tl.constexpr = SLOTS * 3 // 4  # so many slots are taken: sorting frees more than reading on would find
     row = tl.program_id(0).to(tl.int64)
     images = (table_ptr, n_images)
@@ -298,12 +297,18 @@ def _select_kernel(
         key = tl.zeros([SLOTS], last_key.dtype)
         tie = tl.zeros([SLOTS], tl.int64)
         kept = slot < 0
-        n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
         found = tl.full((), 0, tl.int32)
-        bound_key = tl.full([LEVELS], ~smallest_integer(last_key.dtype), last_key.dtype)
-        bound_tie = tl.full([LEVELS], 0x7FFFFFFFFFFFFFFF, tl.int64)
         place = tl.full((), 0, tl.int32)
+        order = tl.zeros([SLOTS], tl.int32)  # of the candidates, from 1 on
         while place < length:
+            # Not kept from one round to the next: the sort needs the registers.
+            n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
+            bound_key = tl.full([LEVELS], ~smallest_integer(last_key.dtype), last_key.dtype)
+            bound_tie = tl.full([LEVELS], 0x7FFFFFFFFFFFFFFF, tl.int64)
+            if place > 0:
+                n_kept = count_in_slots(kept)
+                if length - place > SLOTS - found:
+                    bound_key, bound_tie = _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS)
             filling = True
             while filling:
                 source = place + slot - n_kept
@@ -319,20 +324,17 @@ def _select_kernel(
                 if more:
                     n_new = tl.sum(new.to(tl.int32), 0)
                     if n_new > 0:
-                        n_kept = tl.cumsum(kept.to(tl.int32), 0)
+                        n_kept = count_in_slots(kept)
                         found += n_new
                         filling = found < CROWDED
-            key, tie = sort_pairs(key, tie, kept, LOG_SLOTS)
+            key, tie = sort_slots(key, tie, kept)
             kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
-            n_kept = tl.cumsum(kept.to(tl.int32), 0)
-            kept = kept & (n_kept <= SLOTS // 2)
-            n_kept = tl.minimum(n_kept, SLOTS // 2)
-            found = tl.max(n_kept, 0)
-            if length - place > SLOTS - found:
-                bound_key, bound_tie = _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS)
+            order = count_in_order(kept)
+            kept = kept & (order <= SLOTS // 2)
+            found = tl.minimum(tl.max(order, 0), SLOTS // 2)
 
-        rank = count + n_kept - 1
         position = tie & 0xFFFFFFFF
+        rank = count + order - 1
         out = row * width + rank
         inside = kept & (rank < width)  # anchors that occur twice may be more than there is room for
         loss = tl.load(loss_ptr + (position - first_position) * stride_loss, mask=inside)
@@ -453,7 +455,6 @@ def launch_select(batch: Batch, topk: int, like: Tensor) -> Selection:
             *selection,
             LOSS=batch.dtypes["LOSS"],
             LOG_LEVELS=max((levels - 1).bit_length(), 3),
-            LOG_SLOTS=LOG_SLOTS,
             num_warps=1,
             **register_limit(),
         )
