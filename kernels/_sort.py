@@ -53,7 +53,7 @@ def _sort_pairs(key, tie):
         for axis in tl.static_range(7 - stage, 7):
             other_key, other_tie = _other(key, axis), _other(tie, axis)
             after = (key > other_key) | ((key == other_key) & (tie > other_tie))
-            swap = after != (_side(axis) != 0)
+            swap = after.to(tl.int32) != _side(axis)  # integers: as masks, AMD would spill scalar registers
             key, tie = tl.where(swap, other_key, key), tl.where(swap, other_tie, tie)
         key, tie = _turn(key, stage), _turn(tie, stage)
     return _to_slots(key), _to_slots(tie)
@@ -67,7 +67,7 @@ def _sort_words(word):
         cube = _turn(cube, stage)
         for axis in tl.static_range(7 - stage, 7):
             other = _other(cube, axis)
-            cube = tl.where((cube > other) != (_side(axis) != 0), other, cube)
+            cube = tl.where((cube > other).to(tl.int32) != _side(axis), other, cube)
         cube = _turn(cube, stage)
     return _to_slots(cube)
 
