@@ -58,7 +58,7 @@ def batch(name: str) -> None:
     boxes, positives = sum(call.batch.num_gts), sum(image[3] for image in wanted)
     print(f"paa_reassign_batch, {name}: {len(wanted)} images, {boxes} boxes, {positives} positives ({differ} labels of the "
           f"published float32 loop differ): {ours * 1e3:.2f} ms, {ours / boxes * 1e6:.2f} us a box; loop {loop * 1e3:.0f} ms, "
-          f"{loop / ours:.0f}x; {ours / limit:.1f} times the physical limit")  # fmt: skip
+          f"{loop / ours:.0f}x; {ours / limit:.1f} times bare numpy")  # fmt: skip
 
 
 def one_by_one() -> None:
