@@ -129,7 +129,7 @@ bench: $(READY) .bench/gmm_gpu
 	PYTHONPATH=tests $(BIN)/python -m bench.work
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host
 	OMP_NUM_THREADS=1 PYTHONPATH=.bench $(BIN)/python -m pytest bench --benchmark-only \
-	  --benchmark-min-rounds=3 --benchmark-max-time=0.5 --benchmark-json=bench/results/suite.json
+	  --benchmark-min-rounds=3 --benchmark-max-time=0.25 --benchmark-json=bench/results/suite.json
 	PYTHONPATH=tests $(BIN)/python -m bench.scaling --out bench/results/scaling.json
 	$(BIN)/python -m bench.plot bench/results/suite.json bench/results/scaling.json
 
