@@ -45,6 +45,12 @@ def _other(cube, axis: tl.constexpr):
 
 
 @triton.jit
+def _after(key, tie, other_key, other_tie):
+    """Whether a pair (key, tie) comes after another one."""
+    return (key > other_key) | ((key == other_key) & (tie > other_tie))
+
+
+@triton.jit
 def _sort_pairs(key, tie):
     """Sort the pairs (key, tie) [128], ascending by key, then by tie: a bitonic network."""
     key, tie = _to_cube(key), _to_cube(tie)
@@ -52,7 +58,7 @@ def _sort_pairs(key, tie):
         key, tie = _turn(key, stage), _turn(tie, stage)
         for axis in tl.static_range(7 - stage, 7):
             other_key, other_tie = _other(key, axis), _other(tie, axis)
-            after = (key > other_key) | ((key == other_key) & (tie > other_tie))
+            after = _after(key, tie, other_key, other_tie)
             swap = after.to(tl.int32) != _side(axis)  # integers: as masks, AMD would spill scalar registers
             key, tie = tl.where(swap, other_key, key), tl.where(swap, other_tie, tie)
         key, tie = _turn(key, stage), _turn(tie, stage)
@@ -92,15 +98,77 @@ def _words(key, inside):
 
 
 @triton.jit
-def _equal_leads(word):
-    """Whether neighbours among sorted words [128] have the same lead."""
-    even, odd = tl.split(tl.reshape(tl.trans(tl.reshape(word, [4, 32])), [32, 2, 2]))
+def _of_lanes(x):
+    """The four slots [32] of each lane, in lane order."""
+    even, odd = tl.split(tl.reshape(tl.trans(tl.reshape(x, [4, 32])), [32, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    lane = tl.arange(0, 32)
-    following = tl.gather(first, (lane + 1) & 31, 0)  # behind the last the first: equal only if all are
+    return first, second, third, fourth
+
+
+@triton.jit
+def _from_lane(x, step: tl.constexpr):
+    """What the lane `step` further has, around the end."""
+    return tl.gather(x, (tl.arange(0, 32) + step) & 31, 0)
+
+
+@triton.jit
+def _equal_leads(word):
+    """Whether neighbours among sorted words [128] have the same lead."""
+    first, second, third, fourth = _of_lanes(word)
+    following = _from_lane(first, 1)  # behind the last the first: equal only if all are
     within = tl.minimum(tl.minimum(first ^ second, second ^ third), third ^ fourth)
     return tl.min(tl.minimum(within, fourth ^ following), 0) < 128
+
+
+@triton.jit
+def _same_lead(word, following):
+    """Whether the following word has the same lead. Around the end it has not: there it is the lesser one."""
+    return (following - word).to(tl.uint32, bitcast=True) < (128 - (word & 127)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _exchange(a, b, same):
+    """The two in order where they have the same lead, and where they were not."""
+    swap = same & (a > b)
+    return tl.where(swap, b, a), tl.where(swap, a, b), swap
+
+
+@triton.jit
+def _order_equal_leads(word, anchor):
+    """The slots [128] of sorted words: where leads are equal, in the order of the slots' anchors [128], if these are below 2^24.
+
+    Neighbours change places until none does. So this takes as many rounds as half the longest run of equal leads has words.
+    """
+    first, second, third, fourth = _of_lanes(word)
+    same_1, same_2, same_3 = _same_lead(first, second), _same_lead(second, third), _same_lead(third, fourth)
+    same_4 = _same_lead(fourth, _from_lane(first, 1))
+    same_0 = _from_lane(same_4.to(tl.int32), -1) != 0
+    slot = word & 127
+    first, second, third, fourth = _of_lanes((tl.gather(anchor, slot, 0) << 7) | slot)
+    moving = True
+    while moving:
+        first, second, _ = _exchange(first, second, same_1)
+        third, fourth, _ = _exchange(third, fourth, same_3)
+        second, third, moved = _exchange(second, third, same_2)
+        before, following = _from_lane(fourth, -1), _from_lane(first, 1)
+        swap = same_4 & (fourth > following)
+        fourth = tl.where(swap, following, fourth)
+        first = tl.where(same_0 & (before > first), before, first)
+        moving = tl.max((moved | swap).to(tl.int32), 0) > 0
+    ordered = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return _to_slots(ordered) & 127
+
+
+@triton.jit
+def _out_of_order(key, tie):
+    """Whether any of the pairs (key, tie) [128] comes after the next one, in lane order."""
+    key_1, key_2, key_3, key_4 = _of_lanes(key)
+    tie_1, tie_2, tie_3, tie_4 = _of_lanes(tie)
+    within = _after(key_1, tie_1, key_2, tie_2) | _after(key_2, tie_2, key_3, tie_3) | _after(key_3, tie_3, key_4, tie_4)
+    last = _after(key_4, tie_4, _from_lane(key_1, 1), _from_lane(tie_1, 1))
+    # Nothing follows the last lane: its factor is 0. A mask would be one more than AMD has scalar registers.
+    return tl.max(within.to(tl.int32) | (last.to(tl.int32) * (31 - tl.arange(0, 32))), 0) > 0
 
 
 @triton.jit
@@ -111,16 +179,20 @@ def sort_slots(key, tie, inside):
     """
     key = tl.where(inside, key, ~smallest_integer(key.dtype))
     tie = tl.where(inside, tie, ~smallest_integer(tie.dtype))
-    # Words take a quarter of the instructions of pairs. They suffice unless keys are equal or nearly so.
+    # Words take a quarter of the instructions of pairs. Keys that are equal, or nearly so, may have equal leads.
     word = _sort_words(_words(key, inside))
-    if _equal_leads(word):
-        key, tie = _sort_pairs(key, tie)
-    else:
-        slot = word & 127  # what is not inside has the largest integers there
-        # Ties first, and by halves: all at once would take more registers than there are.
-        high, low = tl.gather((tie >> 32).to(tl.int32), slot, 0), tl.gather(tie.to(tl.int32), slot, 0)
-        tie = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-        key = tl.gather(key, slot, 0)
+    slot = word & 127  # what is not inside has the largest integers there
+    equal = _equal_leads(word)
+    high = (tie >> 32).to(tl.int32)
+    if equal:
+        slot = _order_equal_leads(word, high)
+    # Ties first, and by halves: all at once would take more registers than there are.
+    high, low = tl.gather(high, slot, 0), tl.gather(tie.to(tl.int32), slot, 0)
+    tie = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    key = tl.gather(key, slot, 0)
+    if equal:
+        if _out_of_order(key, tie):  # nearly equal keys, anchors that occur twice, or 2^24 and more of them
+            key, tie = _sort_pairs(key, tie)
     return key, tie
 
 

@@ -8,7 +8,7 @@ P + G:
     scatter   each potential positive's key and tie go to its place in the bucket
     select    one program per row keeps the best so far of its bucket, in order, and reads on. What comes after the last candidate
               of a level that is full is dropped at once; what is left waits until many slots are taken, and then all are sorted.
-              A sort with equal losses, or nearly equal ones, takes three times the work (see `_sort`)
+              A sort takes little more work with equal losses, four times the work with nearly equal ones (see `sort_slots`)
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
 it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31
@@ -147,6 +147,12 @@ def _scatter_kernel(
 
 
 @triton.jit
+def _within(anchor, begin, end):
+    """Whether begin <= anchor < end, in one comparison: masks of two would be more than AMD has scalar registers."""
+    return (anchor - begin).to(tl.uint32, bitcast=True) < (end - begin).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _admit(anchor, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
     """Which of the sorted anchors [BLOCK] are among the first `topk` of their level, of which `taken` [LEVELS] came before."""
     level_index = tl.arange(0, LEVELS)  # [LEVELS]
@@ -154,7 +160,7 @@ def _admit(anchor, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
     begin = tl.full((), 0, tl.int32)
     for level in range(n_levels):
         end = tl.load(end_ptr + level).to(tl.int32)
-        here = (anchor >= begin) & (anchor < end)
+        here = _within(anchor, begin, end)
         room = topk - tl.sum(tl.where(level_index == level, taken, 0), 0)
         admitted = admitted | (here & (count_in_order(here) <= room))
         begin = end
@@ -168,7 +174,7 @@ def _take(anchor, taken, end_ptr, n_levels, LEVELS: tl.constexpr):
     begin = tl.full((), 0, tl.int32)
     for level in range(n_levels):
         end = tl.load(end_ptr + level).to(tl.int32)
-        here = (anchor >= begin) & (anchor < end)
+        here = _within(anchor, begin, end)
         taken += tl.where(level_index == level, tl.sum(here.to(tl.int32), 0), 0)
         begin = end
     return taken
@@ -197,7 +203,7 @@ def _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr
     begin = tl.full((), 0, tl.int32)
     for level in range(n_levels):
         end = tl.load(end_ptr + level).to(tl.int32)
-        here = kept & (anchor >= begin) & (anchor < end)
+        here = kept & _within(anchor, begin, end)
         room = topk - tl.sum(tl.where(level_index == level, taken, 0), 0)
         if tl.sum(here.to(tl.int32), 0) == room:
             last_key, last_tie = _last(key, tie, here)
