@@ -190,7 +190,7 @@ def sort_slots(key, tie, inside):
     high, low = tl.gather(high, slot, 0), tl.gather(tie.to(tl.int32), slot, 0)
     tie = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     key = tl.gather(key, slot, 0)
-    if equal:
+    if equal:  # noqa: SIM102 -- Triton would evaluate both sides of `and`
         if _out_of_order(key, tie):  # nearly equal keys, anchors that occur twice, or 2^24 and more of them
             key, tie = _sort_pairs(key, tie)
     return key, tie

@@ -378,7 +378,9 @@ def test_counts_of_slots(session, rng):
 def work(rng, potential, num_gt, ties="few"):
     """Warp instructions less moves, and load sectors over those needed, of each kernel. `ties`: few, many (runs), all."""
     losses, inds, gts = draw_image(rng, potential, num_gt, sizes=(potential, potential // 4), special=False)
-    losses = {"few": losses + torch.from_numpy(rng.random(potential)).float(), "many": losses, "all": torch.zeros(potential)}[ties]
+    losses = {"few": losses + torch.from_numpy(rng.random(potential)).float(), "many": losses, "all": torch.zeros(potential)}[
+        ties
+    ]
     with execute(90, seed=None, racecheck=0, count=True) as session:
         select([(losses, inds, gts)], [potential, potential // 4], [num_gt])
     kernels = session.by_kernel()
