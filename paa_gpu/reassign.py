@@ -21,15 +21,15 @@ Separation = str | Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 
 SINGLETONS = ("background", "positive")
 
-# The tensors of an image: name, shape (A anchors, P potential positives), dtypes.
-_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], tuple[torch.dtype, ...]], ...] = (
-    ("pos_losses", ("P",), FLOATS),
-    ("label", ("A",), (torch.int64,)),
-    ("label_weight", ("A",), FLOATS),
-    ("bbox_weight", ("A", 4), FLOATS),
-    ("pos_inds", ("P",), INDICES),
-    ("pos_gt_inds", ("P",), INDICES),
-)
+# The tensors of an image, and their dtypes.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "pos_losses": FLOATS,
+    "label": (torch.int64,),
+    "label_weight": FLOATS,
+    "bbox_weight": FLOATS,
+    "pos_inds": INDICES,
+    "pos_gt_inds": INDICES,
+}
 
 
 class Reassignment(NamedTuple):
@@ -118,7 +118,7 @@ def paa_reassign(
         results = _with_callable(columns, sizes, num_gts, *options)
     else:
         results = _ops.paa_reassign(*[column[0] for column in columns], sizes, num_gt, *options)
-    return results[0], results[1], results[2], int(results[3])
+    return results[0], results[1], results[2], int(results[3].item())
 
 
 def paa_reassign_batch(
@@ -162,7 +162,7 @@ def paa_reassign_batch(
     check_list("pos_losses", pos_losses)
     images = len(pos_losses)
     columns = [pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds]
-    for (name, _, _), column in zip(_ARGUMENTS, columns, strict=True):
+    for name, column in zip(_DTYPES, columns, strict=True):
         check_list(name, column, length=images)
     if num_gts is not None:
         check_list("num_gts", num_gts, length=images)
@@ -174,16 +174,21 @@ def paa_reassign_batch(
     results = reassignment_of(checked, sizes, num_gts or _ops.count_gts(checked[-1]), *options)
     anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
     return Reassignment(
-        list(results[0].split_with_sizes(anchors_of)),
-        list(results[1].split_with_sizes(anchors_of)),
-        list(results[2].split_with_sizes(anchors_of)),
+        _split(results[0], anchors_of),
+        _split(results[1], anchors_of),
+        _split(results[2], anchors_of),
         results[3],
         GaussianMixture1D._make([*results[4:11], covariance_type]),
         results[11],
         results[12],
-        list(results[13].split_with_sizes(potential)),
-        list(results[14].split_with_sizes(potential)),
+        _split(results[13], potential),
+        _split(results[14], potential),
     )
+
+
+def _split(result: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The part of each image."""
+    return [result] if len(sizes) == 1 else list(result.split_with_sizes(sizes))
 
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
@@ -279,24 +284,23 @@ def _with_callable(
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
-    device, arguments = None, _ARGUMENTS
+    dtypes, device = list(_DTYPES.values()), None
     for image, end in enumerate(suffix):
-        sizes: dict[str, int] = {}
-        for (name, shape, dtypes), column in zip(arguments, columns, strict=True):
-            tensor, size = column[image], sizes.get(shape[0])
-            check_tensor(f"{name}{end}", tensor, (size, *shape[1:]), dtypes, device)
-            if size is None:
-                sizes[shape[0]] = tensor.shape[0]
-            if device is None:
-                device = tensor.device
-        if image == 0:  # the others have the dtypes of the first
-            arguments = tuple(
-                (name, shape, (column[0].dtype,)) for (name, shape, _), column in zip(arguments, columns, strict=True)
-            )
-        if sum(level_sizes[image]) != sizes["A"]:
+        pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = [column[image] for column in columns]
+        check_tensor("pos_losses" + end, pos_losses, (None,), dtypes[0], device)
+        potential, device = pos_losses.shape, device or pos_losses.device
+        check_tensor("label" + end, label, (None,), dtypes[1], device)
+        anchors = label.shape
+        check_tensor("label_weight" + end, label_weight, anchors, dtypes[2], device)
+        check_tensor("bbox_weight" + end, bbox_weight, (*anchors, 4), dtypes[3], device)
+        check_tensor("pos_inds" + end, pos_inds, potential, dtypes[4], device)
+        check_tensor("pos_gt_inds" + end, pos_gt_inds, potential, dtypes[5], device)
+        if sum(level_sizes[image]) != anchors[0]:
             raise ValueError(
-                f"`anchors` must hold {sizes['A']} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
+                f"`anchors` must hold {anchors[0]} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
             )
+        if image == 0 and len(suffix) > 1:  # the others have the dtypes of the first
+            dtypes = [(column[0].dtype,) for column in columns]
 
 
 def _separate(

@@ -28,6 +28,9 @@ from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_f
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax, sum_of
 
+#: The dtype of a fit by `precision`.
+REALS = {name: np.dtype(str(dtype).removeprefix("torch.")) for name, dtype in PRECISIONS.items()}
+
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 128
@@ -224,7 +227,7 @@ def fit_options(
 def fit(loss: Array, count: Array, covariance_type: str, precision: str) -> tuple[Array, ...]:
     """Fit two components to loss[g, :count[g]] of every row g: what `empty_fit` holds, then assignment and score [G, K]."""
     rows, width = loss.shape
-    real = np.dtype(precision)
+    real = REALS[precision]
     results = *empty_fit(rows, real), np.empty((rows, width), np.bool_), np.empty((rows, width), real)
     options = *fit_options(covariance_type), tie_tolerance(PRECISIONS[precision])
     over_slices(fit_rows, rows, SERIAL_ROWS, loss.reshape(-1), np.arange(rows) * width, count, *options, *results)
@@ -266,7 +269,7 @@ def fit_gmm_1d(
         number, width = x.shape
         start = np.arange(number) * width
         size = np.full(number, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
-    real, tied, initial = np.dtype(precision), covariance_type == "tied", (weights_init, means_init, precisions_init)
+    real, tied, initial = REALS[precision], covariance_type == "tied", (weights_init, means_init, precisions_init)
     complete = all(values is not None and np.isfinite(view(values)).all() for values in initial)
     # Empty where not given.
     given = [np.empty((0, 2), real) if values is None else flat([values], real) for values in initial]

@@ -182,18 +182,14 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
     rows, images = int(gt_offset[-1]), len(level_bounds)
     candidates = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
-
-    def select_by(loop: Any, order: Array, *results: Array) -> None:
-        args = loss, anchor, gt, order, pos_offset, gt_offset, level_bounds, topk, *candidates, *results
-        over_slices(loop, images, SERIAL_IMAGES, *args)
-
+    given, place = (loss, anchor, gt), (pos_offset, gt_offset, level_bounds, topk, *candidates)
     if topk > INSERTION_LIMIT:
-        select_by(sort_groups, _anchor_order(anchor, pos_offset))
+        over_slices(sort_groups, images, SERIAL_IMAGES, *given, _anchor_order(anchor, pos_offset), *place)
         return candidates
     descends = np.zeros(images, np.int64)
-    select_by(keep_smallest, _GIVEN, descends)
-    if np.count_nonzero(descends):
-        select_by(keep_smallest, _anchor_order(anchor, pos_offset), descends)
+    over_slices(keep_smallest, images, SERIAL_IMAGES, *given, _GIVEN, *place, descends)
+    if np.count_nonzero(descends):  # a third of the time of `any`
+        over_slices(keep_smallest, images, SERIAL_IMAGES, *given, _anchor_order(anchor, pos_offset), *place, descends)
     return candidates
 
 
