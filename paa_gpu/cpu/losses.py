@@ -88,10 +88,10 @@ def _focal(scores: Any, source: Any, label: Any, numbers: Any, alpha: float, los
     """
     own, part = np.empty_like(scores[0]), np.zeros_like(scores[0])
     for i in range(len(source)):
-        c = np.uint64(label[source[i]])  # too large where negative
+        own_class = np.uint64(label[source[i]])  # too large where negative
         own[i] = FAR
-        if c < len(scores):
-            own[i], scores[c, i] = scores[c, i], -FAR
+        if own_class < len(scores):
+            own[i], scores[own_class, i] = scores[own_class, i], -FAR
     _focal_of_class(own, -numbers[2], numbers, part)
     for i in range(len(loss)):
         loss[i] = alpha * part[i]
