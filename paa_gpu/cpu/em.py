@@ -54,8 +54,9 @@ def _maximisation(
     n1 += empty
     mean[0], mean[1] = sum0 / n0, sum1 / n1
     for i in range(len(y)):
-        square0 += r0[i] * (y[i] - mean[0]) ** 2
-        square1 += r1[i] * (y[i] - mean[1]) ** 2
+        d0, d1 = y[i] - mean[0], y[i] - mean[1]
+        square0 += r0[i] * (d0 * d0)
+        square1 += r1[i] * (d1 * d1)
     if tied:
         variance[0] = variance[1] = (square0 + square1) / (n0 + n1) + reg_covar
     else:
@@ -161,13 +162,13 @@ def assign(
     y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
 ) -> None:
     """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
-    c0, h0 = density_terms(weight, variance, 0)
-    c1, h1 = density_terms(weight, variance, 1)
+    c0, h0 = density_terms(weight, variance, np.uint64(0))
+    c1, h1 = density_terms(weight, variance, np.uint64(1))
     real = y.dtype.type
     per_log2, stop = real(PER_LOG2), real(STOP if y.itemsize == 8 else STOP_SINGLE)
     for i in range(size):
-        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
-        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        d0, d1 = y[i] - mean[0], y[i] - mean[1]
+        log_p0, log_p1 = c0 - h0 * (d0 * d0), c1 - h1 * (d1 * d1)
         assignment[i] = log_p0 >= log_p1 - real(tolerance)
         score[i] = max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1

@@ -59,7 +59,8 @@ def _fit_and_separate(
 ) -> None:  # fmt: skip
     """Fit the rows, and mark their positive and ignored candidates."""
     width = loss.shape[1] + VECTOR
-    room, assignment, score = np.empty((3, width), weights.dtype), np.empty(width, np.bool_), np.empty(width, weights.dtype)
+    room, assignment = np.empty((4, width), weights.dtype), np.empty(width, np.bool_)
+    score = room[3]
     for row in range(first, last):
         n, mean = count[row], means[row]
         smallest, y, r0, r1 = fit_row(
