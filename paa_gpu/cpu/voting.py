@@ -86,7 +86,7 @@ def _classes(first: int, last: int, order: Any, det: Any, label: Any, all_classe
 
 
 @inner
-def _within(place: Any) -> int:
+def _within(place: Any) -> Any:
     """A cell along one side; NaN, where the detections have no extent or one beyond the largest number, is the first."""
     return np.int64(place) if 0 < place < CELLS else CELLS - 1 if place >= CELLS else 0
 
