@@ -117,7 +117,8 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
                 raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(level.shape)}")
             sizes.append(level.shape[0])
         else:
-            check_int(f"{name}[{i}]", level, 0)
+            if type(level) is not int or level < 0:  # most are right, and their names take longer than they do
+                check_int(f"{name}[{i}]", level, 0)
             sizes.append(level)
     return sizes
 

@@ -107,10 +107,7 @@ def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return getattr(_module(module), name)(*args)
 
-    def run_on_cpu(*args: Any) -> Any:
-        return run(*("float64" if type(arg) is str and arg in ("auto", "mixed") else arg for arg in args))
-
-    return run_on_cpu if package == "cpu" else run
+    return run
 
 
 def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:

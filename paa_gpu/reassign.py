@@ -21,15 +21,9 @@ Separation = str | Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 
 SINGLETONS = ("background", "positive")
 
-# The tensors of an image: name, shape (A anchors, P potential positives), dtypes.
-_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], tuple[torch.dtype, ...]], ...] = (
-    ("pos_losses", ("P",), FLOATS),
-    ("label", ("A",), (torch.int64,)),
-    ("label_weight", ("A",), FLOATS),
-    ("bbox_weight", ("A", 4), FLOATS),
-    ("pos_inds", ("P",), INDICES),
-    ("pos_gt_inds", ("P",), INDICES),
-)
+# The tensors of an image, and their dtypes.
+_NAMES = ("pos_losses", "label", "label_weight", "bbox_weight", "pos_inds", "pos_gt_inds")
+_DTYPES: Sequence[Sequence[torch.dtype]] = (FLOATS, (torch.int64,), FLOATS, FLOATS, INDICES, INDICES)
 
 
 class Reassignment(NamedTuple):
@@ -106,19 +100,22 @@ def paa_reassign(
     potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. The function does not modify
     its inputs, and records no graph. Source: PAA (arXiv 2007.08103), section 3.2.
     """
-    columns, sizes = _checked(
-        [[tensor] for tensor in (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)],
-        [level_sizes_of("anchors", anchors)],
-        None if num_gt is None else [num_gt],
-        num_classes, topk, covariance_type, separation, singleton, precision, validate, [""],
-    )  # fmt: skip
+    image: Sequence[Tensor] = (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
+    sizes = level_sizes_of("anchors", anchors)
+    _check_image(image, sizes, _DTYPES, None, "")
+    check_options(*options)
+    if num_gt is not None:
+        check_int("num_gt", num_gt, 0)
+    image = _detached(image)
+    if validate:
+        _check_values(image, _ops.count_gts(image[-1:])[0] if num_gt is None else num_gt, num_classes, "")
     if callable(separation):
-        num_gts = _ops.count_gts(columns[-1]) if num_gt is None else [num_gt]
-        results = _with_callable(columns, sizes, num_gts, *options)
+        num_gts = _ops.count_gts(image[-1:]) if num_gt is None else [num_gt]
+        results = _with_callable([[tensor] for tensor in image], sizes, num_gts, *options)
     else:
-        results = _ops.paa_reassign(*[column[0] for column in columns], sizes, num_gt, *options)
-    return results[0], results[1], results[2], int(results[3])
+        results = _ops.paa_reassign(*image, sizes, num_gt, *options)
+    return results[0], results[1], results[2], int(results[3].item())
 
 
 def paa_reassign_batch(
@@ -162,28 +159,44 @@ def paa_reassign_batch(
     check_list("pos_losses", pos_losses)
     images = len(pos_losses)
     columns = [pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds]
-    for (name, _, _), column in zip(_ARGUMENTS, columns, strict=True):
+    for name, column in zip(_NAMES, columns, strict=True):
         check_list(name, column, length=images)
     if num_gts is not None:
         check_list("num_gts", num_gts, length=images)
-    checked, sizes = _checked(
-        columns, _levels_of_images(anchors, images), num_gts,
-        num_classes, topk, covariance_type, separation, singleton, precision, validate, [f"[{i}]" for i in range(images)],
-    )  # fmt: skip
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
-    results = reassignment_of(checked, sizes, num_gts or _ops.count_gts(checked[-1]), *options)
+    sizes = _levels_of_images(anchors, images)
+    dtypes, device = _DTYPES, None
+    for i in range(images):
+        image = [column[i] for column in columns]
+        _check_image(image, sizes[i], dtypes, device, f"[{i}]")
+        if i == 0:  # the others have its dtypes and device
+            dtypes, device = tuple((tensor.dtype,) for tensor in image), image[0].device
+    check_options(*options)
+    for i, num_gt in enumerate(num_gts or ()):
+        check_int(f"num_gts[{i}]", num_gt, 0)
+    checked = [_detached(column) for column in columns]
+    num_gts = num_gts or _ops.count_gts(checked[-1])
+    if validate:
+        for i in range(images):
+            _check_values([column[i] for column in checked], num_gts[i], num_classes, f"[{i}]")
+    results = reassignment_of(checked, [size for levels in sizes for size in levels], num_gts, *options)
     anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
     return Reassignment(
-        list(results[0].split_with_sizes(anchors_of)),
-        list(results[1].split_with_sizes(anchors_of)),
-        list(results[2].split_with_sizes(anchors_of)),
+        _split(results[0], anchors_of),
+        _split(results[1], anchors_of),
+        _split(results[2], anchors_of),
         results[3],
         GaussianMixture1D._make([*results[4:11], covariance_type]),
         results[11],
         results[12],
-        list(results[13].split_with_sizes(potential)),
-        list(results[14].split_with_sizes(potential)),
+        _split(results[13], potential),
+        _split(results[14], potential),
     )
+
+
+def _split(result: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The part of each image."""
+    return [result] if len(sizes) == 1 else list(result.split_with_sizes(sizes))
 
 
 def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list[list[int]]:
@@ -194,36 +207,6 @@ def _levels_of_images(anchors: Anchors | Sequence[Anchors], images: int) -> list
     sizes = [level_sizes_of(f"anchors[{image}]", levels) for image, levels in enumerate(anchors)]
     most = max(len(levels) for levels in sizes)
     return [levels + [0] * (most - len(levels)) for levels in sizes]
-
-
-def _checked(
-    columns: Sequence[Sequence[Tensor]],
-    level_sizes: Sequence[Sequence[int]],
-    num_gts: Sequence[int] | None,
-    num_classes: int,
-    topk: int,
-    covariance_type: str,
-    separation: Separation,
-    singleton: str,
-    precision: str,
-    validate: bool,
-    suffix: Sequence[str],
-) -> tuple[list[list[Tensor]], list[int]]:
-    """The six lists of tensors, detached, with one entry for each image; and the level sizes of all images.
-
-    In errors, the names of an image's tensors end in its `suffix`."""
-    _check_tensors(columns, level_sizes, suffix)
-    check_options(num_classes, topk, covariance_type, separation, singleton, precision)
-    for end, num_gt in zip(suffix, num_gts or (), strict=num_gts is not None):
-        check_int(f"num_gt{'s' if end else ''}{end}", num_gt, 0)
-    detached = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
-    if validate:
-        pos_losses, label, _, _, pos_inds, pos_gt_inds = detached
-        num_gts = num_gts or _ops.count_gts(pos_gt_inds)
-        for image, end in enumerate(suffix):
-            values = (pos_losses[image], label[image], pos_inds[image], pos_gt_inds[image])
-            check_values(end, *values, num_gts[image], num_classes)
-    return detached, [size for levels in level_sizes for size in levels]
 
 
 def check_options(
@@ -278,25 +261,34 @@ def _with_callable(
     return *targets, *fit, fit_image, fit_gt, positive, ignored
 
 
-def _check_tensors(columns: Sequence[Sequence[Tensor]], level_sizes: Sequence[Sequence[int]], suffix: Sequence[str]) -> None:
-    device, arguments = None, _ARGUMENTS
-    for image, end in enumerate(suffix):
-        sizes: dict[str, int] = {}
-        for (name, shape, dtypes), column in zip(arguments, columns, strict=True):
-            tensor, size = column[image], sizes.get(shape[0])
-            check_tensor(f"{name}{end}", tensor, (size, *shape[1:]), dtypes, device)
-            if size is None:
-                sizes[shape[0]] = tensor.shape[0]
-            if device is None:
-                device = tensor.device
-        if image == 0:  # the others have the dtypes of the first
-            arguments = tuple(
-                (name, shape, (column[0].dtype,)) for (name, shape, _), column in zip(arguments, columns, strict=True)
-            )
-        if sum(level_sizes[image]) != sizes["A"]:
-            raise ValueError(
-                f"`anchors` must hold {sizes['A']} anchors over all levels as `label{end}` does, got {sum(level_sizes[image])}"
-            )
+def _check_image(
+    image: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    dtypes: Sequence[Sequence[torch.dtype]],
+    device: torch.device | None,
+    end: str,
+) -> None:
+    """The six tensors of an image, whose names end in `end`; device: see `check_tensor`."""
+    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = image
+    check_tensor("pos_losses" + end, pos_losses, (None,), dtypes[0], device)
+    potential, device = pos_losses.shape, pos_losses.device
+    check_tensor("label" + end, label, (None,), dtypes[1], device)
+    anchors = label.shape
+    check_tensor("label_weight" + end, label_weight, anchors, dtypes[2], device)
+    check_tensor("bbox_weight" + end, bbox_weight, (*anchors, 4), dtypes[3], device)
+    check_tensor("pos_inds" + end, pos_inds, potential, dtypes[4], device)
+    check_tensor("pos_gt_inds" + end, pos_gt_inds, potential, dtypes[5], device)
+    if sum(level_sizes) != anchors[0]:
+        raise ValueError(f"`anchors` must hold {anchors[0]} anchors over all levels as `label{end}` does, got {sum(level_sizes)}")
+
+
+def _check_values(image: Sequence[Tensor], num_gt: int, num_classes: int, end: str) -> None:
+    pos_losses, label, _, _, pos_inds, pos_gt_inds = image
+    check_values(end, pos_losses, label, pos_inds, pos_gt_inds, num_gt, num_classes)
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
 def _separate(

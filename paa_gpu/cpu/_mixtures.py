@@ -21,8 +21,11 @@ EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
 
 
 @inner
-def density_terms(weight: Any, variance: Any, component: int) -> tuple[float, float]:
-    """(c, h) of the weighted log-density c - h (y - mean)^2."""
+def density_terms(weight: Any, variance: Any, component: Any) -> tuple[float, float]:
+    """(c, h) of the weighted log-density c - h (y - mean)^2.
+
+    `component` is no plain 0 or 1: numba would compile a version for each.
+    """
     real = weight.dtype.type
     w, v = weight[component], variance[component]
     return real(math.log(w / math.sqrt(2 * math.pi * v))), real(0.5 / v)
@@ -36,14 +39,14 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
     these are summed as the logarithm of a product, whose factors are at most 2: one logarithm in a hundred values. y, r0
     and r1 are whole vectors, so that no pass leaves a rest to single values: behind its `size` y is 0, and r0 and r1 become 0.
     """
-    c0, h0 = density_terms(weight, variance, 0)
-    c1, h1 = density_terms(weight, variance, 1)
+    c0, h0 = density_terms(weight, variance, np.uint64(0))
+    c1, h1 = density_terms(weight, variance, np.uint64(1))
     real = y.dtype.type
     one, total = real(1), real(0)
     per_log2, stop = real(PER_LOG2), real(STOP if y.itemsize == 8 else STOP_SINGLE)
     for i in range(size):
-        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
-        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        d0, d1 = y[i] - mean[0], y[i] - mean[1]  # not `** 2` below, for which numba compiles a function
+        log_p0, log_p1 = c0 - h0 * (d0 * d0), c1 - h1 * (d1 * d1)
         total += max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1
     for i in range(len(y)):

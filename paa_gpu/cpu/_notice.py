@@ -51,7 +51,7 @@ class CompilationNotice(Listener):
             kept = "Every process does this again, as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."
         else:
             kept = f"It happens once: the result is kept in {folder}."
-        logger.warning("paa_gpu is compiling its loops for this machine, which may take ten seconds or twenty. %s", kept)
+        logger.warning("paa_gpu is compiling its loops for this machine, which may take ten seconds. %s", kept)
 
 
 register("numba:compile", CompilationNotice())

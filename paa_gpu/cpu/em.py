@@ -28,6 +28,9 @@ from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_f
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax, sum_of
 
+#: The dtype of a fit by `precision`.
+REALS = {name: np.dtype(str(dtype).removeprefix("torch.")) for name, dtype in PRECISIONS.items()}
+
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 128
@@ -51,8 +54,9 @@ def _maximisation(
     n1 += empty
     mean[0], mean[1] = sum0 / n0, sum1 / n1
     for i in range(len(y)):
-        square0 += r0[i] * (y[i] - mean[0]) ** 2
-        square1 += r1[i] * (y[i] - mean[1]) ** 2
+        d0, d1 = y[i] - mean[0], y[i] - mean[1]
+        square0 += r0[i] * (d0 * d0)
+        square1 += r1[i] * (d1 * d1)
     if tied:
         variance[0] = variance[1] = (square0 + square1) / (n0 + n1) + reg_covar
     else:
@@ -158,13 +162,13 @@ def assign(
     y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
 ) -> None:
     """assignment: whether component 0 is at least as likely, but for rounding; score: the log-density of the mixture."""
-    c0, h0 = density_terms(weight, variance, 0)
-    c1, h1 = density_terms(weight, variance, 1)
+    c0, h0 = density_terms(weight, variance, np.uint64(0))
+    c1, h1 = density_terms(weight, variance, np.uint64(1))
     real = y.dtype.type
     per_log2, stop = real(PER_LOG2), real(STOP if y.itemsize == 8 else STOP_SINGLE)
     for i in range(size):
-        log_p0 = c0 - h0 * (y[i] - mean[0]) ** 2
-        log_p1 = c1 - h1 * (y[i] - mean[1]) ** 2
+        d0, d1 = y[i] - mean[0], y[i] - mean[1]
+        log_p0, log_p1 = c0 - h0 * (d0 * d0), c1 - h1 * (d1 * d1)
         assignment[i] = log_p0 >= log_p1 - real(tolerance)
         score[i] = max(log_p0, log_p1)
         r0[i] = log_p0 - log_p1
@@ -224,7 +228,7 @@ def fit_options(
 def fit(loss: Array, count: Array, covariance_type: str, precision: str) -> tuple[Array, ...]:
     """Fit two components to loss[g, :count[g]] of every row g: what `empty_fit` holds, then assignment and score [G, K]."""
     rows, width = loss.shape
-    real = np.dtype(precision)
+    real = REALS[precision]
     results = *empty_fit(rows, real), np.empty((rows, width), np.bool_), np.empty((rows, width), real)
     options = *fit_options(covariance_type), tie_tolerance(PRECISIONS[precision])
     over_slices(fit_rows, rows, SERIAL_ROWS, loss.reshape(-1), np.arange(rows) * width, count, *options, *results)
@@ -266,7 +270,7 @@ def fit_gmm_1d(
         number, width = x.shape
         start = np.arange(number) * width
         size = np.full(number, width) if count is None else np.clip(view(count), 0, width).astype(np.int64)
-    real, tied, initial = np.dtype(precision), covariance_type == "tied", (weights_init, means_init, precisions_init)
+    real, tied, initial = REALS[precision], covariance_type == "tied", (weights_init, means_init, precisions_init)
     complete = all(values is not None and np.isfinite(view(values)).all() for values in initial)
     # Empty where not given.
     given = [np.empty((0, 2), real) if values is None else flat([values], real) for values in initial]

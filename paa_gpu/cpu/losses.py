@@ -25,6 +25,7 @@ from .._ops import box_numbers, empty_losses
 from ._arrays import Array, flat, lengths, offsets, view
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
+from .topk import anchor_order
 
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
 SPAN = 1024
@@ -79,17 +80,18 @@ def _focal_of_class(logits: Any, sign: Any, numbers: Any, total: Any) -> None:
 
 
 @inner
-def _focal(scores: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> None:
+def _focal(scores: Any, source: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> None:
     """The focal losses [n] of logits [classes, n], which are written over.
 
     The logits of the labels get a loop of their own. In their place among the others comes a logit whose loss is zero: a choice
     by the label inside the loops would keep them out of vector registers.
     """
     own, part = np.empty_like(scores[0]), np.zeros_like(scores[0])
-    for i in range(len(label)):
-        own[i] = FAR if label[i] < 0 else scores[label[i], i]
-        if label[i] >= 0:
-            scores[label[i], i] = -FAR
+    for i in range(len(source)):
+        own_class = np.uint64(label[source[i]])  # too large where negative
+        own[i] = FAR
+        if own_class < len(scores):
+            own[i], scores[own_class, i] = scores[own_class, i], -FAR
     _focal_of_class(own, -numbers[2], numbers, part)
     for i in range(len(loss)):
         loss[i] = alpha * part[i]
@@ -144,6 +146,7 @@ def _losses(
     scores: Any,
     deltas: Any,
     boxes: Any,
+    source: Any,
     label: Any,
     label_weight: Any,
     targets: Any,
@@ -157,19 +160,20 @@ def _losses(
     of_deltas: bool,
     loss: Any,
 ) -> None:
-    """The losses [n] of a span: scores [classes, n], deltas [4, n], the others [n] or [n, 4]."""
+    """The losses [n] of a span: scores [classes, n], deltas [4, n], boxes [n, 4]. The targets are those of `source` [n]."""
     least, most, least_area, added_area = box_numbers
-    _focal(scores, label, focal_numbers, alpha, loss)
+    _focal(scores, source, label, focal_numbers, alpha, loss)
     for i in range(len(loss)):
-        box, weight = boxes[i], box_weight[i]
+        p = source[i]
+        box, target, weight = boxes[i], targets[p], box_weight[p]
         if of_deltas:
-            box_loss = _l1_loss(box, deltas[:, i], targets[i], weight, stds)
+            box_loss = _l1_loss(box, deltas[:, i], target, weight, stds)
         else:
             x1, x2 = _decode_side(box[0], box[2], deltas[0, i] * stds[0], deltas[2, i] * stds[2], least, most)
             y1, y2 = _decode_side(box[1], box[3], deltas[1, i] * stds[1], deltas[3, i] * stds[3], least, most)
-            box_loss = _giou_loss(x1, y1, x2, y2, targets[i], least_area, added_area)
+            box_loss = _giou_loss(x1, y1, x2, y2, target, least_area, added_area)
             box_loss *= (weight[0] + weight[1] + weight[2] + weight[3]) * 0.25
-        loss[i] = loss_cls_weight * label_weight[i] * loss[i] + loss_bbox_weight * box_loss
+        loss[i] = loss_cls_weight * label_weight[p] * loss[i] + loss_bbox_weight * box_loss
 
 
 class _Map:
@@ -197,26 +201,31 @@ def _memory(level: Tensor) -> Array:
     return (flat.view(torch.int16) if flat.itemsize == 2 else flat).numpy()
 
 
-def _by_level(inds: Array, images: Array, first: Array) -> tuple[Array, Array, Array, Array]:
-    """The potential positives in the order of their levels, then of the memory of the maps, which the processor then foretells.
+@compiled
+def _by_level(inds: Any, order: Any, images: Any, first: Any, source: Any, image: Any, cell: Any, bounds: Any) -> None:
+    """The potential positives that are in range, level after level, and there image after image, each image in its `order`.
 
-    Returns:
-        those in range, in that order; the image and the cell of each, the cell in its level; bounds [L + 1] of the levels among
-        them.
+    `images` and `first`: where each image begins among them, and each level among the anchors, and the last one ends. Fills
+    source, image and cell [P], the cell in its level; bounds [L + 1] of the levels among them.
     """
-    source = np.flatnonzero((inds >= 0) & (inds < first[-1]))
-    image = np.arange(len(images) - 1).repeat(np.diff(images))[source]
-    level = first[1:].searchsorted(inds[source], "right")
-    order = ((level * len(images) + image) * first[-1] + inds[source]).argsort()
-    source, image, level = source[order], image[order], level[order]
-    return source, image, inds[source] - first[level], level.searchsorted(np.arange(len(first)))
+    n = 0
+    bounds[0] = 0
+    for level in range(len(first) - 1):
+        for number in range(len(images) - 1):
+            for i in range(images[number], images[number + 1]):
+                p = order[i]
+                if first[level] <= inds[p] < first[level + 1]:
+                    source[n], image[n], cell[n] = p, number, inds[p] - first[level]
+                    n += 1
+        bounds[level + 1] = n
 
 
-def _take(column: Sequence[Tensor], places: Sequence[tuple[Array, Array]], size: int, dtype: Any) -> Array:
-    """The targets of the potential positives. `places`: of each image, which of them are its own, and their anchors."""
-    taken = np.empty((size, *column[0].shape[1:]), dtype)
-    for tensor, (own, anchor) in zip(column, places, strict=True):
-        taken[own] = view(tensor).take(anchor, 0)
+def _take(column: Sequence[Tensor], inds: Array, images: Array, dtype: Any) -> Array:
+    """The targets of the potential positives; any of the image's where one is out of range."""
+    taken = np.empty((len(inds), *column[0].shape[1:]), dtype)
+    for tensor, begin, end in zip(column, images[:-1], images[1:], strict=True):
+        if tensor.shape[0]:
+            taken[begin:end] = view(tensor).take(inds[begin:end], 0, mode="clip")
     return taken
 
 
@@ -250,15 +259,15 @@ def candidate_losses(
     losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
     inds, classes = flat(pos_inds, np.int64), cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1]
     first, images = offsets(lengths(anchors)), offsets(lengths(pos_inds))
-    source, image, cell, bounds = _by_level(inds, images, first)
-    of_images = [np.flatnonzero(image == i) for i in range(len(label))]
-    places = [(own, inds[source[own]]) for own in of_images]
-    labels, *targets = (
-        _take(column, places, len(source), dtype)
+    source, image, cell = (np.empty(len(inds), np.int64) for _ in range(3))
+    bounds = np.empty(len(first), np.int64)
+    # In the order of the memory of the maps, which the processor then foretells.
+    _by_level(inds, anchor_order(inds, images), images, first, source, image, cell, bounds)
+    targets = [
+        _take(column, inds, images, dtype)
         for column, dtype in ((label, np.int64), (label_weight, float), (bbox_target, float), (bbox_weight, float))
-    )
-    labels = np.where(labels < classes, labels, -1)
-    values, loss = losses.numpy(), np.empty(len(cell))
+    ]
+    values, loss = losses.numpy(), np.empty(bounds[-1])
     scores, deltas = _Map(cls_scores, classes, values.dtype), _Map(bbox_preds, 4, np.float64)
     focal_numbers = tuple(values.dtype.type(number) for number in (gamma, 0, 1))
     options = (
@@ -271,10 +280,10 @@ def candidate_losses(
         for level, span in spans[begin:end]:
             place = image[span], cell[span]
             boxes = view(anchors[level]).take(place[1], 0).astype(float)
-            rows = [column[span] for column in (labels, *targets)]
-            _losses(scores.gather(level, *place), deltas.gather(level, *place), boxes, *rows, *options, loss[span])
+            maps = scores.gather(level, *place), deltas.gather(level, *place)
+            _losses(*maps, boxes, source[span], *targets, *options, loss[span])
 
     over_slices(run, len(spans), SERIAL_SPANS)
     values.fill(np.nan)
-    values[source] = loss
+    values[source[: len(loss)]] = loss
     return losses

@@ -15,7 +15,7 @@ from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, inner, over_slices
 from ._mixtures import VECTOR
-from .em import SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row
+from .em import REALS, SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row
 from .topk import SERIAL_IMAGES, flatten, select
 
 
@@ -59,7 +59,8 @@ def _fit_and_separate(
 ) -> None:  # fmt: skip
     """Fit the rows, and mark their positive and ignored candidates."""
     width = loss.shape[1] + VECTOR
-    room, assignment, score = np.empty((3, width), weights.dtype), np.empty(width, np.bool_), np.empty(width, weights.dtype)
+    room, assignment = np.empty((4, width), weights.dtype), np.empty(width, np.bool_)
+    score = room[3]
     for row in range(first, last):
         n, mean = count[row], means[row]
         smallest, y, r0, r1 = fit_row(
@@ -139,22 +140,27 @@ def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) 
     pos_inds, pos_offset = losses[1], losses[3]
     candidates = select(losses)
     rows = len(candidates[0])
-    fitted = empty_fit(rows, np.dtype(options[-1]))
+    fitted = empty_fit(rows, REALS[options[-1]])
     masks = np.zeros(len(pos_inds), bool), np.zeros(len(pos_inds), bool)
     over_slices(_fit_and_separate, rows, SERIAL_ROWS, *candidates, *_options(*options), *fitted, *masks)
     return _write(pos_inds, *masks, pos_offset, targets), fitted, *masks
 
 
-def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
-    """The images' targets one after the other, in memory of their own, as a tensor and as integers, of each anchor its bytes or,
-    where these are four numbers, words of eight: zero has the same bits in every dtype, so that one compiled loop writes all."""
-    dtype = images[0].dtype
-    # Half precision as int16: numpy has no bfloat16.
-    values = [(image.view(torch.int16) if dtype.itemsize == 2 else image).numpy() for image in images]
+def _joined(images: Sequence[Array]) -> Array:
+    """The images' targets one after the other, in memory of their own."""
     # numpy would keep the order of transposed images, whose bytes are not those of an anchor.
-    copy = values[0].copy() if len(values) == 1 else np.ascontiguousarray(np.concatenate(values))
+    return images[0].copy() if len(images) == 1 else np.ascontiguousarray(np.concatenate(images))
+
+
+def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
+    """`_joined` as a tensor and as integers, of each anchor its bytes or, where these are four numbers, words of eight: zero has
+    the same bits in every dtype, so that one compiled loop writes all."""
+    dtype = images[0].dtype
+    if dtype.itemsize == 2:  # as int16: numpy has no bfloat16
+        images = [image.view(torch.int16) for image in images]
+    copy = _joined([image.numpy() for image in images])
+    words = copy.view(np.int64) if copy.ndim == 2 else copy.view(np.uint8).reshape(len(copy), copy.itemsize)
     tensor = torch.from_numpy(copy)
-    words = copy.view(np.int64) if copy.ndim == 2 else copy[:, None].view(np.uint8)
     return tensor.view(dtype) if dtype.itemsize == 2 else tensor, words
 
 
@@ -162,7 +168,7 @@ def _targets(
     label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor], num_classes: int
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Copies of the targets: the tensors, and what `_write` takes."""
-    labels = label[0].numpy().copy() if len(label) == 1 else np.concatenate([image.numpy() for image in label])
+    labels = _joined([image.numpy() for image in label])
     weights, weight_bytes = _copied(label_weight)
     box_weights, box_weight_words = _copied(bbox_weight)
     anchor_offset = offsets(lengths(label))

@@ -47,7 +47,7 @@ def _ordered_key(loss: Any) -> Any:
 _GIVEN = np.empty(0, np.int64)
 
 
-def _anchor_order(anchor: Array, pos_offset: Array) -> Array:
+def anchor_order(anchor: Array, pos_offset: Array) -> Array:
     """The positions [P] in the order of each image's anchors.
 
     numpy sorts, not a compiled loop: to compile a sort takes as long as the rest of the selection.
@@ -182,18 +182,14 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
     rows, images = int(gt_offset[-1]), len(level_bounds)
     candidates = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
-
-    def select_by(loop: Any, order: Array, *results: Array) -> None:
-        args = loss, anchor, gt, order, pos_offset, gt_offset, level_bounds, topk, *candidates, *results
-        over_slices(loop, images, SERIAL_IMAGES, *args)
-
+    given, place = (loss, anchor, gt), (pos_offset, gt_offset, level_bounds, topk, *candidates)
     if topk > INSERTION_LIMIT:
-        select_by(sort_groups, _anchor_order(anchor, pos_offset))
+        over_slices(sort_groups, images, SERIAL_IMAGES, *given, anchor_order(anchor, pos_offset), *place)
         return candidates
     descends = np.zeros(images, np.int64)
-    select_by(keep_smallest, _GIVEN, descends)
-    if np.count_nonzero(descends):
-        select_by(keep_smallest, _anchor_order(anchor, pos_offset), descends)
+    over_slices(keep_smallest, images, SERIAL_IMAGES, *given, _GIVEN, *place, descends)
+    if np.count_nonzero(descends):  # a third of the time of `any`
+        over_slices(keep_smallest, images, SERIAL_IMAGES, *given, anchor_order(anchor, pos_offset), *place, descends)
     return candidates
 
 
