@@ -129,17 +129,20 @@ def _neighbours(boxes: Any, det: Any) -> Any:
 @inner
 def _candidates(
     boxes: Any, scores: Any, all_classes: int, threshold: Any, offset: Any, ordered: Any, classes: Any, span: Any
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any]:
     """The boxes in this order, and where they are candidates: their score is above the threshold, and they touch what the
     detections of the class span. `scores` [boxes * all_classes].
 
     Returns:
-        corner [5, n], corners and area of the boxes; score [classes, n], -inf where a box is no candidate; how many candidates a
-        class has.
+        corner [5, n], corners and area of the boxes; index [classes * (n + 1)] and score [classes, n + 1] of the candidates of
+        each class; how many it has.
     """
     none, n = boxes.dtype.type(-np.inf), np.uint64(len(ordered))
-    corner, size = np.empty((5, len(ordered)), boxes.dtype), np.empty(len(classes), np.int64)
-    score, place = np.empty((len(classes), len(ordered)), boxes.dtype), np.empty(len(ordered), np.int64)
+    corner, place = np.empty((5, len(ordered)), boxes.dtype), np.empty(len(ordered), np.int64)
+    # One place more than there are boxes: what is no candidate is written behind those that are.
+    row = n + np.uint64(1)
+    score, index = np.empty((len(classes), len(ordered) + 1), boxes.dtype), np.empty(len(classes) * (len(ordered) + 1), np.int64)
+    size, own = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype)
     x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
     for i in range(n):
         at = np.uint64(ordered[i])
@@ -149,56 +152,55 @@ def _candidates(
     for k in range(len(classes)):
         size[k] = 0
     # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Unsigned: an index
-    # that may be negative takes a branch. One loop after the other, so that they fill vector registers.
+    # that may be negative takes a branch. One loop after the other, so that the first two fill vector registers.
     for first in range(np.uint64(0), n, np.uint64(TILE)):
-        last = min(first + np.uint64(TILE), n)
-        for k in range(len(classes)):
-            own, c = score[k], np.uint64(classes[k])
-            for i in range(first, last):
-                own[i] = scores[np.uint64(place[i]) + c]
-            left, top, right, bottom, total = span[k, 0], span[k, 1], span[k, 2], span[k, 3], 0
-            for i in range(first, last):
+        tile = min(np.uint64(TILE), n - first)
+        for k in range(np.uint64(len(classes))):
+            c, left, top, right, bottom = np.uint64(classes[k]), span[k, 0], span[k, 1], span[k, 2], span[k, 3]
+            for j in range(tile):
+                own[j] = scores[np.uint64(place[first + j]) + c]
+            for j in range(tile):
+                i = first + j
                 across = (right > x1[i]) & (x2[i] > left)
-                there = across & (bottom > y1[i]) & (y2[i] > top) & (own[i] > threshold)
-                own[i] = own[i] if there else none
-                total += there
-            size[k] += total
-    return corner, score, size
+                there = across & (bottom > y1[i]) & (y2[i] > top) & (own[j] > threshold)
+                own[j] = own[j] if there else none
+            found = np.uint64(size[k])
+            for j in range(tile):
+                index[k * row + found], score[k, found] = first + j, own[j]
+                found += np.uint64(own[j] > none)
+            size[k] = found
+    return corner, index, score, size
 
 
 @inner
-def _gather(corner: Any, score: Any, size: Any) -> tuple[Any, Any, Any]:
+def _gather(corner: Any, index: Any, score: Any, size: Any) -> tuple[Any, Any, Any]:
     """The candidates of every class that a detection has, in their order.
 
     Returns:
         block_start [classes + 1], the blocks of each class; voter [6, n * BLOCK], corners, area and score of the candidates,
         zeros behind the last one of a class; bounds [4, n], what the corners of each block span.
     """
-    real, none, block_start = corner.dtype.type, corner.dtype.type(-np.inf), np.empty(len(size) + 1, np.int64)
+    real, block_start = corner.dtype.type, np.empty(len(size) + 1, np.int64)
     block_start[0] = 0
     for k in range(len(size)):
-        # One place more than there are candidates: what is none is written there.
-        block_start[k + 1] = block_start[k] + size[k] // BLOCK + 1
+        block_start[k + 1] = block_start[k] + (size[k] + BLOCK - 1) // BLOCK
     blocks = block_start[len(size)]
-    index = np.empty(blocks * BLOCK, np.int64)
     voter, bounds = np.empty((6, blocks * BLOCK), corner.dtype), np.empty((4, blocks), corner.dtype)
-    for k in range(len(size)):
-        place = np.uint64(block_start[k] * BLOCK)
-        for i in range(np.uint64(score.shape[1])):
-            index[place] = i
-            place += np.uint64(score[k, i] > none)
-        for b in range(block_start[k], block_start[k + 1]):
+    for k in range(np.uint64(len(size))):
+        start, own = np.uint64(block_start[k] * BLOCK), k * np.uint64(score.shape[1])
+        stop = start + np.uint64(size[k])
+        for b in range(block_start[k], block_start[k + np.uint64(1)]):
             left = top = real(np.inf)
             right = bottom = real(-np.inf)
-            for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), place)):
-                box = np.uint64(index[at])
+            for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), stop)):
+                box = np.uint64(index[own + at - start])
                 x1, y1, x2, y2 = corner[0, box], corner[1, box], corner[2, box], corner[3, box]
                 voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
-                voter[4, at], voter[5, at] = corner[4, box], score[k, box]
+                voter[4, at], voter[5, at] = corner[4, box], score[k, at - start]
                 left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
             bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
         for side in range(6):
-            for at in range(place, np.uint64(block_start[k + 1] * BLOCK)):
+            for at in range(stop, np.uint64(block_start[k + np.uint64(1)] * BLOCK)):
                 voter[side, at] = 0
     return block_start, voter, bounds
 
