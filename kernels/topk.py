@@ -8,7 +8,7 @@ P + G:
     scatter   each potential positive's key and tie go to its place in the bucket
     select    one program per row keeps the best so far of its bucket, in order, and reads on. What comes after the last candidate
               of a level that is full is dropped at once; what is left waits until many slots are taken, and then all are sorted.
-              A sort takes little more work with equal losses, four times the work with nearly equal ones (see `sort_slots`)
+              A sort takes little more work with equal losses, and more with nearly equal ones (see `sort_slots`)
 
 The order is that of the pairs (key, tie): the loss as an ordered integer, and anchor << 32 | position. It is total, so
 it does not matter in which order the atomics filled a bucket. An image has fewer than 2^31 anchors, a batch fewer than 2^31

@@ -117,7 +117,7 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
                 raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(level.shape)}")
             sizes.append(level.shape[0])
         else:
-            if type(level) is not int or level < 0:  # most are right, and their names take longer than they do
+            if type(level) is not int or level < 0:  # seldom; to put the name together would take longer than to check
                 check_int(f"{name}[{i}]", level, 0)
             sizes.append(level)
     return sizes

@@ -28,7 +28,7 @@ _VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
 
 
 # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
-# no_cfunc_wrapper: nothing calls the loops from C, and compiling an entry for it takes a tenth of the time.
+# no_cfunc_wrapper: nothing calls the loops from C, so numba need not compile an entry for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the

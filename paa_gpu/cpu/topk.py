@@ -188,7 +188,7 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
         return candidates
     descends = np.zeros(images, np.int64)
     over_slices(keep_smallest, images, SERIAL_IMAGES, *given, _GIVEN, *place, descends)
-    if np.count_nonzero(descends):  # a third of the time of `any`
+    if np.count_nonzero(descends):  # faster than `any`
         over_slices(keep_smallest, images, SERIAL_IMAGES, *given, anchor_order(anchor, pos_offset), *place, descends)
     return candidates
 
