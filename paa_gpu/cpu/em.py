@@ -26,6 +26,7 @@ from ._arrays import Array, flat, view
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
+from .em_long import LONG_ROW
 from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax, sum_of
 
 #: The dtype of a fit by `precision`.
@@ -34,9 +35,6 @@ REALS = {name: np.dtype(str(dtype).removeprefix("torch.")) for name, dtype in PR
 # Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 128
-
-# Rows of more values are fitted in blocks, by `em_long`, so that threads can share them.
-LONG_ROW = 16_384
 
 
 @inner_with_sums

@@ -11,6 +11,7 @@ the number of threads. So neither does any bit of the result.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move, s
 
 # Values of a block: with the responsibilities of two components they fill half of a small first-level cache.
 BLOCK = 1024
+
+# Rows of more values are fitted in blocks, so that threads can share them.
+LONG_ROW = 16_384
 
 # Blocks below which a second thread costs more than it saves: a block takes 1 us in Lloyd's iteration and 8 in EM, handing over
 # to a thread 100 and more.
@@ -225,24 +229,36 @@ def fit_rows_in_blocks(first: int, last: int, rows: Any, x: Any, start: Any, cou
             phase, passes = following, passes if following == phase else 0
 
 
-def fit_row_in_blocks(row: int, x: Array, start: Array, count: Array, weights: Array, *rest: Any) -> None:
-    """Fit one row, its blocks on all threads."""
+def fit_row_in_blocks(row: int, serial_below: int, x: Array, start: Array, count: Array, weights: Array, *rest: Any) -> None:
+    """Fit one row. Its blocks are shared by all threads, unless there are fewer than `serial_below`."""
     values, means, variances = x[start[row] : start[row] + count[row]], rest[12], rest[13]
     partial, span, centre, before = _scratch(len(values), weights.shape[1], weights)
     phase, passes = RANGE, 0
     while phase != DONE:
         pointers = values, phase, span[0], centre, weights[row], means[row], variances[row], partial
-        over_slices(scan, len(partial), SERIAL_BLOCKS, *pointers)
+        over_slices(scan, len(partial), serial_below, *pointers)
         passes += 1
         following = advance(values, row, partial, phase, passes, span, centre, before, *rest)
         phase, passes = following, passes if following == phase else 0
 
 
 def fit(rows: Array, x: Array, start: Array, count: Array, options: tuple[Any, ...], results: tuple[Array, ...]) -> None:
-    """Fit the rows of these numbers: side by side where there are as many as threads, else one after the other on all threads."""
-    rest = results[0], *options, *results
+    """Fit the rows of these numbers: side by side where there are as many as threads, else one after the other on all threads.
+
+    The length of a row alone decides which compiled loop adds it up: another one may add in another order.
+    """
+    args = x, start, count, results[0], *options, *results
+    long = count[rows] > LONG_ROW
+    if not long.all():
+        short_rows = rows[~long]
+        over_slices(fit_rows_in_blocks, len(short_rows), 2, short_rows, *args)
+    rows = rows[long]
+
+    def fit_rows(first: int, last: int, serial_below: int) -> None:
+        for row in rows[first:last]:
+            fit_row_in_blocks(row, serial_below, *args)
+
     if len(rows) >= torch.get_num_threads():
-        over_slices(fit_rows_in_blocks, len(rows), 2, rows, x, start, count, *rest)
+        over_slices(fit_rows, len(rows), 2, sys.maxsize)
     else:
-        for row in rows:
-            fit_row_in_blocks(row, x, start, count, *rest)
+        fit_rows(0, len(rows), SERIAL_BLOCKS)
