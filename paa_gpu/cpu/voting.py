@@ -134,14 +134,14 @@ def _candidates(
     detections of the class span. `scores` [boxes * all_classes].
 
     Returns:
-        corner [5, n], corners and area of the boxes; index [classes * (n + 1)] and score [classes, n + 1] of the candidates of
-        each class; how many it has.
+        corner [5, n], corners and area of the boxes; index and score [classes, n + 1] of the candidates of each class; how many
+        it has.
     """
     none, n = boxes.dtype.type(-np.inf), np.uint64(len(ordered))
     corner, place = np.empty((5, len(ordered)), boxes.dtype), np.empty(len(ordered), np.int64)
     # One place more than there are boxes: what is no candidate is written behind those that are.
-    row = n + np.uint64(1)
-    score, index = np.empty((len(classes), len(ordered) + 1), boxes.dtype), np.empty(len(classes) * (len(ordered) + 1), np.int64)
+    lists = (len(classes), len(ordered) + 1)
+    index, score = np.empty(lists, np.uint32), np.empty(lists, boxes.dtype)
     size, own = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype)
     x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
     for i in range(n):
@@ -166,43 +166,34 @@ def _candidates(
                 own[j] = own[j] if there else none
             found = np.uint64(size[k])
             for j in range(tile):
-                index[k * row + found], score[k, found] = first + j, own[j]
+                index[k, found], score[k, found] = first + j, own[j]
                 found += np.uint64(own[j] > none)
             size[k] = found
     return corner, index, score, size
 
 
 @inner
-def _gather(corner: Any, index: Any, score: Any, size: Any) -> tuple[Any, Any, Any]:
-    """The candidates of every class that a detection has, in their order.
+def _gather(corner: Any, index: Any, score: Any, size: int, voter: Any, bounds: Any) -> int:
+    """The candidates of a class in their order, and zeros behind the last one, up to the end of its block.
 
-    Returns:
-        block_start [classes + 1], the blocks of each class; voter [6, n * BLOCK], corners, area and score of the candidates,
-        zeros behind the last one of a class; bounds [4, n], what the corners of each block span.
+    They go to voter [6, blocks * BLOCK], corners, area and score; what the corners of each block span goes to bounds [4, blocks].
+    Returns how many blocks there are.
     """
-    real, block_start = corner.dtype.type, np.empty(len(size) + 1, np.int64)
-    block_start[0] = 0
-    for k in range(len(size)):
-        block_start[k + 1] = block_start[k] + (size[k] + BLOCK - 1) // BLOCK
-    blocks = block_start[len(size)]
-    voter, bounds = np.empty((6, blocks * BLOCK), corner.dtype), np.empty((4, blocks), corner.dtype)
-    for k in range(np.uint64(len(size))):
-        start, own = np.uint64(block_start[k] * BLOCK), k * np.uint64(score.shape[1])
-        stop = start + np.uint64(size[k])
-        for b in range(block_start[k], block_start[k + np.uint64(1)]):
-            left = top = real(np.inf)
-            right = bottom = real(-np.inf)
-            for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), stop)):
-                box = np.uint64(index[own + at - start])
-                x1, y1, x2, y2 = corner[0, box], corner[1, box], corner[2, box], corner[3, box]
-                voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
-                voter[4, at], voter[5, at] = corner[4, box], score[k, at - start]
-                left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
-            bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
-        for side in range(6):
-            for at in range(stop, np.uint64(block_start[k + np.uint64(1)] * BLOCK)):
-                voter[side, at] = 0
-    return block_start, voter, bounds
+    real, blocks, stop = corner.dtype.type, (size + BLOCK - 1) // BLOCK, np.uint64(size)
+    for b in range(blocks):
+        left = top = real(np.inf)
+        right = bottom = real(-np.inf)
+        for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), stop)):
+            box = np.uint64(index[at])
+            x1, y1, x2, y2 = corner[0, box], corner[1, box], corner[2, box], corner[3, box]
+            voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
+            voter[4, at], voter[5, at] = corner[4, box], score[at]
+            left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
+        bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
+    for side in range(6):
+        for at in range(stop, np.uint64(blocks * BLOCK)):
+            voter[side, at] = 0
+    return blocks
 
 
 @inner_with_sums
@@ -239,33 +230,38 @@ def _vote(first: Any, last: Any, voter: Any, box: Any, least_iou: Any, scale: An
 
 
 @inner
-def _touched(box: Any, bounds: Any, first: Any, last: Any, touched: Any, edge: Any) -> int:
+def _touched(box: Any, bounds: Any, blocks: Any, touched: Any, edge: Any) -> int:
     """The stretches of neighbouring blocks that a box touches, from one edge to the next, and the number of edges.
 
     Without branches: the processor cannot foretell them. `touched` has room for two more blocks, which are not touched.
     """
     x1, y1, x2, y2 = box
-    one, blocks = np.uint64(1), last - first
+    one = np.uint64(1)
     for b in range(blocks):
-        across = (bounds[2, first + b] > x1) & (x2 > bounds[0, first + b])
-        touched[b + one] = across & (bounds[3, first + b] > y1) & (y2 > bounds[1, first + b])
+        across = (bounds[2, b] > x1) & (x2 > bounds[0, b])
+        touched[b + one] = across & (bounds[3, b] > y1) & (y2 > bounds[1, b])
     touched[blocks + one] = False
     edges = 0
     for b in range(blocks + one):
-        edge[edges] = first + b
+        edge[edges] = b
         edges += touched[b] != touched[b + one]
     return edges
 
 
 @inner
 def _vote_rows(
-    first: int, last: int, order: Any, det: Any, label: Any, number: Any, block_start: Any, voter: Any, bounds: Any,
+    first: int, last: int, order: Any, det: Any, label: Any, number: Any, corner: Any, index: Any, score: Any, size: Any,
     least_iou: Any, scale: Any, offset: Any, voted: Any,
 ) -> None:  # fmt: skip
-    """voted[row] = the box of detection order[row], and its score."""
-    total, edge = np.empty(5, det.dtype), np.empty(bounds.shape[1] + 2, np.int64)
-    touched = np.empty(bounds.shape[1] + 2, np.uint8)
-    touched[0] = False
+    """voted[row] = the box of detection order[row], and its score.
+
+    Detections come class by class. The voters of a class are gathered at its first detection, and lie where those of the class
+    before it lay: they stay in the cache.
+    """
+    most = (corner.shape[1] + BLOCK - 1) // BLOCK
+    voter, bounds = np.empty((6, most * BLOCK), det.dtype), np.empty((4, most), det.dtype)
+    total, edge, touched = np.empty(5, det.dtype), np.empty(most + 2, np.int64), np.empty(most + 2, np.uint8)
+    gathered, blocks, touched[0] = -1, 0, False
     for row in range(first, last):
         at = order[row]
         for side in range(5):
@@ -273,8 +269,10 @@ def _vote_rows(
         k = number[label[at]] if 0 <= label[at] < len(number) else -1
         if k < 0:
             continue
+        if k != gathered:
+            gathered, blocks = k, _gather(corner, index[k], score[k], size[k], voter, bounds)
         box = (det[at, 0], det[at, 1], det[at, 2] + offset, det[at, 3] + offset)
-        edges = _touched(box, bounds, np.uint64(block_start[k]), np.uint64(block_start[k + 1]), touched, edge)
+        edges = _touched(box, bounds, np.uint64(blocks), touched, edge)
         for e in range(0, edges, 2):
             start, stop = np.uint64(edge[e]), np.uint64(edge[e + 1])
             _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, box, least_iou, scale, total)
@@ -296,8 +294,7 @@ def _vote_image(
     pixel = real(offset)
     number, classes, span = _classes(first, last, order, det, label, all_classes, pixel)
     candidates = _candidates(boxes, scores, all_classes, real(score_thr), pixel, _neighbours(boxes, det), classes, span)
-    voters = _gather(*candidates)
-    _vote_rows(first, last, order, det, label, number, *voters, real(least_iou), real(scale), pixel, voted)
+    _vote_rows(first, last, order, det, label, number, *candidates, real(least_iou), real(scale), pixel, voted)
 
 
 def _image(
