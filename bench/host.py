@@ -19,7 +19,7 @@ import torch
 import triton
 
 import paa_gpu
-from paa_gpu import _ops, head, testing
+from paa_gpu import _dispatch, head, testing
 
 from . import cases
 
@@ -44,7 +44,7 @@ def _return_at_once(*_: Any, **__: Any) -> None:
 @contextmanager
 def launches_return_at_once() -> Iterator[None]:
     """The operators run the kernels' host code for CPU tensors; nothing is computed."""
-    with _ops.kernels_on_cpu(), mock.patch.object(triton.runtime.jit.JITFunction, "run", _return_at_once):
+    with _dispatch.kernels_on_cpu(), mock.patch.object(triton.runtime.jit.JITFunction, "run", _return_at_once):
         yield
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
-from ._ops import operators
+from ._dispatch import OPERATORS
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 
@@ -75,7 +75,7 @@ def report_implementations() -> None:
     if not torch.cuda.is_available():
         triton += " (no device here)"
     print(f"\n{'operator':<20}{'CPU tensors':<24}CUDA tensors")
-    for name in operators():
+    for name in OPERATORS:
         print(f"{name:<20}{'numba loops':<24}{triton}")
 
 

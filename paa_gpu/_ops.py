@@ -2,7 +2,7 @@
 
 Each function below is the contract of one operator. Its annotations are the schema. Its docstring describes the results. Its body
 makes empty results (the fake). The default implementation uses Triton (`kernels/`). CPU tensors use numba (`paa_gpu/cpu/`). Both
-are functions of the same name and signature in the module of the capability. They are imported when an operator first runs.
+are functions of the same name and signature in the module of the capability. `_dispatch.py` registers and calls them.
 Operators take arguments that the public functions have checked, and return flat tensors in new memory.
 
 Shapes: B images, `len(level_sizes) // B` pyramid levels, A anchors and P potential positives over all images,
@@ -12,15 +12,14 @@ G = sum(num_gts) ground truths (rows, image after image), K = `max_candidates` o
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
+
+from ._dispatch import Operator
 
 #: The dtype of the results of a fit. "auto" is "mixed" on devices where float64 is slow, and "float64" elsewhere. Compiled loops
 #: for CPU tensors fit in float64 where kernels mix.
@@ -37,12 +36,6 @@ INITS = ("minmax", "quantile", "kmeans", "random")
 EXACT, LLOYD_PASSES = 64, 50
 
 Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-# For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
-# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests). So both
-# devices have kernels of their own; that of `custom_op` is left for what is on no device.
-_library = Library("paa_gpu", "IMPL")
 
 
 def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk: int) -> int:
@@ -89,53 +82,9 @@ def empty_answer(x: Tensor, weights: Tensor, what: str) -> Tensor:
     return weights.new_empty((*x.shape, weights.shape[1]) if what == "predict_proba" else x.shape)
 
 
-_registered: dict[str, tuple[Any, str]] = {}
-
-
-def operators() -> dict[str, Any]:
-    """The operators by name."""
-    return {name: operator for name, (operator, _) in _registered.items()}
-
-
-_module = functools.cache(importlib.import_module)
-
-
-def _implementation(package: str, stem: str, name: str) -> Callable[..., Any]:
-    """The function of the package "cpu" or "kernels". Its module is imported when it first runs."""
-    module = f"paa_gpu.{package}.{stem}"
-
-    def run(*args: Any) -> Any:
-        return getattr(_module(module), name)(*args)
-
-    return run
-
-
-def _operator(stem: str) -> Callable[[Callable[..., Any]], Any]:
-    def register(contract: Callable[..., Any]) -> Any:
-        name = contract.__name__
-        schema = infer_schema(contract, mutates_args=())
-        operator = custom_op(f"paa_gpu::{name}", _implementation("kernels", stem, name), mutates_args=(), schema=schema)
-        operator.register_fake(contract)
-        for package, key in (("cpu", "CPU"), ("kernels", "CUDA")):
-            _library.impl(name, _implementation(package, stem, name), key)
-        for key in ("AutogradCPU", "AutogradCUDA"):
-            _library.impl(name, fallthrough_kernel, key)
-        _registered[name] = operator, stem
-        return operator
-
-    return register
-
-
-@contextmanager
-def kernels_on_cpu() -> Iterator[None]:
-    """The Triton implementations run for CPU tensors too, in the whole process, while the context is open."""
-    library = Library("paa_gpu", "IMPL")
-    for name, (_, stem) in _registered.items():
-        library.impl(name, _implementation("kernels", stem, name), "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        del library  # registrations live as long as their library
+def _operator(stem: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make an operator of a contract. Its implementations are in the modules of this name."""
+    return functools.partial(Operator, stem)
 
 
 @_operator("topk")

@@ -271,7 +271,7 @@ def triton_on_cpu() -> Iterator[None]:
     """
     import triton
 
-    from paa_gpu import _ops
+    from paa_gpu import _dispatch
 
     if not triton.knobs.runtime.interpret:
         try:
@@ -282,5 +282,5 @@ def triton_on_cpu() -> Iterator[None]:
             raise RuntimeError(
                 "triton_on_cpu() must run under Triton's interpreter (TRITON_INTERPRET=1) or an active ptxrun session"
             )
-    with _ops.kernels_on_cpu():
+    with _dispatch.kernels_on_cpu():
         yield

@@ -24,6 +24,9 @@ from ._checks import (
 
 __all__ = ["score_voting", "score_voting_batch"]
 
+# Of the detections, their labels, the candidates and their scores.
+_DTYPES: Sequence[Sequence[torch.dtype]] = (FLOATS, INTEGERS, FLOATS, FLOATS)
+
 
 def score_voting(
     det_bboxes: Tensor,
@@ -67,8 +70,12 @@ def score_voting(
     detection. A box with an infinity or NaN does not vote. A detection with one keeps its box. The function does not modify its
     inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
     """
-    columns = [[det_bboxes], [det_labels], [mlvl_bboxes], [mlvl_nms_scores]]
-    return _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, [("", "")])
+    image = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
+    _check_image(image, _DTYPES, None, None, "", "")
+    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    columns = [[tensor.detach() if tensor.requires_grad else tensor] for tensor in image]
+    results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
+    return results
 
 
 def score_voting_batch(
@@ -122,8 +129,10 @@ def score_voting_batch(
     if pools:
         voted, labels = _vote_pools(columns, weights, score_thr, iou_thr, sigma, offset, keep_order)
     else:
-        suffix = [(f"[{image}]",) * 2 for image in range(len(det_bboxes))]
-        voted, labels = _vote(columns, score_thr, iou_thr, sigma, offset, keep_order, suffix)
+        _check_tensors(columns, [(f"[{image}]",) * 2 for image in range(len(det_bboxes))])
+        _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+        columns = [[tensor.detach() for tensor in column] for column in columns]
+        voted, labels = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     detections = [image.shape[0] for image in det_bboxes]
     return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
 
@@ -148,27 +157,6 @@ def _vote_padded(
     tensors = det_bboxes.detach(), labels, mlvl_bboxes.detach(), mlvl_nms_scores.detach()
     voted, labels = _ops.score_voting_padded(*tensors, score_thr, iou_thr, sigma, offset, keep_order)
     return voted, labels if count is None else torch.where(there, labels.to(det_labels.dtype), det_labels)
-
-
-def _vote(
-    columns: Sequence[Sequence[Tensor]],
-    score_thr: float,
-    iou_thr: float,
-    sigma: float,
-    offset: float,
-    keep_order: bool,
-    suffix: Sequence[tuple[str, str]],
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments, and run the operator.
-
-    `columns` has the four lists of tensors, with one entry for each image. In errors, the names of detections and of candidates
-    end in `suffix`.
-    """
-    _check_tensors(columns, suffix)
-    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
-    columns = [[tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in columns]
-    results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
-    return results
 
 
 def _vote_pools(
@@ -202,18 +190,31 @@ def _vote_pools(
 
 
 def _check_tensors(columns: Sequence[Sequence[Tensor]], suffix: Sequence[tuple[str, str]]) -> None:
-    """Shapes within an image; one device and number of classes, and in a column one dtype, over all of them."""
-    device, classes, dtypes = None, None, [FLOATS, INTEGERS, FLOATS, FLOATS]
-    for (end, pool), (det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores) in zip(
-        suffix, zip(*columns, strict=True), strict=True
-    ):
-        check_tensor(f"det_bboxes{end}", det_bboxes, (None, 5), dtypes[0], device)
-        device = det_bboxes.device
-        check_tensor(f"det_labels{end}", det_labels, (det_bboxes.shape[0],), dtypes[1], device)
-        check_tensor(f"mlvl_bboxes{pool}", mlvl_bboxes, (None, 4), dtypes[2], device)
-        check_tensor(f"mlvl_nms_scores{pool}", mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
-        if classes is None:
-            classes, dtypes = mlvl_nms_scores.shape[1], [(column[0].dtype,) for column in columns]
+    """The four tensors of each image or pool. All are on one device. A column has one dtype, and all scores the same classes.
+
+    In errors, the names of detections and of candidates end in `suffix`.
+    """
+    dtypes, device, classes = _DTYPES, None, None
+    for ends, image in zip(suffix, zip(*columns, strict=True), strict=True):
+        _check_image(image, dtypes, device, classes, *ends)
+        if device is None:
+            dtypes, device, classes = [(tensor.dtype,) for tensor in image], image[0].device, image[3].shape[1]
+
+
+def _check_image(
+    image: Sequence[Tensor],
+    dtypes: Sequence[Sequence[torch.dtype]],
+    device: torch.device | None,
+    classes: int | None,
+    end: str,
+    pool: str,
+) -> None:
+    det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores = image
+    check_tensor("det_bboxes" + end, det_bboxes, (None, 5), dtypes[0], device)
+    device = det_bboxes.device
+    check_tensor("det_labels" + end, det_labels, det_bboxes.shape[:1], dtypes[1], device)
+    check_tensor("mlvl_bboxes" + pool, mlvl_bboxes, (None, 4), dtypes[2], device)
+    check_tensor("mlvl_nms_scores" + pool, mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
 
 
 def _check_options(score_thr: float, iou_thr: float, sigma: float, offset: float, keep_order: bool) -> None:

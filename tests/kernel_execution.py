@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from paa_gpu import _ops
+from paa_gpu import _dispatch
 from paa_gpu.kernels import _launch, assign, em, fusion, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.testing import triton_on_cpu
 
@@ -189,8 +189,8 @@ def _admitted(session: Any) -> Iterator[None]:
 def _through_device(device: str) -> Iterator[None]:
     """The operators take CPU tensors to the device and their results back: the same tests, on a GPU."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ops.kernels_on_cpu())
-        for name in _ops.operators():
+        stack.enter_context(_dispatch.kernels_on_cpu())
+        for name in _dispatch.OPERATORS:
             module = MODULES.get(name, reassign)
             stack.enter_context(mock.patch.object(module, name, on_device(getattr(module, name))))
         _device.append(device)

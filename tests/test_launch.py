@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
-from paa_gpu._ops import kernels_on_cpu
+from paa_gpu._dispatch import kernels_on_cpu
 from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import Reserve, device_guard, mixes, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu

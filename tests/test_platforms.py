@@ -51,8 +51,8 @@ assert "triton" not in sys.modules
 """
 
 CUDA = """
-from paa_gpu import _ops
-with _ops.kernels_on_cpu():  # what runs for CUDA tensors
+from paa_gpu import _dispatch
+with _dispatch.kernels_on_cpu():  # what runs for CUDA tensors
     try:
         paa_gpu.fit_gmm_1d(torch.rand(2, 9))
     except ImportError as error:

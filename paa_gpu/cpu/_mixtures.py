@@ -76,13 +76,16 @@ def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any,
     k = len(mean)
     top, density = resp[k], resp[k + 1]
     one, total = y.dtype.type(1), y.dtype.type(0)
-    top[: len(y)], density[: len(y)] = -np.inf, 0
+    top[: len(y)] = -np.inf
     for j in range(k):
         c, h = density_terms(weight, variance, j)
         for i in range(len(y)):
             log_p = c - h * (y[i] - mean[j]) ** 2
             resp[j, i] = log_p
-            top[i] = log_p if log_p > top[i] else top[i]
+            # Not back to `top`: a masked store would do there, and takes some processors longer than the rest.
+            density[i] = log_p if log_p > top[i] else top[i]
+        top, density = density, top
+    density[: len(y)] = 0
     for j in range(k):
         for i in range(len(y)):
             resp[j, i] = exp(resp[j, i] - top[i])

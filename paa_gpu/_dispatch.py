@@ -1,0 +1,106 @@
+"""How an operator is registered with torch, and how it is called.
+
+torch's dispatcher lets a tracer, a mode, a transform, a subclass of Tensor or a profiler see a call. Mostly there is none. The
+dispatcher then only calls the implementation for the device, and the way there and back is a tenth of a call for one box. So an
+`Operator` asks first whether anything would see the call. If nothing would, it calls the implementation itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
+from torch.overrides import has_torch_function
+
+from ._checks import LIST
+
+# For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
+# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests). So both
+# devices have kernels of their own; that of `custom_op` is left for what is on no device.
+_library = Library("paa_gpu", "IMPL")
+
+#: The package with the implementations for each device. They are imported when an operator first runs.
+_PACKAGES = {"cpu": "cpu", "cuda": "kernels"}
+
+_module = functools.cache(importlib.import_module)
+
+
+# Not public. Without it, each call goes through the dispatcher.
+try:
+    from torch._C import DispatchKey, DispatchKeySet, _dispatch_tls_local_include_set
+    from torch._C._autograd import _profiler_enabled
+except ImportError:
+    _watched: Callable[[], bool] = functools.partial(bool, 1)
+else:
+    _USUAL = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+
+    def _watched() -> bool:
+        """Whether this thread has a mode, a tracer, a transform or a profiler."""
+        return bool(_dispatch_tls_local_include_set().raw_repr() & ~_USUAL.raw_repr()) or _profiler_enabled()
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+class Operator:
+    """An operator of the library `paa_gpu`, from its contract (see `_ops`).
+
+    Args:
+        stem: the module of the implementations in each package. They are functions of the contract's name and signature.
+        contract: its annotations are the schema. It makes empty results from the arguments (the fake).
+    """
+
+    def __init__(self, stem: str, contract: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, contract)
+        self.name, self._stem = contract.__name__, stem
+        OPERATORS[self.name] = self
+        schema = infer_schema(contract, mutates_args=())
+        custom_op(f"paa_gpu::{self.name}", self._on("cuda"), mutates_args=(), schema=schema).register_fake(contract)
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            _library.impl(self.name, self._on(device), key)
+            _library.impl(self.name, fallthrough_kernel, f"Autograd{key}")
+        #: What torch knows the operator by.
+        self.overload = getattr(torch.ops.paa_gpu, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        device = _device_alone(args)
+        return self.overload(*args) if device is None else self._run(device, args)
+
+    def _on(self, device: str) -> Callable[..., Any]:
+        return lambda *args: self._run(device, args)
+
+    def _run(self, device: str, args: tuple[Any, ...]) -> Any:
+        return getattr(_module(f"paa_gpu.{_PACKAGES[device]}.{self._stem}"), self.name)(*args)
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """The Triton implementations run for CPU tensors too, in the whole process, while the context is open."""
+    before, _PACKAGES["cpu"] = _PACKAGES["cpu"], "kernels"
+    try:
+        yield
+    finally:
+        _PACKAGES["cpu"] = before
+
+
+def _device_alone(args: Sequence[Any]) -> str | None:
+    """The device of the tensors among the arguments, if the dispatcher would only call its implementation; else None."""
+    tensors: list[Tensor] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, LIST) and value and isinstance(value[0], Tensor):
+            tensors.extend(value)
+    if not tensors or _watched() or has_torch_function(tensors):  # which asks for function modes too
+        return None
+    if {*map(type, tensors)} != {Tensor} or any(map(Tensor.is_neg, tensors)):  # some subclasses have no functions of their own
+        return None
+    return "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else None
