@@ -25,7 +25,9 @@ from .._ops import box_numbers, empty_losses
 from ._arrays import Array, flat, lengths, offsets, view
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
-from .topk import anchor_order
+
+# Anchors whose order does not matter: they are a cache line of float32 maps.
+STRETCH = 16
 
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
 SPAN = 1024
@@ -201,19 +203,43 @@ def _memory(level: Tensor) -> Array:
     return (flat.view(torch.int16) if flat.itemsize == 2 else flat).numpy()
 
 
+@inner
+def _in_stretches(inds: Any, begin: int, end: int, start: Any, order: Any) -> int:
+    """Order the potential positives of an image that are in range by stretches of anchors. Returns where they end in `order`.
+
+    `start` [stretches + 1] is room. Within a stretch, the order does not matter: its cells lie in the same cache lines.
+    """
+    stretches = len(start) - 1
+    start[:] = 0
+    for p in range(begin, end):
+        if 0 <= inds[p] < stretches * STRETCH:
+            start[inds[p] // STRETCH + 1] += 1
+    start[0] = begin
+    for stretch in range(stretches):
+        start[stretch + 1] += start[stretch]
+    stop = start[stretches]
+    for p in range(begin, end):
+        if 0 <= inds[p] < stretches * STRETCH:
+            order[start[inds[p] // STRETCH]] = p
+            start[inds[p] // STRETCH] += 1
+    return int(stop)
+
+
 @compiled
-def _by_level(inds: Any, order: Any, images: Any, first: Any, source: Any, image: Any, cell: Any, bounds: Any) -> None:
-    """The potential positives that are in range, level after level, and there image after image, each image in its `order`.
+def _by_level(inds: Any, images: Any, first: Any, source: Any, image: Any, cell: Any, bounds: Any) -> None:
+    """The potential positives that are in range, level after level, and there image after image, in the order of their anchors.
 
     `images` and `first`: where each image begins among them, and each level among the anchors, and the last one ends. Fills
     source, image and cell [P], the cell in its level; bounds [L + 1] of the levels among them.
     """
-    n = 0
+    start, order = np.empty((first[-1] + STRETCH - 1) // STRETCH + 1, np.int64), np.empty(len(inds), np.int64)
+    stop, n = np.empty(len(images) - 1, np.int64), 0
+    for number in range(len(stop)):
+        stop[number] = _in_stretches(inds, images[number], images[number + 1], start, order)
     bounds[0] = 0
     for level in range(len(first) - 1):
-        for number in range(len(images) - 1):
-            for i in range(images[number], images[number + 1]):
-                p = order[i]
+        for number in range(len(stop)):
+            for p in order[images[number] : stop[number]]:
                 if first[level] <= inds[p] < first[level + 1]:
                     source[n], image[n], cell[n] = p, number, inds[p] - first[level]
                     n += 1
@@ -262,7 +288,7 @@ def candidate_losses(
     source, image, cell = (np.empty(len(inds), np.int64) for _ in range(3))
     bounds = np.empty(len(first), np.int64)
     # In the order of the memory of the maps, which the processor then foretells.
-    _by_level(inds, anchor_order(inds, images), images, first, source, image, cell, bounds)
+    _by_level(inds, images, first, source, image, cell, bounds)
     targets = [
         _take(column, inds, images, dtype)
         for column, dtype in ((label, np.int64), (label_weight, float), (bbox_target, float), (bbox_weight, float))
