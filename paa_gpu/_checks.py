@@ -113,9 +113,10 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
     sizes = []
     for i, level in enumerate(levels):
         if isinstance(level, Tensor):
-            if level.dim() != 2 or level.shape[1] != 4:
-                raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(level.shape)}")
-            sizes.append(level.shape[0])
+            shape = level.shape
+            if len(shape) != 2 or shape[1] != 4:
+                raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(shape)}")
+            sizes.append(shape[0])
         else:
             if type(level) is not int or level < 0:  # seldom; to put the name together would take longer than to check
                 check_int(f"{name}[{i}]", level, 0)

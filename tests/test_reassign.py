@@ -362,6 +362,14 @@ def test_indices_out_of_range_are_left_out_and_touch_nothing():
     assert got[0].tolist() == [3, 80, 80, 3, 80, 80] and got[3] == 2
 
 
+@pytest.mark.parametrize("gt", [-1, -7])
+def test_no_ground_truth_at_all(gt):
+    """The number of ground truths is read, and is not negative."""
+    targets = [torch.zeros(4, dtype=torch.int64), torch.ones(4), torch.ones(4, 4)]
+    got = paa_gpu.paa_reassign(torch.rand(2), *targets, torch.tensor([1, 2]), torch.full((2,), gt), [4], num_classes=80)
+    assert got[0].tolist() == [0, 80, 80, 0] and got[3] == 0
+
+
 @pytest.mark.slow
 def test_thousands_of_ground_truths(rng):
     batch = testing.make_batch([3_000], rng, sizes=(2, 4), level_sizes=(12_000, 3_000))

@@ -188,7 +188,9 @@ def paa_reassign(
     topk: int,
     *options: str,
 ) -> tuple[Tensor, ...]:
-    num_gt = int(view(pos_gt_inds).max(initial=-1)) + 1 if num_gt is None else num_gt
+    if num_gt is None:
+        gts = view(pos_gt_inds)
+        num_gt = max(int(gts[gts.argmax()]) + 1, 0) if len(gts) else 0
     losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
     tensors, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
     return *tensors, torch.from_numpy(_reassign(losses, targets, *options)[0])
