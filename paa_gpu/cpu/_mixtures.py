@@ -52,9 +52,10 @@ def expectation(y: Any, size: int, weight: Any, mean: Any, variance: Any, r0: An
     for i in range(len(y)):
         power = abs(r0[i]) * per_log2
         r1[i] = negative_exp2(stop if power > stop else power)
+    ratios = r1[:size]
     for start in range(0, size, PRODUCT):
         product = one
-        for ratio in r1[start : min(start + PRODUCT, size)]:
+        for ratio in ratios[start : start + PRODUCT]:
             product *= one + ratio
         total += math.log(product)
     for i in range(len(y)):

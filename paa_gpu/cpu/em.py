@@ -155,7 +155,7 @@ def fit_row(
     return smallest, y, r0, r1
 
 
-@inner
+@inner_with_sums
 def assign(
     y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any
 ) -> None:
