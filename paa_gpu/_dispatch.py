@@ -38,11 +38,12 @@ try:
 except ImportError:
     _watched: Callable[[], bool] = functools.partial(bool, 1)
 else:
-    _USUAL = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+    # All keys, as bits, but for those that every thread has.
+    _OTHERS = ~(DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()
 
     def _watched() -> bool:
         """Whether this thread has a mode, a tracer, a transform or a profiler."""
-        return bool(_dispatch_tls_local_include_set().raw_repr() & ~_USUAL.raw_repr()) or _profiler_enabled()
+        return _dispatch_tls_local_include_set().raw_repr() & _OTHERS != 0 or _profiler_enabled()
 
 
 OPERATORS: dict[str, Operator] = {}
