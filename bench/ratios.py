@@ -21,6 +21,7 @@ import torch
 import torchvision
 
 import paa_gpu
+from paa_gpu import reference
 
 from . import cases, providers
 
@@ -41,6 +42,9 @@ def main() -> None:
         batch(name)
     one_by_one()
     voting()
+    for detections in (100, 1000):
+        voting_of_classes(detections)
+    losses()
     suppression()
     fusion()
     fits()
@@ -94,6 +98,29 @@ def voting() -> None:
     print(f"score_voting, {len(ratios)} recorded calls one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
           f"{max(ratios):.0f}x; all of them {ours * 1e3:.1f} ms, loop {loop * 1e3:.0f} ms, {loop / ours:.0f}x; boxes within "
           f"{max(differences):.1e} pixels of the loop's")  # fmt: skip
+
+
+def voting_of_classes(detections: int) -> None:
+    arguments = cases.predictions(detections)
+    difference = providers.check_voting(*arguments)
+    loop, ours = providers.interleaved(
+        [lambda: providers.published_voting(*arguments), lambda: paa_gpu.score_voting(*arguments)], repeats=[1, 20]
+    )
+    print(f"score_voting, {detections} detections of 80 classes among 5,000 boxes: {ours * 1e3:.2f} ms; loop {loop * 1e3:.0f} ms, "
+          f"{loop / ours:.0f}x; boxes within {difference:.1e} pixels of the loop's")  # fmt: skip
+
+
+def losses() -> None:
+    batch = cases.potential_positives()
+    for own, wanted in zip(paa_gpu.candidate_losses(*batch), reference.candidate_losses(*batch), strict=True):
+        torch.testing.assert_close(own.double(), wanted, rtol=1e-6, atol=0)
+    unfused, ours = providers.interleaved(
+        [lambda: reference.candidate_losses(*batch, dtype=torch.float32), lambda: paa_gpu.candidate_losses(*batch)],
+        repeats=[5, 20],
+    )
+    print(
+        f"candidate_losses, {len(batch.label)} images: {ours * 1e3:.2f} ms; unfused torch {unfused * 1e3:.1f} ms, {unfused / ours:.1f}x"
+    )
 
 
 def suppression() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import numpy as np
 import pytest
@@ -14,15 +13,6 @@ from . import cases, providers
 
 #: Rows that are checked.
 CHECKED = 3
-
-
-@pytest.fixture(autouse=True)
-def all_cores():
-    """Ignore `OMP_NUM_THREADS=1`. scikit-learn's loops need it, ours do not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
