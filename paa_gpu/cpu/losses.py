@@ -33,8 +33,8 @@ STRETCH = 16
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
 SPAN = 1024
 
-# Potential positives below which a second thread costs more than it saves: with 80 classes, a thousand take 400 us. Handing over to
-# a thread takes 100.
+# Potential positives below which a second thread costs more than it saves: with 80 classes, a thousand take 400 us. Handing over
+# to a thread takes 100.
 SERIAL_POSITIVES = 1024
 
 # A logit so far from zero that its focal loss is zero.
