@@ -77,6 +77,20 @@ def test_opcheck(batch):
         torch.library.opcheck(operator.overload, arguments)
 
 
+def memory(values):
+    """Where the memory of each tensor begins, also of those in lists."""
+    tensors = [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
+    return [t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor) and t.numel()]
+
+
+def test_results_share_no_memory_with_arguments_or_each_other(batch):
+    """`opcheck` does not see it where an operator has a function for each device."""
+    for operator, arguments in calls(batch):
+        results = operator(*arguments)
+        made = memory([results] if isinstance(results, torch.Tensor) else results)
+        assert len({*made}) == len(made) and not {*made} & {*memory(arguments)}, operator.name
+
+
 def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(batch):
     for operator, arguments in calls(batch):
         real = operator(*arguments)

@@ -316,7 +316,7 @@ def _image(
     if keep_order:
         in_order = np.empty_like(voted)
         in_order[order] = voted
-        return in_order, labels
+        return in_order, labels.copy()
     return voted, labels[order]
 
 
