@@ -112,7 +112,8 @@ def _baseline(seconds: dict[str, float]) -> float | None:
 def _ratios(seconds: dict[str, float]) -> list[str]:
     """How many times as fast as the baseline, and how many times as long as bare numpy."""
     baseline = _baseline(seconds)
-    ratio = f"{baseline / seconds['library']:.0f}x" if baseline else ""
+    times = baseline / seconds["library"] if baseline else None
+    ratio = "" if times is None else f"{times:.1f}x" if times < 10 else f"{times:.0f}x"
     return [ratio, f"{seconds['library'] / seconds['limit']:.1f}" if "limit" in seconds else ""]
 
 

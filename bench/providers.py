@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import paa_gpu
-from paa_gpu import diagnose, reference
+from paa_gpu import diagnose, reference, testing
 
 from .cases import Call
 
@@ -214,6 +214,12 @@ def check_voting(*arguments: Any) -> float:
     if not (torch.equal(labels, wanted_labels) and torch.equal(got[:, 4], wanted[:, 4]) and difference <= 1e-3):
         raise AssertionError(f"score_voting does not give the published detections: {difference} pixels")
     return difference
+
+
+def check_losses(batch: testing.HeadBatch) -> None:
+    """Raise unless the losses of the candidates agree with the unfused form in float64 within 1e-6 of their size."""
+    for got, wanted in zip(paa_gpu.candidate_losses(*batch), reference.candidate_losses(*batch), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------------------

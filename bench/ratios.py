@@ -112,8 +112,7 @@ def voting_of_classes(detections: int) -> None:
 
 def losses() -> None:
     batch = cases.potential_positives()
-    for own, wanted in zip(paa_gpu.candidate_losses(*batch), reference.candidate_losses(*batch), strict=True):
-        torch.testing.assert_close(own.double(), wanted, rtol=1e-6, atol=0)
+    providers.check_losses(batch)
     unfused, ours = providers.interleaved(
         [lambda: reference.candidate_losses(*batch, dtype=torch.float32), lambda: paa_gpu.candidate_losses(*batch)],
         repeats=[5, 20],

@@ -1,8 +1,8 @@
 """How an operator is registered with torch, and how it is called.
 
 torch's dispatcher lets a tracer, a mode, a transform, a subclass of Tensor or a profiler see a call. Mostly there is none. The
-dispatcher then only calls the implementation for the device, and the way there and back is a tenth of a call for one box. So an
-`Operator` asks first whether anything would see the call. If nothing would, it calls the implementation itself.
+dispatcher then only calls the implementation for the device, and small calls notice the detour. So an `Operator` asks first
+whether anything would see the call. If nothing would, it calls the implementation itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.overrides import has_torch_function
 from ._checks import LIST
 
 # For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
-# public functions detach), and a check that no result is a view of an argument (10 us; `opcheck` makes it in the tests). So both
-# devices have kernels of their own; that of `custom_op` is left for what is on no device.
+# public functions detach), and a check that no result is a view of an argument (10 us; `tests/test_ops.py -k memory` makes it).
+# So both devices have kernels of their own; that of `custom_op` is left for what is on no device.
 _library = Library("paa_gpu", "IMPL")
 
 #: The package with the implementations for each device. They are imported when an operator first runs.
@@ -35,11 +35,15 @@ _module = functools.cache(importlib.import_module)
 try:
     from torch._C import DispatchKey, DispatchKeySet, _dispatch_tls_local_include_set
     from torch._C._autograd import _profiler_enabled
-except ImportError:
-    _watched: Callable[[], bool] = functools.partial(bool, 1)
-else:
+
     # All keys, as bits, but for those that every thread has.
     _OTHERS = ~(DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()
+except (ImportError, AttributeError):
+
+    def _watched() -> bool:
+        """Nobody can tell, so yes."""
+        return True
+else:
 
     def _watched() -> bool:
         """Whether this thread has a mode, a tracer, a transform or a profiler."""

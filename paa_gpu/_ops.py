@@ -54,6 +54,11 @@ def count_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
     return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
 
 
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors without their graphs. One without a graph stays as it is, which saves a call."""
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+
+
 def sum_tolerance(weights_init: Tensor | None) -> float:
     """The largest distance of a sum of given weights from 1: 8 units in the last place of their original type."""
     return 0.0 if weights_init is None else max(1e-6, 8 * torch.finfo(weights_init.dtype).eps)

@@ -136,10 +136,7 @@ def assignment_of(
     check_bool("gt_max_assign_all", gt_max_assign_all)
     check_option("low_quality", low_quality, LOW_QUALITY)
     ignored = gt_bboxes_ignore if gt_bboxes_ignore is not None and ignore_iof_thr > 0 else ()
-    columns = [
-        [tensor.detach() if tensor.requires_grad else tensor for tensor in column]
-        for column in (levels, gt_bboxes, ignored, valid or ())
-    ]
+    columns = map(_ops.detached, (levels, gt_bboxes, ignored, valid or ()))
     thresholds = (float(pos_iou_thr), float(neg_iou_thr), float(min_pos_iou), float(ignore_iof_thr), float(eps))
     options = (per_image, *thresholds, match_low_quality, gt_max_assign_all, low_quality)
     gt_inds, overlaps = _ops.assign_max_iou(*columns, *options)

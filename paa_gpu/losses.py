@@ -101,7 +101,7 @@ def candidate_losses(
         check_tensor(f"pos_inds[{image}]", inds, (None,), (pos_inds[0].dtype,) if image else INDICES, device)
     tensors = (anchors, cls_scores, bbox_preds, label, label_weight, bbox_target, bbox_weight, pos_inds)
     losses = losses_of(
-        *([tensor.detach() if tensor.requires_grad else tensor for tensor in column] for column in tensors),
+        *map(_ops.detached, tensors),
         gamma=gamma, alpha=alpha, loss_cls_weight=loss_cls_weight, loss_bbox_weight=loss_bbox_weight, stds=stds,
         wh_ratio_clip=wh_ratio_clip, box_loss=box_loss, convention=convention,
     )  # fmt: skip

@@ -107,7 +107,7 @@ def paa_reassign(
     check_options(*options)
     if num_gt is not None:
         check_int("num_gt", num_gt, 0)
-    image = _detached(image)
+    image = _ops.detached(image)
     if validate:
         _check_values(image, _ops.count_gts(image[-1:])[0] if num_gt is None else num_gt, num_classes, "")
     if callable(separation):
@@ -174,7 +174,7 @@ def paa_reassign_batch(
     check_options(*options)
     for i, num_gt in enumerate(num_gts or ()):
         check_int(f"num_gts[{i}]", num_gt, 0)
-    checked = [_detached(column) for column in columns]
+    checked = [_ops.detached(column) for column in columns]
     num_gts = num_gts or _ops.count_gts(checked[-1])
     if validate:
         for i in range(images):
@@ -285,10 +285,6 @@ def _check_image(
 def _check_values(image: Sequence[Tensor], num_gt: int, num_classes: int, end: str) -> None:
     pos_losses, label, _, _, pos_inds, pos_gt_inds = image
     check_values(end, pos_losses, label, pos_inds, pos_gt_inds, num_gt, num_classes)
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
 def _separate(

@@ -73,7 +73,7 @@ def score_voting(
     image = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
     _check_image(image, _DTYPES, None, None, "", "")
     _check_options(score_thr, iou_thr, sigma, offset, keep_order)
-    columns = [[tensor.detach() if tensor.requires_grad else tensor] for tensor in image]
+    columns = [[tensor] for tensor in _ops.detached(image)]
     results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     return results
 
@@ -131,7 +131,7 @@ def score_voting_batch(
     else:
         _check_tensors(columns, [(f"[{image}]",) * 2 for image in range(len(det_bboxes))])
         _check_options(score_thr, iou_thr, sigma, offset, keep_order)
-        columns = [[tensor.detach() for tensor in column] for column in columns]
+        columns = [_ops.detached(column) for column in columns]
         voted, labels = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
     detections = [image.shape[0] for image in det_bboxes]
     return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
@@ -182,8 +182,8 @@ def _vote_pools(
     for pool, weight in enumerate(weights):
         check_positive(f"weights[{pool}]", weight)
     _check_options(score_thr, iou_thr, sigma, offset, keep_order)
-    det, label = ([tensor.detach() for tensor in column] for column in columns[:2])
-    boxes, scores = ([entry[place].detach() for entry in entries] for place in (2, 3))
+    det, label = map(_ops.detached, columns[:2])
+    boxes, scores = (_ops.detached([entry[place] for entry in entries]) for place in (2, 3))
     options = score_thr, iou_thr, sigma, offset, keep_order, [float(weight) for weight in weights]
     results: tuple[Tensor, Tensor] = _ops.score_voting(det, label, boxes, scores, *options)
     return results

@@ -41,24 +41,22 @@ class Wrapper(torch.Tensor):
         return cls(result) if func is torch.ops.aten.detach.default else result
 
 
-class Calls(TorchDispatchMode):
+class Recorder:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def record(self, func, types, args=(), kwargs=None):
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class Calls(Recorder, TorchDispatchMode):
+    __torch_dispatch__ = Recorder.record
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
+
+class Functions(Recorder, TorchFunctionMode):
+    __torch_function__ = Recorder.record
 
 
 @pytest.fixture
@@ -133,11 +131,12 @@ def test_a_lazily_negated_tensor(x):
     assert torch.equal(means(negated), means(x))
 
 
-def test_without_what_is_not_public_each_call_is_dispatched():
-    code = """
+@pytest.mark.parametrize("name", ["_dispatch_tls_local_include_set", "DispatchKeySet.raw_repr"])
+def test_without_what_is_not_public_each_call_is_dispatched(name):
+    code = f"""
 import torch
 from unittest import mock
-del torch._C._dispatch_tls_local_include_set
+del torch._C.{name}
 import paa_gpu
 from paa_gpu import _ops
 with mock.patch.object(_ops.fit_gmm_1d, "overload", mock.Mock(wraps=_ops.fit_gmm_1d.overload)) as overload:

@@ -12,7 +12,7 @@ from test_fusion import make_models
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paa_gpu
-from paa_gpu import _ops, testing
+from paa_gpu import _dispatch, _ops, testing
 
 FIT = ("diag", 1e-3, 1e-6, 100, "float64")
 
@@ -77,6 +77,10 @@ def test_opcheck(batch):
         torch.library.opcheck(operator.overload, arguments)
 
 
+def test_every_operator_is_called(batch):
+    assert {operator.name for operator, _ in calls(batch)} == set(_dispatch.OPERATORS)
+
+
 def memory(values):
     """Where the memory of each tensor begins, also of those in lists."""
     tensors = [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
@@ -84,7 +88,7 @@ def memory(values):
 
 
 def test_results_share_no_memory_with_arguments_or_each_other(batch):
-    """`opcheck` does not see it where an operator has a function for each device."""
+    """`opcheck` compares storages, and memory that numpy and torch share has two of them."""
     for operator, arguments in calls(batch):
         results = operator(*arguments)
         made = memory([results] if isinstance(results, torch.Tensor) else results)

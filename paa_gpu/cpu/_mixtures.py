@@ -83,7 +83,7 @@ def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any,
         for i in range(len(y)):
             log_p = c - h * (y[i] - mean[j]) ** 2
             resp[j, i] = log_p
-            # Not back to `top`: a masked store would do there, and takes some processors longer than the rest.
+            # Not back to `top`: a masked store would do there, and some processors are slow at it.
             density[i] = log_p if log_p > top[i] else top[i]
         top, density = density, top
     density[: len(y)] = 0

@@ -155,6 +155,7 @@ def fit_row(
     return smallest, y, r0, r1
 
 
+# There is no sum here. But numba compiles what this calls once for each set of options, and `expectation` has these.
 @inner_with_sums
 def assign(
     y: Any, size: int, weight: Any, mean: Any, variance: Any, tolerance: float, r0: Any, r1: Any, assignment: Any, score: Any

@@ -33,9 +33,8 @@ STRETCH = 16
 # Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
 SPAN = 1024
 
-# Potential positives below which a second thread costs more than it saves: with 80 classes, a thousand take 400 us. Handing over
-# to a thread takes 100.
-SERIAL_POSITIVES = 1024
+# Threads share whole parts of so many potential positives. Smaller ones would wait for each other: part of the work is Python's.
+PART = 512
 
 # A logit so far from zero that its focal loss is zero.
 FAR = 1e4
@@ -229,7 +228,7 @@ def _in_stretches(inds: Any, begin: int, end: int, start: Any, order: Any) -> in
 
 @compiled
 def _by_level(inds: Any, images: Any, first: Any, source: Any, image: Any, cell: Any, bounds: Any) -> None:
-    """The potential positives that are in range, level after level, and there image after image, in the order of their anchors.
+    """The potential positives that are in range, level after level, and there image after image, each by stretches of anchors.
 
     `images` and `first`: where each image begins among them, and each level among the anchors, and the last one ends. Fills
     source, image and cell [P], the cell in its level; bounds [L + 1] of the levels among them.
@@ -303,14 +302,14 @@ def candidate_losses(
     )  # fmt: skip
     levels = bounds.tolist()
 
-    def run(begin: int, end: int) -> None:
-        for level, span in _spans(levels, begin, end):
+    def run(first_part: int, last_part: int) -> None:
+        for level, span in _spans(levels, first_part * PART, last_part * PART):
             place = image[span], cell[span]
             boxes = view(anchors[level]).take(place[1], 0).astype(float)
             maps = scores.gather(level, *place), deltas.gather(level, *place)
             _losses(*maps, boxes, source[span], *targets, *options, loss[span])
 
-    over_slices(run, len(loss), SERIAL_POSITIVES)
+    over_slices(run, math.ceil(len(loss) / PART), 2)
     values.fill(np.nan)
     values[source[: len(loss)]] = loss
     return losses

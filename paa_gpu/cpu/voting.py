@@ -153,7 +153,7 @@ def _candidates(
         size[k] = 0
     # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Unsigned: an index
     # that may be negative takes a branch. One loop after the other, so that the first two fill vector registers. `kept` is not
-    # `own`: a masked store, which would do then, takes some processors longer than all else in the loop.
+    # `own`: a masked store would do then, and some processors are slow at it.
     for first in range(np.uint64(0), n, np.uint64(TILE)):
         tile = min(np.uint64(TILE), n - first)
         for k in range(np.uint64(len(classes))):
