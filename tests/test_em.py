@@ -240,32 +240,3 @@ def test_empty(shape):
 def test_no_graph_is_recorded():
     got = paa_gpu.fit_gmm_1d(torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True))
     assert not any(value.requires_grad for value in got[:7])
-
-
-def test_exponential_of_the_cpu_fit():
-    from numba import vectorize
-
-    from paa_gpu.cpu._numeric import exp as loop
-
-    exp = vectorize(["float64(float64)"])(loop)
-    x = -np.concatenate([np.geomspace(1e-300, 708, 100_001), np.linspace(0, 708, 100_001), [0.0]])
-    exact = np.exp(x.astype(np.longdouble))
-    assert (np.abs(exp(x) - exact) <= 1.1 * np.spacing(exact.astype(np.float64))).all()
-    assert exp(0.0) == 1
-    assert exp(-1e300) == exp(-np.inf) == exp(-708.0)
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(exp(np.nan))
-
-
-@pytest.mark.parametrize("real", [np.float32, np.float64])
-def test_logarithm_of_the_cpu_losses(real):
-    from numba import vectorize
-
-    from paa_gpu.cpu._numeric import log1p_of_part
-
-    name = np.dtype(real).name
-    log1p = vectorize([f"{name}({name})"])(lambda x: log1p_of_part(x))
-    x = np.concatenate([np.geomspace(1e-30, 1, 100_001), np.linspace(0, 1, 100_001)]).astype(real)
-    exact = np.log1p(x.astype(np.longdouble))
-    assert (np.abs(log1p(x) - exact) <= 2 * np.spacing(exact.astype(real))).all()
-    assert np.isnan(log1p(real(np.nan)))

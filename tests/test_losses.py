@@ -96,6 +96,22 @@ def test_the_losses_of_torchvision(box_loss, rng):
             torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_half_precision(dtype):
+    """The loops for the CPU take half precision as bits. numba has no such numbers."""
+    from numba import njit
+
+    from paa_gpu.cpu import losses
+
+    bits = np.arange(2**16, dtype=np.uint16)
+    wanted = torch.from_numpy(bits.view(np.int16)).view(dtype).float()
+    number = njit(lambda value: losses._number(value))
+    own = bits if dtype == torch.bfloat16 else bits.view(np.int16)
+    got = torch.tensor([number(value) for value in own])
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got[~got.isnan()].view(torch.int32), wanted[~wanted.isnan()].view(torch.int32))
+
+
 @pytest.mark.slow
 def test_half_precision_throughout(rng):
     check(cast(full_images(rng), torch.float16, torch.float16))
@@ -107,7 +123,7 @@ def test_half_precision_throughout(rng):
     [
         {"gamma": 0.0}, {"gamma": 1.5, "alpha": 0.6}, {"loss_cls_weight": 0.0}, {"loss_bbox_weight": 0.0}, {"loss_bbox_weight": 2},
         {"stds": (1.0, 0.5, 0.2, 3)}, {"box_loss": "l1", "stds": (1, 0.5, 1, 2)}, {"convention": "torchvision", "stds": (1, 1, 1, 1)},
-        {"wh_ratio_clip": 0.9, "stds": (0.1, 0.1, 1.0, 1.0)},
+        {"wh_ratio_clip": 0.9, "stds": (0.1, 0.1, 1.0, 1.0)}, {"wh_ratio_clip": 1e-308},
     ],
     ids=str,
 )  # fmt: skip

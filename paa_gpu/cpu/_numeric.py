@@ -34,7 +34,7 @@ def exp(x: float) -> Any:
 
 
 def negative_exp(x: Any) -> Any:
-    """exp(-x) for x >= 0 to 2 units in the last place; that of 87 (float64: 708) above, where bits are lost."""
+    """exp(-x) for x >= 0 to 2 units in the last place; that of 87 (float64: 708) above, where bits are lost. NaN stays NaN."""
     return np.exp(-x)
 
 
@@ -57,7 +57,8 @@ def _negative_exp(x: Any) -> Any:
         series = terms[0]
         for k in range(1, len(terms)):
             series = series * rest + terms[k]
-        return integer(real(series).view(integer) + (real(shifted).view(integer) << places)).view(real)
+        # Without the zero at the end, the bits of some NaN would add up to a number.
+        return integer(real(series).view(integer) + (real(shifted).view(integer) << places)).view(real) + (x - x)
 
     return power
 

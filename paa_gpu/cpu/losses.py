@@ -1,8 +1,8 @@
-"""Losses of the potential positives for CPU tensors, in spans of one level: gathered from the maps, then class by class.
+"""Losses of the potential positives for CPU tensors, in spans of one level of an image, class by class.
 
 A map holds a channel of all locations, then the next channel. A span therefore reads channel by channel: its potential positives
-are neighbours, and share the memory that the processor fetches. The classes are the outer loop of the losses too, so that the
-loops over a span fill vector registers however many classes there are.
+are neighbours, and share the memory that the processor fetches. So the classes are the outer loop, and the loops over a span fill
+vector registers however many classes there are.
 
 s(z) = log(1 + exp(z)), z = the logit, negated for the class of the label
 focal = sum over the classes of weight * s(z) * sigmoid(z)^gamma, weight = alpha for that class, 1 - alpha for the others
@@ -13,25 +13,26 @@ Focal losses are in the dtype of the result, their sum over the classes and all 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numba
 import numpy as np
 import torch
+from numba.extending import overload
 from torch import Tensor
 
 from .._ops import box_numbers, empty_losses
-from ._arrays import Array, flat, lengths, offsets, view
+from ._arrays import Array, array, flat, lengths, offsets
 from ._loops import compiled, inner, inner_with_sums, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
 # Anchors whose order does not matter: they are a cache line of float32 maps.
 STRETCH = 16
 
-# Potential positives of a span. Their logits of 80 classes fit into a second-level cache.
-SPAN = 1024
+# Potential positives of a span. What the loops over them read again and again fits into a first-level cache.
+SPAN = 512
 
 # Threads share whole parts of so many potential positives. Smaller ones would wait for each other: part of the work is Python's.
 PART = 512
@@ -43,65 +44,78 @@ FAR = 1e4
 CLASSES = 8
 
 
-@compiled
-def _gather(source: Any, layout: Any, image: Any, cell: Any, found: Any) -> None:
-    """Gather the channels of n anchors of a level into `found` [channels, n].
+def _number(value: Any) -> Any:
+    """A value of a map as a number: half precision comes as its bits, those of float16 as int16, those of bfloat16 as uint16."""
+    return value
 
-    `source` is the memory of the map, `layout` the anchors of a location, the width and the strides. Places are unsigned: an
-    index that may be negative may count from the end, and takes a branch.
-    """
-    per_location, width, image_stride, stride, y_stride, x_stride = layout
-    channels, place = len(found), np.empty(len(cell), np.uint64)
-    for i in range(len(cell)):
-        location, of_location = divmod(cell[i], per_location)
-        y, x = divmod(location, width)
-        place[i] = image[i] * image_stride + of_location * channels * stride + y * y_stride + x * x_stride
-    for c in range(channels):
-        channel, shift = found[c], np.uint64(c * stride)
-        for i in range(len(place)):
-            channel[i] = source[place[i] + shift]
+
+@overload(_number)
+def _number_of(value: Any) -> Any:
+    def same(value: Any) -> Any:
+        return value
+
+    def of_bfloat16(value: Any) -> Any:  # the upper half of a float32
+        return np.int32(np.int32(value) << 16).view(np.float32)
+
+    def of_float16(value: Any) -> Any:
+        # Shifted, the digits are where float32 has them. The exponent is too small by 112, and the largest one means no number.
+        size = np.int32((np.int32(value) & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
+        bits = np.float32(size).view(np.int32) | (0x7F800000 if size >= 65536 else 0)
+        return np.int32(bits | (np.int32(value) & 0x8000) << 16).view(np.float32)
+
+    return {numba.uint16: of_bfloat16, numba.int16: of_float16}.get(value, same)
 
 
 @inner_with_sums
-def _focal_of_class(logits: Any, sign: Any, numbers: Any, total: Any) -> None:
-    """Add the focal losses of one class, without their weight, to `total` [n].
+def _focal_of_class(logits: Any, numbers: Any, total: Any) -> None:
+    """Add the focal losses of a class that is not the label's, without their weight, to `total` [n].
 
-    `sign` is -1 where the class is the label's, else 1; `numbers` are gamma, 0 and 1 in the dtype of the logits.
+    `numbers` are gamma, 0 and 1 in the dtype of the logits.
     """
     gamma, zero, one = numbers
     if gamma == 2:  # the usual one, which needs a square and no second exponential
         for i in range(len(logits)):
-            z = sign * logits[i]
+            z = logits[i]
             e = negative_exp(abs(z))
             p = (one if z > zero else e) / (one + e)
             total[i] += (max(z, zero) + log1p_of_part(e)) * (p * p)
     else:
         for i in range(len(logits)):
-            z = sign * logits[i]
+            z = logits[i]
             log = log1p_of_part(negative_exp(abs(z)))
             total[i] += (max(z, zero) + log) * negative_exp(gamma * (max(-z, zero) + log))
 
 
 @inner
-def _focal(scores: Any, source: Any, label: Any, numbers: Any, alpha: float, loss: Any) -> None:
-    """The focal losses [n] of logits [classes, n], which are written over.
+def _focal(source: Any, place: Any, stride: Any, label: Any, last: Any, numbers: Any, alpha: float, loss: Any, like: Any) -> None:
+    """The focal losses [n] of a span, in the dtype of `like` until they are summed over classes.
 
-    The logits of the labels get a loop of their own. In their place among the others comes a logit whose loss is zero: a choice
-    by the label inside the loops would keep them out of vector registers.
+    In the memory `source`, its logits of the first class lie at `place` [n], those of the next class `stride` further on. The
+    logits of its labels get a loop of their own. In their place among the others comes a logit whose loss is zero: a choice by
+    the label inside the loops would keep them out of vector registers. `last` [C], the last one with a label, is room.
     """
-    own, part = np.empty_like(scores[0]), np.zeros_like(scores[0])
-    for i in range(len(source)):
-        own_class = np.uint64(label[source[i]])  # too large where negative
-        own[i] = FAR
-        if own_class < len(scores):
-            own[i], scores[own_class, i] = scores[own_class, i], -FAR
-    _focal_of_class(own, -numbers[2], numbers, part)
+    logits, part = np.empty(len(place), like.dtype), np.empty(len(place), like.dtype)
+    before = np.empty(len(place), np.int64)  # the one before with the same label
+    part[:], last[:] = 0, -1
+    for i in range(len(place)):
+        logits[i] = -FAR
+        if 0 <= label[i] < len(last):
+            logits[i] = -_number(source[place[i] + np.uint64(label[i] * stride)])
+            before[i], last[label[i]] = last[label[i]], i
+    _focal_of_class(logits, numbers, part)
     for i in range(len(loss)):
         loss[i] = alpha * part[i]
-    for first in range(0, len(scores), CLASSES):
+    for first in range(0, len(last), CLASSES):
         part[:] = 0
-        for c in range(first, min(first + CLASSES, len(scores))):
-            _focal_of_class(scores[c], numbers[2], numbers, part)
+        for c in range(first, min(first + CLASSES, len(last))):
+            shift = np.uint64(c * stride)
+            for i in range(len(place)):
+                logits[i] = _number(source[place[i] + shift])
+            i = last[c]
+            while i >= 0:
+                logits[i] = -FAR
+                i = before[i]
+            _focal_of_class(logits, numbers, part)
         for i in range(len(loss)):
             loss[i] += (1 - alpha) * part[i]
 
@@ -111,21 +125,26 @@ def _decode_side(low: float, high: float, shift: float, scale: float, least: flo
     """The ends of a side of the anchor, moved and scaled; `least`, `most`: of the logarithm of the scale."""
     scale = most if scale > most else least if scale < least else scale
     centre = (low + high) * 0.5 + (high - low) * shift
-    half = (high - low) * math.exp(scale) * 0.5
+    part = negative_exp(abs(scale))
+    half = (high - low) * 0.5 * (1 / part if scale > 0 else part)
     return centre - half, centre + half
 
 
 @inner
-def _giou_loss(x1: float, y1: float, x2: float, y2: float, target: Any, least_area: float, added_area: float) -> float:
-    """1 - GIoU; NaN where a corner is NaN."""
-    target_x1, target_y1, target_x2, target_y2 = target[0], target[1], target[2], target[3]
-    overlap = max(min(x2, target_x2) - max(x1, target_x1), 0.0) * max(min(y2, target_y2) - max(y1, target_y1), 0.0)
-    union = (x2 - x1) * (y2 - y1) + (target_x2 - target_x1) * (target_y2 - target_y1) - overlap
-    union = least_area if union < least_area else union
-    enclosing = max(max(x2, target_x2) - min(x1, target_x1), 0.0) * max(max(y2, target_y2) - min(y1, target_y1), 0.0)
-    enclosing = least_area if enclosing < least_area else enclosing
-    loss: float = 1 - (overlap / (union + added_area) - (enclosing - union) / (enclosing + added_area))
-    return loss
+def _giou_losses(boxes: Any, deltas: Any, targets: Any, weights: Any, stds: Any, numbers: Any, loss: Any) -> None:
+    """Weight * (1 - GIoU) of decoded boxes [4, n]; NaN where a corner is NaN."""
+    least, most, least_area, added_area = numbers
+    for i in range(len(loss)):
+        x1, x2 = _decode_side(boxes[0, i], boxes[2, i], deltas[0, i] * stds[0], deltas[2, i] * stds[2], least, most)
+        y1, y2 = _decode_side(boxes[1, i], boxes[3, i], deltas[1, i] * stds[1], deltas[3, i] * stds[3], least, most)
+        target_x1, target_y1, target_x2, target_y2 = targets[0, i], targets[1, i], targets[2, i], targets[3, i]
+        overlap = max(min(x2, target_x2) - max(x1, target_x1), 0.0) * max(min(y2, target_y2) - max(y1, target_y1), 0.0)
+        union = (x2 - x1) * (y2 - y1) + (target_x2 - target_x1) * (target_y2 - target_y1) - overlap
+        union = least_area if union < least_area else union
+        enclosing = max(max(x2, target_x2) - min(x1, target_x1), 0.0) * max(max(y2, target_y2) - min(y1, target_y1), 0.0)
+        enclosing = least_area if enclosing < least_area else enclosing
+        giou = overlap / (union + added_area) - (enclosing - union) / (enclosing + added_area)
+        loss[i] = (weights[0, i] + weights[1, i] + weights[2, i] + weights[3, i]) * 0.25 * (1 - giou)
 
 
 @inner
@@ -136,132 +155,141 @@ def _side_difference(low: float, high: float, target_low: float, target_high: fl
 
 
 @inner
-def _l1_loss(box: Any, delta: Any, target: Any, weight: Any, stds: Any) -> float:
-    dx, dw = _side_difference(box[0], box[2], target[0], target[2])
-    dy, dh = _side_difference(box[1], box[3], target[1], target[3])
-    loss = weight[0] * abs(delta[0] - dx / stds[0]) + weight[1] * abs(delta[1] - dy / stds[1])
-    loss += weight[2] * abs(delta[2] - dw / stds[2]) + weight[3] * abs(delta[3] - dh / stds[3])
-    return float(loss)
+def _l1_losses(boxes: Any, deltas: Any, targets: Any, weights: Any, stds: Any, loss: Any) -> None:
+    """Weight * |delta - delta of the target|, summed over the deltas [4, n]."""
+    for i in range(len(loss)):
+        dx, dw = _side_difference(boxes[0, i], boxes[2, i], targets[0, i], targets[2, i])
+        dy, dh = _side_difference(boxes[1, i], boxes[3, i], targets[1, i], targets[3, i])
+        x, y = weights[0, i] * abs(deltas[0, i] - dx / stds[0]), weights[1, i] * abs(deltas[1, i] - dy / stds[1])
+        w, h = weights[2, i] * abs(deltas[2, i] - dw / stds[2]), weights[3, i] * abs(deltas[3, i] - dh / stds[3])
+        loss[i] = x + y + w + h
+
+
+@inner
+def _taken(values: Any, place: Any) -> Any:
+    """The values at `place` [n]."""
+    taken = np.empty(len(place), np.int64)
+    for i in range(len(place)):
+        taken[i] = values[place[i]]
+    return taken
+
+
+@inner
+def _columns(rows: Any, place: Any, first: int) -> Any:
+    """The rows [n, 4] at `place` [n], counted from `first`, as columns [4, n]."""
+    columns = np.empty((4, len(place)))
+    for i in range(len(place)):
+        row = rows[place[i] - first]
+        columns[0, i], columns[1, i], columns[2, i], columns[3, i] = row[0], row[1], row[2], row[3]
+    return columns
+
+
+@inner
+def _places(anchor: Any, first: int, image: int, layout: Any, channels: int, places: Any) -> None:
+    """Where the first channels of the anchors [n] of a level lie in the memories of the maps [2, n] of scores and of deltas.
+
+    `first`: the level's first anchor. `layout`: the anchors of a location, the width, and the strides of both maps. Places are
+    unsigned: an index that may be negative may count from the end, and takes a branch.
+    """
+    per_location, width = np.uint32(layout[0]), np.uint32(layout[1])
+    for i in range(len(anchor)):
+        cell = np.uint32(anchor[i] - first)
+        location = cell // per_location
+        of_location, y = cell - location * per_location, location // width
+        x = location - y * width
+        places[0, i] = image * layout[2] + of_location * channels * layout[3] + y * layout[4] + x * layout[5]
+        places[1, i] = image * layout[6] + of_location * 4 * layout[7] + y * layout[8] + x * layout[9]
 
 
 @compiled
 def _losses(
-    scores: Any,
-    deltas: Any,
-    boxes: Any,
-    source: Any,
-    label: Any,
-    label_weight: Any,
+    levels: Any,
+    image: int,
     targets: Any,
-    box_weight: Any,
-    focal_numbers: Any,
-    alpha: float,
-    loss_cls_weight: float,
-    loss_bbox_weight: float,
-    stds: Any,
-    box_numbers: Any,
-    of_deltas: bool,
-    loss: Any,
+    inds: Any,
+    order: Any,
+    bounds: Any,
+    begin: int,
+    end: int,
+    classes: int,
+    options: Any,
+    losses: Any,
 ) -> None:
-    """The losses [n] of a span: scores [classes, n], deltas [4, n], boxes [n, 4]. The targets are those of `source` [n]."""
-    least, most, least_area, added_area = box_numbers
-    _focal(scores, source, label, focal_numbers, alpha, loss)
-    for i in range(len(loss)):
-        p = source[i]
-        box, target, weight = boxes[i], targets[p], box_weight[p]
-        if of_deltas:
-            box_loss = _l1_loss(box, deltas[:, i], target, weight, stds)
-        else:
-            x1, x2 = _decode_side(box[0], box[2], deltas[0, i] * stds[0], deltas[2, i] * stds[2], least, most)
-            y1, y2 = _decode_side(box[1], box[3], deltas[1, i] * stds[1], deltas[3, i] * stds[3], least, most)
-            box_loss = _giou_loss(x1, y1, x2, y2, target, least_area, added_area)
-            box_loss *= (weight[0] + weight[1] + weight[2] + weight[3]) * 0.25
-        loss[i] = loss_cls_weight * label_weight[p] * loss[i] + loss_bbox_weight * box_loss
+    """The losses of the potential positives `begin` to `end` in `order`, as far as they are of an image.
 
-
-class _Map:
-    """The maps of a pyramid: where each level lies, and how."""
-
-    def __init__(self, levels: Sequence[Tensor], channels: int, dtype: Any) -> None:
-        self._half = levels[0].dtype if levels[0].itemsize == 2 else None
-        self._memory = [_memory(level) for level in levels]
-        self._layout = [(level.shape[1] // channels, max(level.shape[3], 1), *level.stride()) for level in levels]
-        self._channels, self._dtype = channels, dtype
-
-    def gather(self, level: int, image: Array, cell: Array) -> Array:
-        """[channels, n] of n anchors of a level; only these are read."""
-        found = np.empty((self._channels, len(cell)), self._memory[level].dtype)
-        _gather(self._memory[level], self._layout[level], image, cell, found)
-        if self._half is not None:
-            found = view(torch.from_numpy(found).view(self._half))
-        return found.astype(self._dtype, copy=False)
-
-
-def _memory(level: Tensor) -> Array:
-    """From the first element to the last, whatever lies between; half precision as its bits."""
-    size = 1 + sum((size - 1) * stride for size, stride in zip(level.shape, level.stride(), strict=True))
-    flat = level.as_strided((size if level.numel() else 0,), (1,))
-    return (flat.view(torch.int16) if flat.itemsize == 2 else flat).numpy()
-
-
-@inner
-def _in_stretches(inds: Any, begin: int, end: int, start: Any, order: Any) -> int:
-    """Order the potential positives of an image that are in range by stretches of anchors. Returns where they end in `order`.
-
-    `start` [stretches + 1] is room. Within a stretch, the order does not matter: its cells lie in the same cache lines.
+    `levels`: per level the scores, deltas and anchors, its layout (see `_places`), and its first anchor. `bounds` [L + 1]: where
+    the levels begin and end in `order`. `targets`: the label of each anchor, its weight, box, and weights of the box.
     """
-    stretches = len(start) - 1
-    start[:] = 0
-    for p in range(begin, end):
-        if 0 <= inds[p] < stretches * STRETCH:
-            start[inds[p] // STRETCH + 1] += 1
-    start[0] = begin
-    for stretch in range(stretches):
-        start[stretch + 1] += start[stretch]
-    stop = start[stretches]
-    for p in range(begin, end):
-        if 0 <= inds[p] < stretches * STRETCH:
-            order[start[inds[p] // STRETCH]] = p
-            start[inds[p] // STRETCH] += 1
-    return int(stop)
+    scores, deltas, anchors, layouts, first = levels
+    focal_numbers, alpha, loss_cls_weight, loss_bbox_weight, stds, box_numbers, of_deltas = options
+    last = np.empty(classes, np.int64)
+    for level in range(len(bounds) - 1):
+        stop = min(bounds[level + 1], end)
+        for start in range(max(bounds[level], begin), stop, SPAN):
+            source = order[start : min(start + SPAN, stop)]
+            anchor = _taken(inds, source)
+            places = np.empty((2, len(source)), np.uint64)
+            _places(anchor, first[level], image, layouts[level], classes, places)
+            focal, box = np.empty(len(source)), np.empty(len(source))
+            label = _taken(targets[0], anchor)
+            _focal(scores[level], places[0], layouts[level, 3], label, last, focal_numbers, alpha, focal, losses)
+            boxes = _columns(anchors[level], anchor, first[level])
+            delta = np.empty((4, len(source)))
+            for side in range(4):
+                for i in range(len(source)):
+                    delta[side, i] = _number(deltas[level][places[1, i] + np.uint64(side * layouts[level, 7])])
+            target, weights = _columns(targets[2], anchor, 0), _columns(targets[3], anchor, 0)
+            if of_deltas:
+                _l1_losses(boxes, delta, target, weights, stds, box)
+            else:
+                _giou_losses(boxes, delta, target, weights, stds, box_numbers, box)
+            for i in range(len(source)):
+                weight = targets[1][anchor[i]]
+                losses[source[i]] = loss_cls_weight * weight * focal[i] + loss_bbox_weight * box[i]
 
 
 @compiled
-def _by_level(inds: Any, images: Any, first: Any, source: Any, image: Any, cell: Any, bounds: Any) -> None:
-    """The potential positives that are in range, level after level, and there image after image, each by stretches of anchors.
+def _by_level(inds: Any, images: Any, first: Any, order: Any, bounds: Any) -> None:
+    """Order the potential positives of each image that are in range by levels, and these by stretches of anchors.
 
-    `images` and `first`: where each image begins among them, and each level among the anchors, and the last one ends. Fills
-    source, image and cell [P], the cell in its level; bounds [L + 1] of the levels among them.
+    Within a stretch the order does not matter: its cells lie in the same cache lines. `images` [N + 1], `first` [L + 1]: where
+    each image begins among the potential positives, and each level among the anchors, and the last one ends. Fills `order` [P],
+    and `bounds` [N, L + 1] with where the levels begin and end in it.
     """
-    start, order = np.empty((first[-1] + STRETCH - 1) // STRETCH + 1, np.int64), np.empty(len(inds), np.int64)
-    stop, n = np.empty(len(images) - 1, np.int64), 0
-    for number in range(len(stop)):
-        stop[number] = _in_stretches(inds, images[number], images[number + 1], start, order)
-    bounds[0] = 0
+    before, stretch = np.empty(len(first), np.int64), np.empty(len(inds), np.int64)
+    before[0] = 0
     for level in range(len(first) - 1):
-        for number in range(len(stop)):
-            for p in order[images[number] : stop[number]]:
-                if first[level] <= inds[p] < first[level + 1]:
-                    source[n], image[n], cell[n] = p, number, inds[p] - first[level]
-                    n += 1
-        bounds[level + 1] = n
+        before[level + 1] = before[level] + (first[level + 1] - first[level] + STRETCH - 1) // STRETCH
+    start = np.empty(before[-1] + 1, np.int64)
+    for image in range(len(images) - 1):
+        start[:] = 0
+        for p in range(images[image], images[image + 1]):
+            stretch[p] = -1
+            if 0 <= inds[p] < first[-1]:
+                level = 0
+                while inds[p] >= first[level + 1]:
+                    level += 1
+                stretch[p] = before[level] + (inds[p] - first[level]) // STRETCH
+                start[stretch[p] + 1] += 1
+        start[0] = images[image]
+        for number in range(len(start) - 1):
+            start[number + 1] += start[number]
+        for level in range(len(first)):
+            bounds[image, level] = start[before[level]]
+        for p in range(images[image], images[image + 1]):
+            if stretch[p] >= 0:
+                order[start[stretch[p]]] = p
+                start[stretch[p]] += 1
 
 
-def _take(column: Sequence[Tensor], inds: Array, images: Array, dtype: Any) -> Array:
-    """The targets of the potential positives; any of the image's where one is out of range."""
-    taken = np.empty((len(inds), *column[0].shape[1:]), dtype)
-    for tensor, begin, end in zip(column, images[:-1], images[1:], strict=True):
-        if tensor.shape[0]:
-            taken[begin:end] = view(tensor).take(inds[begin:end], 0, mode="clip")
-    return taken
-
-
-def _spans(bounds: list[int], begin: int, end: int) -> Iterator[tuple[int, slice]]:
-    """Some of the potential positives in the order of the levels, in spans, each with its level."""
-    for level, (first, last) in enumerate(itertools.pairwise(bounds)):
-        stop = min(last, end)
-        for start in range(max(first, begin), stop, SPAN):
-            yield level, slice(start, min(start + SPAN, stop))
+def _memory(level: Tensor) -> Array:
+    """A map from its first element to its last, whatever lies between; half precision as `_number` takes it."""
+    size = 1 + sum((size - 1) * stride for size, stride in zip(level.shape, level.stride(), strict=True))
+    flat = level.as_strided((size if level.numel() else 0,), (1,))
+    if flat.itemsize > 2:
+        return flat.numpy()
+    bits = flat.view(torch.int16).numpy()
+    return bits.view(np.uint16) if level.dtype == torch.bfloat16 else bits
 
 
 def candidate_losses(
@@ -285,31 +313,31 @@ def candidate_losses(
     losses = empty_losses(cls_scores[0], bbox_preds[0], label_weight[0], pos_inds)
     inds, classes = flat(pos_inds, np.int64), cls_scores[0].shape[1] * 4 // bbox_preds[0].shape[1]
     first, images = offsets(lengths(anchors)), offsets(lengths(pos_inds))
-    source, image, cell = (np.empty(len(inds), np.int64) for _ in range(3))
-    bounds = np.empty(len(first), np.int64)
+    order, bounds = np.empty(len(inds), np.int64), np.empty((len(pos_inds), len(first)), np.int64)
     # In the order of the memory of the maps, which the processor then foretells.
-    _by_level(inds, images, first, source, image, cell, bounds)
-    targets = [
-        _take(column, inds, images, dtype)
-        for column, dtype in ((label, np.int64), (label_weight, float), (bbox_target, float), (bbox_weight, float))
-    ]
-    values, loss = losses.numpy(), np.empty(bounds[-1])
-    scores, deltas = _Map(cls_scores, classes, values.dtype), _Map(bbox_preds, 4, np.float64)
-    focal_numbers = tuple(values.dtype.type(number) for number in (gamma, 0, 1))
-    options = (
-        focal_numbers, alpha, loss_cls_weight, loss_bbox_weight, tuple(stds), box_numbers(wh_ratio_clip, convention),
-        box_loss == "l1",
+    _by_level(inds, images, first, order, bounds)
+    real: Any = np.float64 if anchors[0].dtype == torch.float64 else np.float32
+    levels = (
+        tuple(map(_memory, cls_scores)), tuple(map(_memory, bbox_preds)), tuple(array(level, real) for level in anchors),
+        np.array([
+            (delta.shape[1] // 4, max(delta.shape[3], 1), *score.stride(), *delta.stride())
+            for score, delta in zip(cls_scores, bbox_preds, strict=True)
+        ]), first,
     )  # fmt: skip
-    levels = bounds.tolist()
+    values = losses.numpy()
+    values.fill(np.nan)
+    options = (
+        tuple(values.dtype.type(number) for number in (gamma, 0, 1)), alpha, loss_cls_weight, loss_bbox_weight, tuple(stds),
+        box_numbers(wh_ratio_clip, convention), box_loss == "l1",
+    )  # fmt: skip
 
     def run(first_part: int, last_part: int) -> None:
-        for level, span in _spans(levels, first_part * PART, last_part * PART):
-            place = image[span], cell[span]
-            boxes = view(anchors[level]).take(place[1], 0).astype(float)
-            maps = scores.gather(level, *place), deltas.gather(level, *place)
-            _losses(*maps, boxes, source[span], *targets, *options, loss[span])
+        begin, end = first_part * PART, last_part * PART
+        for image in range(len(bounds)):
+            if images[image] < end and begin < images[image + 1]:
+                weights = (array(column[image], real) for column in (label_weight, bbox_target, bbox_weight))
+                targets = array(label[image], np.int64), *weights
+                _losses(levels, image, targets, inds, order, bounds[image], begin, end, classes, options, values)
 
-    over_slices(run, math.ceil(len(loss) / PART), 2)
-    values.fill(np.nan)
-    values[source[: len(loss)]] = loss
+    over_slices(run, math.ceil(len(inds) / PART), 2)
     return losses
