@@ -284,11 +284,12 @@ def _by_level(inds: Any, images: Any, first: Any, order: Any, bounds: Any) -> No
 
 def _memory(level: Tensor) -> Array:
     """A map from its first element to its last, whatever lies between; half precision as `_number` takes it."""
-    size = 1 + sum((size - 1) * stride for size, stride in zip(level.shape, level.stride(), strict=True))
-    flat = level.as_strided((size if level.numel() else 0,), (1,))
-    if flat.itemsize > 2:
-        return flat.numpy()
-    bits = flat.view(torch.int16).numpy()
+    if not level.is_contiguous():
+        size = 1 + sum((size - 1) * stride for size, stride in zip(level.shape, level.stride(), strict=True))
+        level = level.as_strided((size if level.numel() else 0,), (1,))
+    if level.itemsize > 2:
+        return level.numpy().ravel()
+    bits = level.view(torch.int16).numpy().ravel()
     return bits.view(np.uint16) if level.dtype == torch.bfloat16 else bits
 
 
