@@ -117,8 +117,8 @@ def _write_images(
 
 def _number_rows(num_gts: Sequence[int]) -> tuple[Array, Array]:
     """The image of every row, and which of its ground truths the row is."""
-    first = offsets(num_gts)
-    return np.arange(len(num_gts)).repeat(num_gts), np.arange(first[-1]) - first[:-1].repeat(num_gts)
+    image = np.arange(len(num_gts)).repeat(num_gts)
+    return image, np.arange(len(image)) - offsets(num_gts)[image]
 
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
