@@ -112,14 +112,15 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
     check_list(name, levels, "level", len(levels) if isinstance(levels, LIST) else None)
     sizes = []
     for i, level in enumerate(levels):
-        if isinstance(level, Tensor):
+        if type(level) is int and level >= 0:  # first: these are quick to ask
+            sizes.append(level)
+        elif isinstance(level, Tensor):
             shape = level.shape
             if len(shape) != 2 or shape[1] != 4:
                 raise ValueError(f"`{name}[{i}]` must have shape [any, 4], got {_sizes(shape)}")
             sizes.append(shape[0])
         else:
-            if type(level) is not int or level < 0:  # seldom; to put the name together would take longer than to check
-                check_int(f"{name}[{i}]", level, 0)
+            check_int(f"{name}[{i}]", level, 0)
             sizes.append(level)
     return sizes
 

@@ -100,12 +100,16 @@ def _device_alone(args: Sequence[Any]) -> str | None:
     """The device of the tensors among the arguments, if the dispatcher would only call its implementation; else None."""
     tensors: list[Tensor] = []
     for value in args:
-        if isinstance(value, Tensor):
+        if type(value) is Tensor:
             tensors.append(value)
-        elif isinstance(value, LIST) and value and isinstance(value[0], Tensor):
-            tensors.extend(value)
+        elif isinstance(value, LIST):
+            if value and isinstance(value[0], Tensor):
+                tensors.extend(value)
+        elif isinstance(value, Tensor):  # of a subclass
+            return None
     if not tensors or _watched() or has_torch_function(tensors):  # which asks for function modes too
         return None
-    if {*map(type, tensors)} != {Tensor} or any(map(Tensor.is_neg, tensors)):  # some subclasses have no functions of their own
-        return None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.is_neg():  # some subclasses have no functions of their own
+            return None
     return "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else None
