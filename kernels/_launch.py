@@ -36,9 +36,14 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda and torch.version.hip is None else None
 
 
+def has_slow_float64(like: Tensor) -> bool:
+    """Whether the device of `like` has, as GPUs for graphics do."""
+    return capability(like) in SLOW_FLOAT64
+
+
 def mixes(precision: str, like: Tensor) -> bool:
     """Whether fits on the device of `like` are of mixed precision."""
-    return capability(like) in SLOW_FLOAT64 if precision == "auto" else precision == "mixed"
+    return has_slow_float64(like) if precision == "auto" else precision == "mixed"
 
 
 class Reserve:

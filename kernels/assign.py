@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu.kernels._batch import places, sizes_of, starts_of
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import device_guard, has_slow_float64, register_limit, stage
 
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
 # Fields of a row of the table. Of an image: address, number and strides of its boxes; their first among all and its first anchor;
@@ -335,12 +335,15 @@ def _second_kernel(
             tl.store(gt_inds_ptr + offset, assigned.to(tl.int64), mask=inside & (assigned > 0))
 
 
-def launch_rule(half: bool) -> dict[str, int]:
+def launch_rule(anchor: Tensor, box: Tensor) -> dict[str, int]:
     """Four anchors a thread, two where half precision takes registers; and not so many together that all boxes touch them.
 
-    No fused multiply-adds: the two passes, and torch, must get the same bits.
+    No fused multiply-adds: the two passes, and torch, must get the same bits. GPUs with slow float64 hold fewer threads than
+    others, and as many registers. So a thread may have more of them there. With 96, some of its forms spill.
     """
-    return {"BLOCK": 256 if half else 512, "num_warps": 4, "enable_fp_fusion": False, **register_limit()}
+    block = 256 if 2 in (anchor.itemsize, box.itemsize) else 512
+    limit = register_limit(128 if has_slow_float64(box) else 96)
+    return {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False, **limit}
 
 
 def _rows(boxes: Sequence[Tensor]) -> list[Sequence[int]]:
@@ -365,7 +368,7 @@ def assign_max_iou(
     low_quality: str,
 ) -> tuple[Tensor, Tensor]:
     """The operator `paa_gpu::assign_max_iou`: a copy and two launches, one where nothing is matched afterwards."""
-    images, rule = len(gt_bboxes), launch_rule(2 in (anchors[0].itemsize, gt_bboxes[0].itemsize))
+    images, rule = len(gt_bboxes), launch_rule(anchors[0], gt_bboxes[0])
     levels = len(anchors) // images if per_image else len(anchors)
     level_sizes = sizes_of(anchors)
     sizes = [level_sizes[i * levels * per_image :][:levels] for i in range(images)]

@@ -28,7 +28,7 @@ from triton.runtime.driver import driver as triton_driver
 from paa_gpu._checks import INTEGERS
 from paa_gpu._ops import INITS, READOUTS, empty_fit
 from paa_gpu.fusion import CONF_TYPES
-from paa_gpu.kernels import assign, em, fusion, losses, mixture, nms, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, fusion, losses, mixture, nms, reassign, topk, voting
 from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
@@ -103,8 +103,12 @@ class CompileOnly(DriverBase):
 def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
     before, driver = triton_driver._active, CompileOnly(target, next(DEVICES))
     triton_driver.set_active(driver)
+    capability = divmod(target.arch, 10) if target.backend == "cuda" else None
     try:
-        with mock.patch.object(torch.version, "hip", target.arch if target.backend == "hip" else None):
+        with (
+            mock.patch.object(torch.version, "hip", target.arch if target.backend == "hip" else None),
+            mock.patch.object(_launch, "capability", lambda like: capability),
+        ):
             yield driver.compiled
     finally:
         triton_driver.set_active(before)

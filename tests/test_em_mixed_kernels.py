@@ -182,7 +182,10 @@ def test_the_device_decides(capability, precision, rng):
 
 @compiled_only
 def test_who_asks_the_device(rng):
-    """By default: what returns decisions only. What returns parameters of fits has float64, wherever it runs."""
+    """By default: what returns decisions only. What returns parameters of fits has float64, wherever it runs.
+
+    The head asks twice: once more for the registers of its assigner.
+    """
     asked = []
     capability = mock.patch.object(_launch, "capability", lambda like: asked.append(1))
     batch = testing.make_batch([2], rng, ["bimodal"], dtype=torch.float32)
@@ -190,7 +193,7 @@ def test_who_asks_the_device(rng):
     rows, head = torch.from_numpy(rng.random((3, 20))), paa_gpu.PAAHead(2, 1, 1, 0, 1)
     calls = {
         lambda: paa_gpu.paa_reassign(*tensors, batch.anchors[0], num_classes=batch.num_classes, num_gt=2): 1,
-        lambda: head.loss([torch.zeros(1, 1, 2, 2)] * 5, [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1).long()}]): 1,
+        lambda: head.loss([torch.zeros(1, 1, 2, 2)] * 5, [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1).long()}]): 2,
         lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options): 0,
         lambda: paa_gpu.fit_gmm_1d(rows): 0,
     }
