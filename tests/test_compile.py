@@ -390,20 +390,25 @@ LAUNCHES: dict[str, Callable[..., None]] = {
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")
 
 
+#: Known forms that spill two to four scalar registers, into lanes of vector registers and not into memory.
+SCALAR_SPILLS = {
+    *(f"{target}-reassign_batch-1500-float64-d" for target in ("gfx90a", "gfx942")),
+    *(f"gfx90a-reassign_batch-{scheme}-positive-mixed" for scheme in ("mmdet", "a", "d")),
+}
+
+
+def case(target: str, launch: str, options: dict[str, Any], marks: tuple[pytest.MarkDecorator, ...]) -> Any:
+    name = "-".join(map(str, (target, launch, *options.values())))
+    marks = marks if target in USUAL_TARGETS else (pytest.mark.long,)
+    if name in SCALAR_SPILLS:
+        marks = *marks, pytest.mark.xfail(reason="scalar registers spill", raises=AssertionError)
+    return pytest.param(target, launch, options, marks=marks, id=name)
+
+
 def cases() -> list[Any]:
     chosen = [(launch, options, ()) for launch, some in USUAL.items() for options in some]
     chosen += [(launch, options, (pytest.mark.long,)) for launch, some in ALL.items() for options in some]
-    return [
-        pytest.param(
-            target,
-            launch,
-            options,
-            marks=marks if target in USUAL_TARGETS else pytest.mark.long,
-            id="-".join(map(str, (target, launch, *options.values()))),
-        )
-        for target in TARGETS
-        for launch, options, marks in chosen
-    ]
+    return [case(target, *chosen_case) for target in TARGETS for chosen_case in chosen]
 
 
 @pytest.mark.parametrize(("target", "launch", "options"), cases())
