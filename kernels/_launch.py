@@ -37,7 +37,7 @@ def capability(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def has_slow_float64(like: Tensor) -> bool:
-    """Whether the device of `like` has, as GPUs for graphics do."""
+    """Whether the device of `like` is slow at float64, as GPUs for graphics are."""
     return capability(like) in SLOW_FLOAT64
 
 

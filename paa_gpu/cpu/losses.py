@@ -34,7 +34,7 @@ STRETCH = 16
 # Potential positives of a span. What the loops over them read again and again fits into a first-level cache.
 SPAN = 512
 
-# Threads share whole parts of so many potential positives. Smaller ones would wait for each other: part of the work is Python's.
+# Threads share whole parts of so many potential positives. For one part, a second thread costs more than it saves.
 PART = 512
 
 # A logit so far from zero that its focal loss is zero.
@@ -68,9 +68,9 @@ def _number_of(value: Any) -> Any:
 
 @inner_with_sums
 def _focal_of_class(logits: Any, numbers: Any, total: Any) -> None:
-    """Add the focal losses of a class that is not the label's, without their weight, to `total` [n].
+    """Add the focal losses of a class, without their weight, to `total` [n].
 
-    `numbers` are gamma, 0 and 1 in the dtype of the logits.
+    The logits are negated where the class is the label's. `numbers` are gamma, 0 and 1 in the dtype of the logits.
     """
     gamma, zero, one = numbers
     if gamma == 2:  # the usual one, which needs a square and no second exponential
@@ -221,6 +221,7 @@ def _losses(
     the levels begin and end in `order`. `targets`: the label of each anchor, its weight, box, and weights of the box.
     """
     scores, deltas, anchors, layouts, first = levels
+    labels, label_weights, target_boxes, box_weights = targets
     focal_numbers, alpha, loss_cls_weight, loss_bbox_weight, stds, box_numbers, of_deltas = options
     last = np.empty(classes, np.int64)
     for level in range(len(bounds) - 1):
@@ -231,21 +232,21 @@ def _losses(
             places = np.empty((2, len(source)), np.uint64)
             _places(anchor, first[level], image, layouts[level], classes, places)
             focal, box = np.empty(len(source)), np.empty(len(source))
-            label = _taken(targets[0], anchor)
+            label = _taken(labels, anchor)
             _focal(scores[level], places[0], layouts[level, 3], label, last, focal_numbers, alpha, focal, losses)
             boxes = _columns(anchors[level], anchor, first[level])
             delta = np.empty((4, len(source)))
             for side in range(4):
                 for i in range(len(source)):
                     delta[side, i] = _number(deltas[level][places[1, i] + np.uint64(side * layouts[level, 7])])
-            target, weights = _columns(targets[2], anchor, 0), _columns(targets[3], anchor, 0)
+            target, weights = _columns(target_boxes, anchor, 0), _columns(box_weights, anchor, 0)
             if of_deltas:
                 _l1_losses(boxes, delta, target, weights, stds, box)
             else:
                 _giou_losses(boxes, delta, target, weights, stds, box_numbers, box)
             for i in range(len(source)):
-                weight = targets[1][anchor[i]]
-                losses[source[i]] = loss_cls_weight * weight * focal[i] + loss_bbox_weight * box[i]
+                label_weight = label_weights[anchor[i]]
+                losses[source[i]] = loss_cls_weight * label_weight * focal[i] + loss_bbox_weight * box[i]
 
 
 @compiled
@@ -336,8 +337,8 @@ def candidate_losses(
         begin, end = first_part * PART, last_part * PART
         for image in range(len(bounds)):
             if images[image] < end and begin < images[image + 1]:
-                weights = (array(column[image], real) for column in (label_weight, bbox_target, bbox_weight))
-                targets = array(label[image], np.int64), *weights
+                reals = (array(column[image], real) for column in (label_weight, bbox_target, bbox_weight))
+                targets = array(label[image], np.int64), *reals
                 _losses(levels, image, targets, inds, order, bounds[image], begin, end, classes, options, values)
 
     over_slices(run, math.ceil(len(inds) / PART), 2)
