@@ -226,20 +226,19 @@ def check_losses(batch: testing.HeadBatch) -> None:
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Sequence[int] | None = None) -> list[float]:
-    """The median time of each call in seconds, over `rounds`. In a round, each call takes its turn and runs `repeats` times.
+    """The median time of each call in seconds. In each of `rounds`, each call takes its turn and runs `repeats` times.
 
-    The mean of the repeats counts. So a call of a millisecond is not timed once after a loop of half a second, with cold caches and
-    a sleeping core.
+    So a call of a millisecond is not always timed after a loop of half a second, with cold caches and a sleeping core.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     for _ in range(rounds):
         for taken, call, count in zip(times, calls, repeats or [1] * len(calls), strict=True):
-            start = time.perf_counter()
             for _ in range(count):
+                start = time.perf_counter()
                 call()
-            taken.append((time.perf_counter() - start) / count)
+                taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
 

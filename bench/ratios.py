@@ -1,6 +1,6 @@
 """`python -m bench.ratios`: this library against the published loop, on the CPU, side by side in one run.
 
-Every result is checked before it is timed. Times are medians of 5 interleaved rounds. Run it with OMP_NUM_THREADS=1, as `make
+Every result is checked before it is timed. Times are medians of the calls in 5 interleaved rounds. Run it with OMP_NUM_THREADS=1, as `make
 bench` does. More threads make the published loop slower and erratic. The library's loops get all cores anyway.
 """
 

@@ -78,6 +78,7 @@ def test_the_error_for_cuda_tensors():
     )
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_missing(tmp_path):
     code = f"from paa_gpu.__main__ import main\nmain(['--out', {str(tmp_path / 'picture.png')!r}])"
     assert "none: Triton is not installed" in run(code)

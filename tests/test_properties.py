@@ -323,6 +323,7 @@ def test_renumbered_boxes_renumber_the_assignment(ground_truths, boxes, order):
     assert all(map(torch.equal, got.max_overlaps, wanted.max_overlaps))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)  # convolutions take their time
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=3), st.integers(0, 2**32), orders)
 def test_the_order_of_images_changes_no_loss_of_the_head(ground_truths, numbers, seed, order):
