@@ -109,6 +109,10 @@ def stage(values: Sequence[int], like: Tensor) -> Tensor:
     return host.to(like.device, non_blocking=True)
 
 
-def register_limit(most: int = 96) -> dict[str, int]:
-    """Launch option: at most so many registers a thread, where Triton has such an option (NVIDIA)."""
-    return {} if torch.version.hip else {"maxnreg": most}
+def compile_options(fuse: bool, registers: int | None = 96) -> dict[str, int]:
+    """Launch options: whether a product and a sum may become one instruction, and at most so many registers a thread.
+
+    Each launch says the first, because Triton changes its default with 3.10. Triton has the second for NVIDIA only.
+    """
+    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
+    return {"enable_fp_fusion": fuse, **limit}

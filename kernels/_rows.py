@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import Fit
+from paa_gpu.kernels._launch import compile_options
 from paa_gpu.separation import tie_tolerance
 
 
@@ -132,9 +133,9 @@ def _choose_kernel(
 def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
     """Fill `fit` with the best of the `n_init` fits of each row: one launch."""
     rows, n_components = fit[0].shape
-    _choose_kernel[(rows,)](
-        tried, fit, n_init, tie_tolerance(fit[0].dtype), K=n_components, KP=triton.next_power_of_2(n_components), num_warps=1
-    )
+    constants = {"K": n_components, "KP": triton.next_power_of_2(n_components), "num_warps": 1}
+    options = compile_options(fuse=True, registers=None)
+    _choose_kernel[(rows,)](tried, fit, n_init, tie_tolerance(fit[0].dtype), **constants, **options)
 
 
 def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:

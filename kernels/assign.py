@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu.kernels._batch import places, sizes_of, starts_of
-from paa_gpu.kernels._launch import device_guard, has_slow_float64, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, has_slow_float64, stage
 
 LAST = tl.constexpr(2**31 - 1)  # an anchor is counted from the end: of equals, the lower one is the larger
 # Fields of a row of the table. Of an image: address, number and strides of its boxes; their first among all and its first anchor;
@@ -342,8 +342,8 @@ def launch_rule(anchor: Tensor, box: Tensor) -> dict[str, int]:
     others, and as many registers. So a thread may have more of them there. With 96, some of its forms spill.
     """
     block = 256 if 2 in (anchor.itemsize, box.itemsize) else 512
-    limit = register_limit(128 if has_slow_float64(box) else 96)
-    return {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False, **limit}
+    registers = 128 if has_slow_float64(box) else 96
+    return {"BLOCK": block, "num_warps": 4, **compile_options(fuse=False, registers=registers)}
 
 
 def _rows(boxes: Sequence[Tensor]) -> list[Sequence[int]]:

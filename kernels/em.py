@@ -31,7 +31,7 @@ from torch import Tensor
 
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
-from paa_gpu.kernels._launch import device_guard, mixes, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
@@ -370,8 +370,8 @@ def launch_rule(width: int) -> dict[str, int]:
     """
     block = min(max(1 << (width - 1).bit_length(), 64), 1024)
     if width > block:
-        return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **register_limit(128)}
-    return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **register_limit()}
+        return {"BLOCK_K": block, "LONG": True, "num_warps": 16, **compile_options(fuse=True, registers=128)}
+    return {"BLOCK_K": block, "LONG": False, "num_warps": block // 64, **compile_options(fuse=True)}
 
 
 def can_be_mixed(width: int, covariance_type: str) -> bool:

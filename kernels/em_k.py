@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from paa_gpu.kernels._launch import compile_options
 from paa_gpu.kernels._rows import given_are_finite, locate, store_fit, take_given
 from paa_gpu.kernels.starts import begin, load_values, maximisation, merge, moments
 
@@ -106,7 +107,8 @@ def launch_rule(n_components: int) -> dict[str, Any]:
     Lanes must agree in every bit on whether a row has converged: products are not fused.
     """
     components = triton.next_power_of_2(n_components)
-    return {"K": n_components, "KP": components, "BLOCK": 256 // components, "num_warps": 4, "enable_fp_fusion": False}
+    options = compile_options(fuse=False, registers=None)
+    return {"K": n_components, "KP": components, "BLOCK": 256 // components, "num_warps": 4, **options}
 
 
 def launch_components(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu.kernels._launch import register_limit
+from paa_gpu.kernels._launch import compile_options
 from paa_gpu.kernels._rows import given_are_finite, locate, store_fit, take_given
 from paa_gpu.kernels.em_k import HALF_LOG_2PI, expectation, row_range
 from paa_gpu.kernels.starts import (
@@ -336,8 +336,7 @@ def launch_rule(width: int, n_components: int) -> dict[str, Any]:
         "PROGRAMS": programs,
         "PP": triton.next_power_of_2(programs),
         "num_warps": 4,
-        "enable_fp_fusion": False,
-        **register_limit(),
+        **compile_options(fuse=False),
     }
 
 

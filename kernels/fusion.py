@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import empty_fused
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow
 
 AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = (tl.constexpr(rule) for rule in range(5))
@@ -330,15 +330,15 @@ def _finish_kernel(
 
 def cluster_rule() -> dict[str, int | bool]:
     """One warp, so that many classes run side by side. No fused multiply-adds: the arithmetic is that of numpy."""
-    return {"BLOCK": 64, "num_warps": 1, "enable_fp_fusion": False, **register_limit()}
+    return {"BLOCK": 64, "num_warps": 1, **compile_options(fuse=False)}
 
 
 def prepare_rule() -> dict[str, int | bool]:
-    return {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": False, **register_limit()}
+    return {"BLOCK": 128, "num_warps": 4, **compile_options(fuse=False)}
 
 
 def order_rule() -> dict[str, int]:
-    return {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, **register_limit()}
+    return {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, **compile_options(fuse=True)}
 
 
 def _rule(conf_type: str, allows_overflow: bool) -> int:

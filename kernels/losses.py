@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paa_gpu._ops import box_numbers, empty_losses
 from paa_gpu.kernels._batch import image_of, places, sizes_of, starts_of
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 
 # Fields of a row of the table. Of a level: first anchor, anchors per location, width; address and strides of the scores, the
 # deltas and the anchors. Of an image: first position, number of positions; address and strides of each of its five tensors. To
@@ -253,7 +253,13 @@ def launch_rule(wide: bool, sparse: bool) -> dict[str, int]:
 
     `sparse`: where every anchor is given as a potential positive, most are none, and many positions make one full warp.
     """
-    return {"BLOCK_P": 512 if sparse else 32, "LANES": 32, "BLOCK_C": 1 if wide else 4, "num_warps": 1, **register_limit()}
+    return {
+        "BLOCK_P": 512 if sparse else 32,
+        "LANES": 32,
+        "BLOCK_C": 1 if wide else 4,
+        "num_warps": 1,
+        **compile_options(fuse=True),
+    }
 
 
 def _level_table(anchors: Sequence[Tensor], cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor]) -> list[int]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import empty_answer
-from paa_gpu.kernels._launch import device_guard, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels.topk import image_of
 
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
@@ -177,7 +177,7 @@ def _sum_kernel(
 def launch_rule(rows: int, values: int) -> dict[str, int]:
     """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread."""
     block = min(max(triton.next_power_of_2(-(-values // max(rows, 1))), 64), 1024)
-    return {"BLOCK": block, "num_warps": max(block // 128, 1)}
+    return {"BLOCK": block, "num_warps": max(block // 128, 1), **compile_options(fuse=True, registers=None)}
 
 
 def read_mixture(
@@ -224,5 +224,7 @@ def read_mixture(
                 **rule,
             )
         if summed and rows > 0:
-            _sum_kernel[(rows,)](pieces, start, blocks, answer, BLOCK=64, num_warps=1)
+            _sum_kernel[(rows,)](
+                pieces, start, blocks, answer, BLOCK=64, num_warps=1, **compile_options(fuse=True, registers=None)
+            )
     return answer

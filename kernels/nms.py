@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow, ordered_key, smallest_integer
 
 
@@ -343,16 +343,16 @@ def launch_rule(capacity: int, wide: bool) -> dict[str, int | bool]:
     No fused multiply-adds: an IoU is compared as torchvision rounds it.
     """
     warps = 1 if capacity <= 64 else 4 if capacity <= 1024 else 8
-    return {"BLOCK": warps * (32 if wide else 64), "num_warps": warps, "enable_fp_fusion": False, **register_limit()}
+    return {"BLOCK": warps * (32 if wide else 64), "num_warps": warps, **compile_options(fuse=False)}
 
 
 def limit_rule() -> dict[str, int]:
-    return {"BLOCK": 1024, "num_warps": 8, **register_limit()}
+    return {"BLOCK": 1024, "num_warps": 8, **compile_options(fuse=True)}
 
 
 def merge_rule(lists: int) -> dict[str, int]:
     """A detection a thread; more registers than two take would spill."""
-    return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 128, "num_warps": 4, **register_limit()}
+    return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 128, "num_warps": 4, **compile_options(fuse=True)}
 
 
 def _empty(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paa_gpu._ops import PRECISIONS, count_gts, empty_fit, empty_masks, empty_targets
 from paa_gpu.kernels._batch import BLOCK, DTYPES, FIRST_POSITION, anchors_at, field, image_fields, image_of, potential, sizes_of
-from paa_gpu.kernels._launch import device_guard, mixes, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
 from paa_gpu.kernels._targets import copy_targets, give_back, make_background
 from paa_gpu.kernels.em import launch_fit
 from paa_gpu.kernels.topk import count_block, gather_batch, launch_select, scatter_block, select
@@ -138,7 +138,7 @@ def paa_reassign_batch(
     positive, ignored = empty_masks(pos_inds)
     fit = empty_fit(like, batch.rows, precision)
     images, buckets = (batch.table, batch.images), (batch.buckets, batch.rank)
-    options = {"BLOCK": BLOCK, **register_limit()}
+    options = {"BLOCK": BLOCK, **compile_options(fuse=True)}
     inds = {name: batch.dtypes[name] for name in ("INDS", "GT_INDS")}
     with device_guard(like):
         _copy_kernel[(batch.blocks + batch.anchor_blocks or 1,)](
@@ -220,7 +220,7 @@ def write_targets(
     table = stage(numbers, index)
     *targets, num_pos = empty_targets(label, label_weight, bbox_weight)
     masks = empty_masks(pos_inds)
-    inds, options = DTYPES[pos_inds[0].dtype], {"BLOCK": BLOCK, **register_limit()}
+    inds, options = DTYPES[pos_inds[0].dtype], {"BLOCK": BLOCK, **compile_options(fuse=True)}
     with device_guard(index):
         _copy_kernel[(blocks + anchor_blocks or 1,)](
             table, images, blocks, 0, *nothing, *masks, tuple(targets), num_pos, INDS=inds, GT_INDS=inds, **options

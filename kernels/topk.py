@@ -43,7 +43,7 @@ from paa_gpu.kernels._batch import (
     sizes_of,
     vector,
 )
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import ordered_key, smallest_integer
 from paa_gpu.kernels._sort import count_in_order, count_in_slots, sort_slots
 
@@ -462,7 +462,7 @@ def launch_select(batch: Batch, topk: int, like: Tensor) -> Selection:
             LOSS=batch.dtypes["LOSS"],
             LOG_LEVELS=max((levels - 1).bit_length(), 3),
             num_warps=1,
-            **register_limit(),
+            **compile_options(fuse=True),
         )
     return selection
 
@@ -472,7 +472,7 @@ def select(batch: Batch, topk: int, like: Tensor) -> Selection:
     images, dtypes = (batch.table, batch.images), batch.dtypes
     with device_guard(batch.table):
         if batch.blocks and batch.rows:
-            inds = {"INDS": dtypes["INDS"], "GT_INDS": dtypes["GT_INDS"], "BLOCK": BLOCK, **register_limit()}
+            inds = {"INDS": dtypes["INDS"], "GT_INDS": dtypes["GT_INDS"], "BLOCK": BLOCK, **compile_options(fuse=True)}
             _count_kernel[(batch.blocks,)](*images, batch.rows, batch.buckets, batch.rank, **inds)
             _scatter_kernel[(batch.blocks,)](
                 *images, batch.buckets, batch.rank, batch.key, batch.tie, LOSS=dtypes["LOSS"], **inds

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
-from paa_gpu.kernels._launch import device_guard, register_limit, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, stage
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
 FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
@@ -257,7 +257,7 @@ def launch_rule(wide: bool) -> dict[str, int]:
 
     One is enough for lanes to agree: their sums come out of a loop, so no product is fused into the additions between lanes.
     """
-    return {"BLOCK": 256 if wide else 512, "num_warps": 8 if wide else 4, **register_limit()}
+    return {"BLOCK": 256 if wide else 512, "num_warps": 8 if wide else 4, **compile_options(fuse=True)}
 
 
 def _table(*columns: Sequence[Tensor]) -> tuple[list[int], int]:
@@ -325,7 +325,7 @@ def score_voting(
                 UNIT=all(image.stride(1) == 1 for image in mlvl_nms_scores),
                 BLOCK_N=BLOCK_N,
                 num_warps=4 if weights is None else 8,  # weights take registers, so a thread gets fewer scores
-                **register_limit(),
+                **compile_options(fuse=True),
             )
         _vote_kernel[(detections,)](
             *(table, *own[:2], images, n_boxes, classes, boxes, scores),

@@ -1,4 +1,8 @@
 """Weak memory: kernels that hand something from one program to another, right and broken."""
+import contextlib
+import re
+from unittest import mock
+
 import pytest
 import torch
 import triton
@@ -22,6 +26,17 @@ def ticket_kernel(x, part, ticket, total, BARRIER: tl.constexpr, SEM: tl.constex
         for i in range(N):
             s += tl.load(part + i * B + tl.arange(0, B), cache_modifier=CACHE)
         tl.store(total, tl.sum(s, 0))
+
+
+@contextlib.contextmanager
+def as_written():
+    """What is compiled now has no barrier before its last atomic. Triton puts one before an atomic that releases, from 3.9 on."""
+    def program(ptx):
+        before, atomic, after = ptx.rpartition("atom.")
+        return ptxrun.Program(re.sub(r"bar\.sync\s+0;", "", before) + atomic + after)
+
+    with mock.patch.object(ptxrun.driver, "Program", program):
+        yield
 
 
 def wrong(launch):
@@ -49,7 +64,8 @@ def test_a_ticket_after_a_barrier():
 
 
 def test_no_barrier_before_the_ticket():
-    assert wrong(lambda: ticket(barrier=False)) > 6
+    with as_written():
+        assert wrong(lambda: ticket(barrier=False)) > 6
 
 
 @pytest.mark.parametrize("sem", ["relaxed", "acquire"])
@@ -82,7 +98,8 @@ def test_atomics_before_a_ticket(barrier):
         assert (count == PROGRAMS).all()
         return (out == PROGRAMS).all().item()
 
-    assert (wrong(launch) == 0) == barrier
+    with contextlib.nullcontext() if barrier else as_written():
+        assert (wrong(launch) == 0) == barrier
 
 
 @triton.jit
@@ -232,8 +249,9 @@ def test_one_seed_is_one_execution():
             ticket_kernel[(PROGRAMS,)](torch.ones_like(out), out, torch.zeros(1, dtype=torch.int32), total, False, "acq_rel", ".cg", B=128, N=PROGRAMS)
         return total.item()
 
-    totals = [run(seed) for seed in SEEDS]
-    assert totals == [run(seed) for seed in SEEDS] and len(set(totals)) > 3
+    with as_written():
+        totals = [run(seed) for seed in SEEDS]
+        assert totals == [run(seed) for seed in SEEDS] and len(set(totals)) > 3
 
 
 def test_one_worker():
