@@ -1,4 +1,4 @@
-"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs."""
+"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs, masks."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def first_of_highest(key, at, other_key, other_at):
     """The pair (key, position) with the higher key. Of equal keys, the pair with the lower position."""
     other = (other_key > key) | ((other_key == key) & (other_at < at))
     return tl.where(other, other_key, key), tl.where(other, other_at, at)
+
+
+@triton.jit
+def only_if(flag, mask):
+    """The mask where a scalar holds, else nothing.
+
+    `mask & flag` is the same once compiled. But the interpreter of Triton 3.9 makes integers of a comparison that it broadcasts,
+    and refuses them as a mask.
+    """
+    return tl.where(flag, mask, False)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from torch import Tensor
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
+from paa_gpu.kernels._numeric import only_if
 from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
@@ -262,13 +263,13 @@ def _separate(foreground, inside, position, threshold, best_background, SCHEME: 
     if SCHEME.stop_at_threshold:
         positive = positive & (position <= threshold)
     if not SCHEME.all_without_foreground:
-        positive = positive & has_foreground
+        positive = only_if(has_foreground, positive)
 
     ignored = inside & False
     if SCHEME.ignore_foreground:
         ignored = foreground & (positive == 0)
     if SCHEME.ignore_before_background:
-        ignored = inside & has_foreground & (position > threshold) & (position < best_background)
+        ignored = only_if(has_foreground, inside & (position > threshold) & (position < best_background))
     return positive, ignored
 
 
@@ -345,17 +346,17 @@ def _fit_candidates_kernel(
         position = positions(start, BLOCK_K)
         tile, inside = tile_at(x, row, start, BLOCK_K, LONG)
         if MIXED:
-            foreground = foreground & valid
+            foreground = only_if(valid, foreground)
         else:
-            score, foreground = _score(tile, inside & valid, fit, TIE)
+            score, foreground = _score(tile, only_if(valid, inside), fit, TIE)
         if assignment_ptr is not None:
             store_pairs(assignment_ptr + g * width, position, foreground, position < width)
             store_pairs(score_ptr + g * width, position, score, position < width)
         if SCHEME is not None:
-            positive, ignored = _separate(foreground, inside & valid, position, threshold, best_background, SCHEME)
+            positive, ignored = _separate(foreground, only_if(valid, inside), position, threshold, best_background, SCHEME)
             if SINGLETON_POSITIVE:
                 # The smallest finite value is infinite where the only candidate is not finite.
-                positive = positive | (inside & ((n == 1) & (smallest < float("inf"))))
+                positive = positive | only_if((n == 1) & (smallest < float("inf")), inside)
             index = load_pairs(index_ptr + g * width, position, inside, -1)
             store_pairs(positive_ptr, index, positive, positive & (index >= 0))
             store_pairs(ignored_ptr, index, ignored, ignored & (index >= 0))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_fused
 from paa_gpu.kernels._launch import compile_options, device_guard, stage
-from paa_gpu.kernels._numeric import first_of_highest, narrow
+from paa_gpu.kernels._numeric import first_of_highest, narrow, only_if
 
 AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = (tl.constexpr(rule) for rule in range(5))
 
@@ -258,8 +258,9 @@ def _cluster_kernel(
         match = tl.where(undefined < 0, match, undefined)
         joins = match >= 0
         c = tl.where(joins, match, clusters)
-        sums = tl.load(sums_ptr + c * 4 + side, mask=joins, other=0.0)
-        old = tl.load(state_ptr + c * 4 + side, mask=joins, other=0.0)
+        of_cluster = only_if(joins, side >= 0)
+        sums = tl.load(sums_ptr + c * 4 + side, mask=of_cluster, other=0.0)
+        old = tl.load(state_ptr + c * 4 + side, mask=of_cluster, other=0.0)
         highest = tl.where(joins, tl.maximum(old, score), score)
         state = tl.where(side == 1, highest, old + tl.where(side == 0, score, _weight(table_ptr, n_parts, model, True)))
         conf = tl.sum(tl.where(side == 0, state, 0.0), 0)
