@@ -89,7 +89,9 @@ def test_errors_are_within_their_bounds(session, max_iter, rng):
     x = torch.from_numpy(np.stack([testing.make_losses(shapes[i % 3], 45, rng) for i in range(6 if INTERPRETER else 600)]))
     x -= x.min(1, keepdim=True).values
     parameters, bounds, sure = torch.empty(len(x), 4), torch.empty(len(x), 4), torch.empty(len(x), dtype=torch.bool)
-    on_device(_narrow_kernel[(len(x),)])(x, 45, max_iter, parameters, bounds, sure, BLOCK_K=64, num_warps=1)
+    on_device(_narrow_kernel[(len(x),)])(
+        x, 45, max_iter, parameters, bounds, sure, BLOCK_K=64, num_warps=1, **_launch.compile_options(fuse=True)
+    )
     wanted = direct_em(x, max_iter)
     share = ((parameters - wanted).abs() / bounds)[sure]
     print(f"{max_iter} iterations: {len(share)} of {len(x)} rows are sure, errors up to {share.max():.3f} of their bounds")

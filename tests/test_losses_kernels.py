@@ -15,6 +15,7 @@ import paa_gpu
 from paa_gpu import _ops, reference, testing
 from paa_gpu.cpu import losses as cpu
 from paa_gpu.kernels import losses as kernels
+from paa_gpu.kernels._launch import compile_options
 from paa_gpu.kernels.losses import _exp, _log1p
 
 OPTIONS = (2.0, 0.25, 1.0, 1.3, [0.1, 0.1, 0.2, 0.2], 16 / 1000, "giou", "mmdet")
@@ -151,7 +152,7 @@ def test_functions(session, dtype, tolerance):
     """Each within the stated part of its value; a GPU's `ex2.approx` may differ by another 1.2e-7."""
     x = torch.cat([torch.linspace(0, 87, 700, dtype=torch.float64), torch.logspace(-30, 0, 300, dtype=torch.float64)]).to(dtype)
     exp, log1p = torch.empty_like(x), torch.empty_like(x)
-    on_device(_functions_kernel[(1,)])(x, exp, log1p, len(x), BLOCK=1024)
+    on_device(_functions_kernel[(1,)])(x, exp, log1p, len(x), BLOCK=1024, **compile_options(fuse=True))
     torch.testing.assert_close(exp.double(), (-x.double()).exp(), rtol=tolerance, atol=0)
     torch.testing.assert_close(log1p.double(), x.double().clamp(max=1).log1p(), rtol=tolerance, atol=0)
 
@@ -159,7 +160,7 @@ def test_functions(session, dtype, tolerance):
 def test_functions_at_the_ends(session):
     x = torch.tensor([0.0, math.inf, math.nan, 200.0])
     exp, log1p = torch.empty_like(x), torch.empty_like(x)
-    on_device(_functions_kernel[(1,)])(x, exp, log1p, 4, BLOCK=4)
+    on_device(_functions_kernel[(1,)])(x, exp, log1p, 4, BLOCK=4, **compile_options(fuse=True))
     assert exp[0] == 1 and exp[1] < 1e-37 and exp[3] < 1e-37 and exp[2].isnan() and log1p[0] == 0
 
 
