@@ -31,7 +31,7 @@ setup(
         "demo": ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.7"],
         "head": ["torchvision>=0.24"],
         "onnx": ["onnx>=1.19", "onnxscript>=0.6.2"],
-        "examples": ["paa-gpu[demo,head]", "pycocotools>=2.0.8", "tqdm>=4"],
+        "examples": ["paa-gpu[demo,head]", "pycocotools>=2.0.8", "tqdm>=4.62"],
         "test": [
             *("paa-gpu[examples,onnx]", "build>=1.2.1", "ensemble-boxes>=1.0.9", "hypothesis>=6.100", "onnxruntime>=1.23"),
             *("pytest>=8", "pytest-benchmark>=5", "pytest-cov>=5", "pytest-xdist>=3.5"),

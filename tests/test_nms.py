@@ -31,7 +31,7 @@ def kept(boxes, scores, labels, iou_threshold, score_thr=None, nms_pre=0, max_pe
     if score_thr is not None:
         order = order[scores[order] > score_thr]
     order = order[: nms_pre or None]
-    groups = torch.zeros_like(labels) if class_agnostic else labels
+    groups = torch.zeros(len(scores), dtype=torch.int64) if class_agnostic else labels.long()
     found = torch.zeros(len(scores), dtype=torch.bool)
     for label in groups[order].unique():
         own = order[groups[order] == label]
@@ -46,7 +46,7 @@ def assert_rows(got, image, boxes, scores, labels, index):
     assert torch.equal(got.index[image, :count], index)
     assert torch.equal(got.boxes[image, :count].nan_to_num(7), boxes[index].nan_to_num(7))
     assert torch.equal(got.scores[image, :count].nan_to_num(7), scores[index].nan_to_num(7))
-    assert torch.equal(got.labels[image, :count], labels[index].long())
+    assert torch.equal(got.labels[image, :count], labels.long()[index])
     assert not got.boxes[image, count:].any() and not got.scores[image, count:].any()
     assert (got.labels[image, count:] == -1).all() and (got.index[image, count:] == -1).all()
 
