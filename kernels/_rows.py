@@ -33,10 +33,10 @@ def locate(source, width, g):
 
 @triton.jit
 def _load_given(init, g, default, K: tl.constexpr, KP: tl.constexpr):
-    """The initial values [KP] of a row, from a pointer and its strides over rows and components; `default` behind them."""
-    ptr, stride_g, stride_c = init
+    """The initial values [KP] of a row, from a pointer and its stride over rows; `default` behind them."""
+    ptr, stride_g = init
     j = tl.arange(0, KP)
-    return tl.load(ptr + g * stride_g + j * stride_c, mask=j < K, other=default).to(tl.float64)
+    return tl.load(ptr + g * stride_g + j, mask=j < K, other=default).to(tl.float64)
 
 
 @triton.jit
@@ -138,9 +138,12 @@ def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
     _choose_kernel[(rows,)](tried, fit, n_init, tie_tolerance(fit[0].dtype), **constants, **options)
 
 
-def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int, int]:
-    """Initial values of all rows as a kernel takes them."""
+def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int]:
+    """Initial values of all rows as a kernel takes them: those of a row lie side by side.
+
+    No stride over them: it would mostly be 1, and Triton 3.5 loses a constant in a tuple that is read behind a branch.
+    """
     if init is None:
-        return None, 0, 0
-    init = init.expand(rows, n_components)
-    return init, init.stride(0), init.stride(1)
+        return None, 0
+    init = init.expand(-1, n_components).contiguous().expand(rows, n_components)
+    return init, init.stride(0)

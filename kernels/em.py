@@ -171,7 +171,7 @@ def _start(row, extent, origin, inits, reg_covar, sum_tolerance, INIT: tl.conste
 def _fit_rows_kernel(
     source,  # see `_rows.locate`
     width,
-    inits,  # weights, means and precisions: each (Tensor[G, 2] or None, its strides)
+    inits,  # weights, means and precisions: each (Tensor[G, 2] or None, its stride over rows)
     fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row
     tol: tl.float64,
     reg_covar: tl.float64,

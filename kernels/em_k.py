@@ -50,7 +50,7 @@ def row_range(row, BLOCK: tl.constexpr):
 def _fit_components_kernel(
     source,  # see `_rows.locate`
     width,
-    inits,  # weights, means and precisions: each (Tensor[G, K] or None, its strides)
+    inits,  # weights, means and precisions: each (Tensor[G, K] or None, its stride over rows)
     fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row
     tol: tl.float64,
     reg_covar: tl.float64,

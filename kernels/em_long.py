@@ -230,7 +230,7 @@ def _maximise(
 def _pass_kernel(
     source,  # see `_rows.locate`
     width,
-    inits,  # weights, means and precisions: each (Tensor[G, K] or None, its strides)
+    inits,  # weights, means and precisions: each (Tensor[G, K] or None, its stride over rows)
     fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row: R
     control_ptr,  # Tensor[R, CONTROL] int32, zeros before the first launch
     floats_ptr,  # Tensor[R, FLOATS, KP], of the fit's dtype
