@@ -175,7 +175,10 @@ def _sum_kernel(
 
 
 def launch_rule(rows: int, values: int) -> dict[str, int]:
-    """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread."""
+    """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread.
+
+    No limit of registers: with one of 96, forms of 8 components spill.
+    """
     block = min(max(triton.next_power_of_2(-(-values // max(rows, 1))), 64), 1024)
     return {"BLOCK": block, "num_warps": max(block // 128, 1), **compile_options(fuse=True, registers=None)}
 

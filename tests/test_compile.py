@@ -397,8 +397,8 @@ LAUNCHES: dict[str, Callable[..., None]] = {
 ONE_WARP = ("_select_kernel", "_fit_rows_kernel", "_fit_candidates_kernel", "_losses_kernel")
 
 
-#: AMD: scalar registers that a kernel may keep in lanes of vector registers. How many it does changes with the version of LLVM: up to 4
-#: with Triton 3.8, and 6 with 3.9, in one form of twenty. Nothing may lie in memory.
+#: AMD: scalar registers that a kernel may keep in lanes of vector registers. The version of LLVM decides how many: up to 4 with Triton
+#: 3.8, and up to 6 with 3.9, in one form of twenty. Nothing may lie in memory.
 MOST_SCALAR_SPILLS = 6
 
 
