@@ -75,44 +75,43 @@ def _fit_and_separate(
         mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
 
 
-@inner
-def _make_background(anchor: Any, start: Any, stop: Any, kept: Any, num_classes: int, label: Any, bbox_weight: Any) -> None:
-    """The label of background and no box weight at these anchors of the image at [start, stop), but where `kept`.
-
-    As unsigned numbers: a negative one is too large then, and an index that may be negative takes a branch. Column by column: a
-    call to fill one short row takes longer than to fill it.
-    """
-    for i in range(len(anchor)):
-        at = start + np.uint64(anchor[i])
-        if start <= at < stop and not kept[at]:
-            label[at] = num_classes
-    for word in range(np.uint64(bbox_weight.shape[1])):
-        for i in range(len(anchor)):
-            at = start + np.uint64(anchor[i])
-            if start <= at < stop and not kept[at]:
-                bbox_weight[at, word] = 0
-
-
 @compiled
 def _write_images(
     first: int, last: int, pos_inds: Any, positive: Any, ignored: Any, pos_offset: Any, anchor_offset: Any, num_classes: int,
-    label: Any, label_weight: Any, bbox_weight: Any, kept: Any, num_pos: Any,
+    label: Any, label_weight: Any, bbox_weight: Any, kept: Any, background: Any, num_pos: Any,
 ) -> None:  # fmt: skip
     """Background at all potential positives, but for anchors that are a positive's (`kept`), in whatever order two of them that
-    share an anchor come."""
+    share an anchor come.
+
+    The anchors that become background are gathered first, so that the loops that write ask nothing. An anchor is unsigned: a
+    negative one is too large then, and an index that may be negative takes a branch. All that are too large share the place of
+    `kept` behind those of the image. Box weights go column by column: a call to fill one short row takes longer than to fill it.
+    """
     for image in range(first, last):
         start, stop = np.uint64(anchor_offset[image]), np.uint64(anchor_offset[image + 1])
-        positives = 0
-        for p in range(pos_offset[image], pos_offset[image + 1]):
-            positives += positive[p]
+        begin, end = np.uint64(pos_offset[image]), np.uint64(pos_offset[image + 1])
+        none = stop - start
+        own = kept[start + np.uint64(image) :]
+        positives, ignoreds = 0, 0
+        for p in range(begin, end):
             if positive[p]:
-                kept[start + np.uint64(pos_inds[p])] = True
-            elif ignored[p]:
-                for byte in range(label_weight.shape[1]):
-                    label_weight[start + np.uint64(pos_inds[p]), byte] = 0
-        num_pos[image] = positives
-        own = pos_inds[pos_offset[image] : pos_offset[image + 1]]
-        _make_background(own, start, stop, kept, num_classes, label, bbox_weight)
+                own[np.uint64(pos_inds[p])] = True
+            positives += positive[p]
+            ignoreds += ignored[p]
+        own[none], num_pos[image] = True, positives
+        found = begin
+        for p in range(begin, end):
+            anchor = min(np.uint64(pos_inds[p]), none)
+            background[found] = start + anchor
+            found += np.uint64(not own[anchor])
+        for i in range(begin, found):
+            label[background[i]] = num_classes
+        for word in range(np.uint64(bbox_weight.shape[1])):
+            for i in range(begin, found):
+                bbox_weight[background[i], word] = 0
+        for p in range(begin, end if ignoreds > 0 else begin):
+            for byte in range(label_weight.shape[1] if ignored[p] else 0):
+                label_weight[start + np.uint64(pos_inds[p]), byte] = 0
 
 
 def _number_rows(num_gts: Sequence[int]) -> tuple[Array, Array]:
@@ -123,8 +122,9 @@ def _number_rows(num_gts: Sequence[int]) -> tuple[Array, Array]:
 
 def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
     """Write what the masks [P] say into the targets that `_targets` gives; returns the number of positives of each image."""
-    num_pos, kept = np.empty(len(pos_offset) - 1, np.int64), np.zeros(len(targets[2]), bool)
-    over_slices(_write_images, len(num_pos), SERIAL_IMAGES, pos_inds, positive, ignored, pos_offset, *targets, kept, num_pos)
+    num_pos = np.empty(len(pos_offset) - 1, np.int64)
+    room = np.zeros(len(targets[2]) + len(num_pos), bool), np.empty(len(pos_inds), np.uint64)
+    over_slices(_write_images, len(num_pos), SERIAL_IMAGES, pos_inds, positive, ignored, pos_offset, *targets, *room, num_pos)
     return num_pos
 
 
