@@ -40,7 +40,8 @@ def _best(x, first, parameters, N_COMPONENTS: tl.constexpr):
     """The largest log p and its first component; -inf and -1 where none has a density."""
     best = tl.full(x.shape, float("-inf"), x.dtype)
     label = tl.full(x.shape, -1, tl.int32)
-    for k in tl.static_range(N_COMPONENTS):
+    # Two at a time: the terms of eight components at once would take 100 registers.
+    for k in tl.range(N_COMPONENTS, loop_unroll_factor=2):
         log_p = _log_p(x, first + k, *parameters)
         label = tl.where(log_p > best, k, label)
         best = tl.where(log_p > best, log_p, best)
@@ -68,7 +69,7 @@ def _score(x, first, parameters, N_COMPONENTS: tl.constexpr):
 def _lowest(first, means_ptr, N_COMPONENTS: tl.constexpr):
     """The first component of the smallest mean, counted among those of all rows."""
     lowest, smallest = first, tl.load(means_ptr + first)
-    for k in tl.static_range(1, N_COMPONENTS):
+    for k in range(1, N_COMPONENTS):
         mean = tl.load(means_ptr + first + k)
         lowest = tl.where(mean < smallest, first + k, lowest)
         smallest = tl.minimum(mean, smallest)
@@ -175,10 +176,7 @@ def _sum_kernel(
 
 
 def launch_rule(rows: int, values: int) -> dict[str, int]:
-    """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread.
-
-    No limit of registers: with one of 96, forms of 8 components spill.
-    """
+    """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread."""
     block = min(max(triton.next_power_of_2(-(-values // max(rows, 1))), 64), 1024)
     return {"BLOCK": block, "num_warps": max(block // 128, 1), **compile_options(fuse=True, registers=None)}
 
