@@ -23,9 +23,11 @@ from paa_gpu.testing import triton_on_cpu
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
 #: Newer versions are not skipped: what ptxrun does not know of their instructions and their launcher is to be seen.
 compiled_only = pytest.mark.skipif(
-    INTERPRETER or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    INTERPRETER or OLD_TRITON,
     reason="ptxrun runs what Triton compiles from 3.8 on, not the interpreter",
 )
 
