@@ -109,10 +109,10 @@ def stage(values: Sequence[int], like: Tensor) -> Tensor:
     return host.to(like.device, non_blocking=True)
 
 
-def compile_options(fuse: bool, registers: int | None = 96) -> dict[str, int]:
+def compile_options(fuse: bool, registers: int = 96) -> dict[str, int]:
     """Launch options: whether a product and a sum may become one instruction, and at most so many registers a thread.
 
-    Each launch says the first, because Triton changes its default with 3.10. Triton has the second for NVIDIA only.
+    Each launch says the first, because Triton changes its default with 3.10. Each says the second, because NVIDIA's assembler, if
+    nobody tells it, spills registers to get more threads onto a processor. Triton has it for NVIDIA only.
     """
-    limit = {} if registers is None or torch.version.hip else {"maxnreg": registers}
-    return {"enable_fp_fusion": fuse, **limit}
+    return {"enable_fp_fusion": fuse, **({} if torch.version.hip else {"maxnreg": registers})}

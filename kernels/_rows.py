@@ -134,7 +134,7 @@ def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
     """Fill `fit` with the best of the `n_init` fits of each row: one launch."""
     rows, n_components = fit[0].shape
     constants = {"K": n_components, "KP": triton.next_power_of_2(n_components), "num_warps": 1}
-    options = compile_options(fuse=True, registers=None)
+    options = compile_options(fuse=True)
     _choose_kernel[(rows,)](tried, fit, n_init, tie_tolerance(fit[0].dtype), **constants, **options)
 
 

@@ -107,7 +107,7 @@ def launch_rule(n_components: int) -> dict[str, Any]:
     Lanes must agree in every bit on whether a row has converged: products are not fused.
     """
     components = triton.next_power_of_2(n_components)
-    options = compile_options(fuse=False, registers=None)
+    options = compile_options(fuse=False)
     return {"K": n_components, "KP": components, "BLOCK": 256 // components, "num_warps": 4, **options}
 
 

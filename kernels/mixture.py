@@ -178,7 +178,7 @@ def _sum_kernel(
 def launch_rule(rows: int, values: int) -> dict[str, int]:
     """Blocks as long as a row is in the mean, of 64 to 1,024 values, two to four to a thread."""
     block = min(max(triton.next_power_of_2(-(-values // max(rows, 1))), 64), 1024)
-    return {"BLOCK": block, "num_warps": max(block // 128, 1), **compile_options(fuse=True, registers=None)}
+    return {"BLOCK": block, "num_warps": max(block // 128, 1), **compile_options(fuse=True)}
 
 
 def read_mixture(
@@ -225,7 +225,5 @@ def read_mixture(
                 **rule,
             )
         if summed and rows > 0:
-            _sum_kernel[(rows,)](
-                pieces, start, blocks, answer, BLOCK=64, num_warps=1, **compile_options(fuse=True, registers=None)
-            )
+            _sum_kernel[(rows,)](pieces, start, blocks, answer, BLOCK=64, num_warps=1, **compile_options(fuse=True))
     return answer
