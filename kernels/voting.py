@@ -32,7 +32,7 @@ from torch import Tensor
 
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
-from paa_gpu.kernels._launch import compile_options, device_guard, stage
+from paa_gpu.kernels._launch import compile_options, device_guard, has_slow_float64, stage
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
 FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
@@ -315,6 +315,8 @@ def score_voting(
     elif images > 1:
         numbers, blocks = _table(*columns)
         pools = table = stage(numbers, voted)
+    # The tables of several images take registers, which GPUs with slow float64 have for fewer threads (see `assign.launch_rule`).
+    registers = 128 if images > 1 and has_slow_float64(voted) else 96
     with device_guard(voted):
         if blocks:
             _gather_kernel[(blocks,)](
@@ -325,7 +327,7 @@ def score_voting(
                 UNIT=all(image.stride(1) == 1 for image in mlvl_nms_scores),
                 BLOCK_N=BLOCK_N,
                 num_warps=4 if weights is None else 8,  # weights take registers, so a thread gets fewer scores
-                **compile_options(fuse=True),
+                **compile_options(fuse=True, registers=registers),
             )
         _vote_kernel[(detections,)](
             *(table, *own[:2], images, n_boxes, classes, boxes, scores),
