@@ -69,6 +69,7 @@ def _score(x, first, parameters, N_COMPONENTS: tl.constexpr):
 def _lowest(first, means_ptr, N_COMPONENTS: tl.constexpr):
     """The first component of the smallest mean, counted among those of all rows."""
     lowest, smallest = first, tl.load(means_ptr + first)
+    # Unrolled, it would spill on AMD: more than six scalar registers would lie in vector registers.
     for k in range(1, N_COMPONENTS):
         mean = tl.load(means_ptr + first + k)
         lowest = tl.where(mean < smallest, first + k, lowest)

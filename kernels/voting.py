@@ -303,7 +303,7 @@ def score_voting(
     boxes, scores = mlvl_bboxes[0].new_empty((n_boxes, 4)), mlvl_nms_scores[0].new_empty((classes, n_boxes))
     wide = torch.float64 in (voted.dtype, boxes.dtype, scores.dtype)
     table = pools = None
-    blocks, parts, limit = triton.cdiv(n_boxes, BLOCK_N), images, score_thr
+    blocks, parts, limit, registers = triton.cdiv(n_boxes, BLOCK_N), images, score_thr, 96
     if weights is not None:
         of_pools, of_images, blocks = _pool_tables(columns, weights)
         # An address that is a multiple of 16 bytes, so that the kernel keeps its one compiled form.
@@ -315,8 +315,8 @@ def score_voting(
     elif images > 1:
         numbers, blocks = _table(*columns)
         pools = table = stage(numbers, voted)
-    # The tables of several images take registers, which GPUs with slow float64 have for fewer threads (see `assign.launch_rule`).
-    registers = 128 if images > 1 and has_slow_float64(voted) else 96
+        # The table takes registers, which GPUs with slow float64 have for fewer threads (see `assign.launch_rule`).
+        registers = 128 if has_slow_float64(voted) else 96
     with device_guard(voted):
         if blocks:
             _gather_kernel[(blocks,)](

@@ -75,6 +75,15 @@ def _fit_and_separate(
         mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
 
 
+@inner
+def _ignore(begin: Any, end: Any, pos_inds: Any, ignored: Any, start: Any, label_weight: Any) -> None:
+    """No label weight at the ignored ones of the potential positives [begin, end) of the image whose anchors begin at `start`."""
+    for p in range(begin, end):
+        if ignored[p]:
+            for byte in range(label_weight.shape[1]):
+                label_weight[start + np.uint64(pos_inds[p]), byte] = 0
+
+
 @compiled
 def _write_images(
     first: int, last: int, pos_inds: Any, positive: Any, ignored: Any, pos_offset: Any, anchor_offset: Any, num_classes: int,
@@ -109,9 +118,8 @@ def _write_images(
         for word in range(np.uint64(bbox_weight.shape[1])):
             for i in range(begin, found):
                 bbox_weight[background[i], word] = 0
-        for p in range(begin, end if ignoreds > 0 else begin):
-            for byte in range(label_weight.shape[1] if ignored[p] else 0):
-                label_weight[start + np.uint64(pos_inds[p]), byte] = 0
+        if ignoreds > 0:
+            _ignore(begin, end, pos_inds, ignored, start, label_weight)
 
 
 def _number_rows(num_gts: Sequence[int]) -> tuple[Array, Array]:
