@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from paa_gpu import data
@@ -73,7 +75,17 @@ def recording(request: pytest.FixtureRequest) -> data.Recording:
     return data.load(request.param)
 
 
+@pytest.fixture(autouse=True)
+def global_seed(request: pytest.FixtureRequest) -> None:
+    """torch's own random numbers (`torch.rand`, fresh modules): seeded with the test's name, so that a run repeats the last one."""
+    torch.manual_seed(seed(request))
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that a test draws alone: seeded with its name."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+def seed(request: pytest.FixtureRequest) -> int:
+    return zlib.crc32(request.node.name.encode())

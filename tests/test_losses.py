@@ -65,7 +65,6 @@ def test_several_anchors_of_a_location(box_loss, rng):
 @pytest.mark.parametrize("box_loss", ["l1", "giou"])
 def test_the_losses_of_torchvision(box_loss, rng):
     """From its head's outputs as they lie, and from the maps before it permutes them; nine anchors a location."""
-    torch.manual_seed(0)
     head, features = RetinaNetHead(8, 9, 5), [torch.randn(2, 8, 6, 5) * 9, torch.randn(2, 8, 3, 3) * 9]
     maps = {name: [] for name in ("cls_logits", "bbox_reg")}
     for module, name in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):

@@ -23,7 +23,6 @@ from paa_gpu.integrations.torchvision import accelerate, restore, use_paa
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
 
 

@@ -22,7 +22,6 @@ CLASSES = 3
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
 
 

@@ -26,6 +26,4 @@ if api.LADHead is None:
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Random numbers that a test draws alone: seeded with its name. Modules are initialised from torch's own."""
-    seed = sum(request.node.name.encode())
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(sum(request.node.name.encode()))

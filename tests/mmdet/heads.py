@@ -181,9 +181,12 @@ def assert_same_outside(tied: Tensor, ties: int, got: Tensor, wanted: Tensor) ->
     print(f"{ties} ties, {int(differs.sum())} labels differ there")
 
 
-def assert_same_detections(got: Any, wanted: Any) -> None:
-    """The same detections in the same order; boxes, which are weighted means of up to a thousand, within float32 rounding."""
+def assert_same_detections(got: Any, wanted: Any, rounding: float = 0.0) -> None:
+    """The same detections in the same order, their scores within `rounding` of them.
+
+    Boxes, which are weighted means of up to a thousand, are within float32 rounding.
+    """
     assert torch.equal(got.labels, wanted.labels)
-    assert torch.equal(got.scores, wanted.scores)
+    torch.testing.assert_close(got.scores, wanted.scores, rtol=rounding, atol=0)
     largest = max(wanted.bboxes.abs().flatten().tolist(), default=0.0)
     torch.testing.assert_close(got.bboxes, wanted.bboxes, rtol=1e-6, atol=1e-6 * largest)

@@ -99,14 +99,14 @@ def test_the_state_dict_loads_and_the_outputs_are_the_same(generator):
 
 
 def test_a_fresh_head_starts_as_published():
-    """Same deviations and biases; the draws differ."""
+    """Same deviations and biases; the draws differ, so both may be five standard errors of such a difference apart."""
     published, ours = build(), PAAHead(80, 256)
     published.init_weights()
     wanted = published.state_dict()
     for name, value in ours.state_dict().items():
-        assert float(value.mean()) == pytest.approx(float(wanted[name].mean()), abs=4e-4), name
-        if value.numel() > 1:
-            assert float(value.std()) == pytest.approx(float(wanted[name].std()), rel=0.1), name
+        values, deviation = value.numel(), float(wanted[name].std(correction=0))
+        assert float(value.mean()) == pytest.approx(float(wanted[name].mean()), abs=5 * deviation * (2 / values) ** 0.5), name
+        assert float(value.std(correction=0)) == pytest.approx(deviation, rel=5 / values**0.5), name
 
 
 def test_the_published_configuration(generator):
@@ -246,13 +246,15 @@ def detectors(generator: torch.Generator, **options: Any) -> tuple[PAAHead, Any]
 
 
 def assert_detects_the_same(ours: PAAHead, published: Any, features: Any, samples: Any, rescale: bool = False) -> None:
+    """Scores are square roots of two sigmoids. torch's differ by a rounding between a vector register and the end of a row."""
     sizes, factors = [sample.img_shape for sample in samples], [sample.scale_factor for sample in samples]
     got = ours.predict(features, sizes, factors if rescale else None)
     with torch.no_grad():
         wanted = published.predict(features, samples, rescale=rescale)
     for image, theirs in zip(got, wanted, strict=True):
         assert len(theirs) > 0
-        assert_same_detections(InstanceData(bboxes=image["boxes"], scores=image["scores"], labels=image["labels"]), theirs)
+        mine = InstanceData(bboxes=image["boxes"], scores=image["scores"], labels=image["labels"])
+        assert_same_detections(mine, theirs, rounding=2 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("rescale", [False, True])

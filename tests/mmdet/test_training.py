@@ -84,7 +84,7 @@ def test_goes_on_where_scikit_learn_raises(generator):
     torch.nn.init.constant_(head.atss_cls.weight, 0)
     torch.nn.init.constant_(head.atss_cls.bias, -33.3)
     heads = variants(head)
-    features, samples = make_features(2, SIZE, 32, generator), make_samples([7, 3], SIZE, 80, generator)
+    features, samples = make_features(2, SIZE, 32, generator), make_samples([30, 20], SIZE, 80, generator)
     with pytest.raises(ValueError, match="ill-defined empirical covariance"):
         step(heads.published, features, samples)
     got = step(heads.accelerated, features, samples)
