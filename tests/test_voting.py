@@ -333,12 +333,14 @@ def test_power_of_the_cpu_loops(real, last_places, largest):
 
 
 def test_the_curve_of_the_voters_goes_from_neighbour_to_neighbour():
-    """On the CPU candidates are sorted along it: blocks of neighbours are what a detection can skip."""
-    from paa_gpu.cpu.voting import CURVE
+    """On the CPU candidates are sorted along it, size by size: blocks of neighbours are what a detection can skip."""
+    from paa_gpu.cpu.voting import CELLS, CURVE, GROUPS, SIZES
 
-    cells = np.stack(np.unravel_index(np.argsort(CURVE, axis=None), CURVE.shape), 1)
-    assert sorted(CURVE.flat) == list(range(CURVE.size))
-    assert (np.abs(np.diff(cells, axis=0)).sum(1) == 1).all()
+    assert sorted(CURVE) == list(range(GROUPS + 1)) and CURVE[GROUPS] == GROUPS
+    for place in CURVE[:GROUPS].reshape(SIZES, CELLS, CELLS):
+        cells = np.stack(np.unravel_index(np.argsort(place, axis=None), place.shape), 1)
+        assert np.ptp(place) == place.size - 1
+        assert (np.abs(np.diff(cells, axis=0)).sum(1) == 1).all()
 
 
 # --- padded --------------------------------------------------------------------------------------------------------------------

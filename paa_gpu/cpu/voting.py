@@ -48,7 +48,9 @@ def _hilbert(side: int) -> Array:
     return np.block([[part.T, part + n], [part.T[::-1, ::-1] + 3 * n, part + 2 * n]])
 
 
-CURVE = _hilbert(CELLS).astype(np.uint32)
+# The groups in the order in which they lie: those of each size [x, y] along the curve, then one for boxes that are not finite.
+GROUPS = SIZES * CELLS**2
+CURVE = np.append(_hilbert(CELLS).reshape(1, -1) + CELLS**2 * np.arange(SIZES)[:, None], GROUPS)
 
 
 @inner
@@ -86,43 +88,48 @@ def _classes(first: int, last: int, order: Any, det: Any, label: Any, all_classe
 
 
 @inner
-def _within(place: Any) -> Any:
+def _within(place: Any, zero: Any) -> Any:
     """A cell along one side; NaN, where the detections have no extent or one beyond the largest number, is the first."""
-    return np.int64(place) if 0 < place < CELLS else CELLS - 1 if place >= CELLS else 0
+    place = place if place > zero else zero
+    return np.int32(place) if place < CELLS else np.int32(CELLS - 1)
 
 
 @inner
 def _neighbours(boxes: Any, det: Any) -> Any:
     """The finite boxes in an order in which neighbours of like size follow each other: by size, then along the curve.
 
-    The grid is over what the centres of the detections span: boxes beyond are in a cell at its border.
+    The grid is over what the centres of the detections span: boxes beyond are in a cell at its border. `boxes` [4 * n] is flat:
+    the compiler does not know how long a row is, and a loop over rows of an unknown length takes one at a time.
     """
-    real = boxes.dtype.type
+    real, zero = boxes.dtype.type, boxes.dtype.type(0)
     left = top = real(np.inf)
     right = bottom = real(-np.inf)
-    longest = real(0)
+    longest = zero
     for i in range(len(det)):
         if _is_finite(det, i):
             x1, y1, x2, y2 = det[i, 0], det[i, 1], det[i, 2], det[i, 3]
             left, top, right, bottom = min(left, x1 + x2), min(top, y1 + y2), max(right, x1 + x2), max(bottom, y1 + y2)
             longest = max(longest, x2 - x1, y2 - y1)
-    scale_x, scale_y = CELLS / (right - left), CELLS / (bottom - top)
-    last = SIZES * CELLS * CELLS  # the group of boxes that are not finite
-    group, start, ordered = np.empty(len(boxes), np.int64), np.empty(last + 2, np.int64), np.empty(len(boxes), np.int64)
+    scale_x, scale_y, half = real(CELLS) / (right - left), real(CELLS) / (bottom - top), longest / real(2)
+    n = len(boxes) // 4
+    group, start, ordered = np.empty(n, np.int32), np.empty(GROUPS + 2, np.int32), np.empty(n, np.int32)
     for g in range(len(start)):
         start[g] = 0
-    for i in range(len(boxes)):
-        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-        size = max(x2 - x1, y2 - y1) < longest / 2
-        across, down = _within((x1 + x2 - left) * scale_x), _within((y1 + y2 - top) * scale_y)
-        group[i] = size * CELLS * CELLS + CURVE[across, down] if _is_finite(boxes, i) else last
-        start[group[i] + 1] += 1
-    for g in range(last):
+    for i in range(n):
+        x1, y1, x2, y2 = boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3]
+        cell = _within((x1 + x2 - left) * scale_x, zero) * np.int32(CELLS) + _within((y1 + y2 - top) * scale_y, zero)
+        small = (x2 - x1 < half) & (y2 - y1 < half)
+        finite = np.isfinite(x1) & np.isfinite(y1) & np.isfinite(x2) & np.isfinite(y2)
+        group[i] = (cell + np.int32(CELLS**2) if small else cell) if finite else np.int32(GROUPS)
+    for i in range(n):
+        start[CURVE[group[i]] + 1] += 1
+    for g in range(GROUPS):
         start[g + 1] += start[g]
-    number = start[last]
-    for i in range(len(boxes)):
-        ordered[start[group[i]]] = i
-        start[group[i]] += 1
+    number = start[GROUPS]
+    for i in range(n):
+        g = CURVE[group[i]]
+        ordered[start[g]] = i
+        start[g] += 1
     return ordered[:number]
 
 
@@ -131,7 +138,7 @@ def _candidates(
     boxes: Any, scores: Any, all_classes: int, threshold: Any, offset: Any, ordered: Any, classes: Any, span: Any
 ) -> tuple[Any, Any, Any, Any]:
     """The boxes in this order, and where they are candidates: their score is above the threshold, and they touch what the
-    detections of the class span. `scores` [boxes * all_classes].
+    detections of the class span. `boxes` [4 * n] and `scores` [n * all_classes] are flat.
 
     Returns:
         corner [5, n], corners and area of the boxes; index and score [classes, n + 1] of the candidates of each class; how many
@@ -145,9 +152,9 @@ def _candidates(
     size, own, kept = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype), np.empty(TILE, boxes.dtype)
     x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
     for i in range(n):
-        at = np.uint64(ordered[i])
-        place[i] = at * np.uint64(all_classes)
-        x1[i], y1[i], x2[i], y2[i] = boxes[at, 0], boxes[at, 1], boxes[at, 2] + offset, boxes[at, 3] + offset
+        at = ordered[i]
+        place[i] = at * all_classes
+        x1[i], y1[i], x2[i], y2[i] = boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2] + offset, boxes[4 * at + 3] + offset
         area[i] = (x2[i] - x1[i]) * (y2[i] - y1[i])
     for k in range(len(classes)):
         size[k] = 0
@@ -311,7 +318,7 @@ def _image(
     label = np.ascontiguousarray(labels, np.int64)
     order = label.argsort(kind="stable")
     voted = np.empty_like(det)
-    args = boxes, scores.reshape(-1), scores.shape[1], det, label, order, *rule, voted
+    args = boxes.reshape(-1), scores.reshape(-1), scores.shape[1], det, label, order, *rule, voted
     over_slices(_vote_image, len(order), SERIAL_ROWS if alone else len(order) + 1, *args)
     if keep_order:
         in_order = np.empty_like(voted)
