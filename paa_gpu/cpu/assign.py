@@ -4,8 +4,9 @@
              `best`, [R, G]
     second   the rows that contain a ground truth's best overlap look for its best anchors
 
-A ground truth that does not touch the bounds of a row's anchors has an overlap of 0 with all of them, and is skipped. Floats that
-are not negative have the same order as their bits as integers. With integers, the search for the highest uses vector registers.
+A ground truth that does not touch the bounds of a row's anchors has an overlap of 0 with all of them. Only the first of these
+takes part: of equal overlaps an anchor keeps the first. Floats that are not negative have the same order as their bits as
+integers. With integers, the search for the highest uses vector registers.
 """
 
 from __future__ import annotations
@@ -29,13 +30,20 @@ SERIAL_ROWS = 60
 
 
 @inner
+def _row(sides: Any, first: int, end: int) -> tuple[Any, Any, Any, Any]:
+    """x1, y1, x2 and y2 of the anchors of a row. Each side by itself: a slice of columns is not contiguous for the compiler, and
+    its loops would not fill vector registers."""
+    return sides[0][first:end], sides[1][first:end], sides[2][first:end], sides[3][first:end]
+
+
+@inner
 def _ratio(box: Any, side: Any, area: Any, of_anchor: bool, eps: Any, ratio: Any) -> None:
     """Intersection over union of a box with the anchors of a row, or over the area of the anchor. A box with a NaN has no area in
     common with an anchor."""
     zero = np.float32(0)
     x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
     own = np.float32(0) if of_anchor else (x2 - x1) * (y2 - y1)
-    anchor_x1, anchor_y1, anchor_x2, anchor_y2 = side[0], side[1], side[2], side[3]
+    anchor_x1, anchor_y1, anchor_x2, anchor_y2 = side
     for i in range(len(area)):
         width = (anchor_x2[i] if anchor_x2[i] < x2 else x2) - (anchor_x1[i] if anchor_x1[i] > x1 else x1)
         height = (anchor_y2[i] if anchor_y2[i] < y2 else y2) - (anchor_y1[i] if anchor_y1[i] > y1 else y1)
@@ -63,14 +71,28 @@ def _highest(iou: Any) -> Any:
 
 
 @inner
+def _keep_higher(iou: Any, gt: Any, most: Any, owner: Any, new_most: Any, new_owner: Any) -> None:
+    """The higher of two overlaps of each anchor, and whose it is; of equal ones the first.
+
+    Into other arrays: a masked store would do in the same ones, and some processors are slow at it. One loop after the other: the
+    compiler would jump with both in one.
+    """
+    for a in range(len(iou)):
+        new_owner[a] = gt if iou[a] > most[a] else owner[a]
+    for a in range(len(iou)):
+        new_most[a] = iou[a] if iou[a] > most[a] else most[a]
+
+
+@inner
 def _bounds(side: Any) -> tuple[Any, Any, Any, Any]:
     """x1, y1, x2, y2 around the anchors of a row; comparisons leave out what is NaN."""
     x1, y1, x2, y2 = np.float32(np.inf), np.float32(np.inf), np.float32(-np.inf), np.float32(-np.inf)
-    for i in range(side.shape[1]):
-        x1 = side[0, i] if side[0, i] < x1 else x1
-        y1 = side[1, i] if side[1, i] < y1 else y1
-        x2 = side[2, i] if side[2, i] > x2 else x2
-        y2 = side[3, i] if side[3, i] > y2 else y2
+    anchor_x1, anchor_y1, anchor_x2, anchor_y2 = side
+    for i in range(len(anchor_x1)):
+        x1 = anchor_x1[i] if anchor_x1[i] < x1 else x1
+        y1 = anchor_y1[i] if anchor_y1[i] < y1 else y1
+        x2 = anchor_x2[i] if anchor_x2[i] > x2 else x2
+        y2 = anchor_y2[i] if anchor_y2[i] > y2 else y2
     return x1, y1, x2, y2
 
 
@@ -99,6 +121,17 @@ def _decided(most: Any, owner: int, pos_iou_thr: Any, neg_iou_thr: Any) -> int:
     return owner + 1 if most >= pos_iou_thr else 0 if most >= 0 and most < neg_iou_thr else -1
 
 
+@inner
+def _decide(most: Any, owner: Any, keep_owner: bool, pos_iou_thr: Any, neg_iou_thr: Any, inds: Any) -> None:
+    """What `_decided` says, or with `keep_owner` whose the best overlap is, for the second pass to decide."""
+    if keep_owner:
+        for a in range(len(inds)):
+            inds[a] = owner[a] + 1 if most[a] >= 0 else -1
+    else:
+        for a in range(len(inds)):
+            inds[a] = _decided(most[a], owner[a], pos_iou_thr, neg_iou_thr)
+
+
 @compiled
 def _first_pass(
     first: int,
@@ -119,35 +152,35 @@ def _first_pass(
 ) -> None:
     pos_iou_thr, neg_iou_thr, _, ignore_iof_thr, eps = numbers
     widest, none = (rows[first:last, 3] - rows[first:last, 2]).max(), np.float32(-1)
-    iou, owner, counts = np.empty(widest, np.float32), np.empty(widest, np.int32), np.empty(widest, np.bool_)
+    room, owners, room_counts = np.empty((3, widest), np.float32), np.empty((2, widest), np.int32), np.empty(widest, np.bool_)
     for row in range(first, last):
         image, place, low, high, source = rows[row]
         begin, end, size = box_offset[image], box_offset[image + 1], high - low
-        side, area = sides[:, source : source + size], areas[source : source + size]
-        most, flags = overlaps[low:high], valid[low:high]
+        side, area = _row(sides, source, source + size), areas[source : source + size]
+        inds, highest, flags = gt_inds[low:high], overlaps[low:high], valid[low:high]
         if begin == end:
             for a in range(size):
                 there = len(flags) == 0 or flags[a]
-                gt_inds[low + a], most[a] = 0 if there else -1, 0 if there else none
+                inds[a], highest[a] = 0 if there else -1, 0 if there else none
             continue
         some = ignored[ignored_offset[image] : ignored_offset[image + 1]]
-        _counting(side, area, some, flags, ignore_iof_thr, eps, iou[:size], counts[:size])
-        most[:], owner[:], bounds, lowest_apart = none, 0, _bounds(side), end
-        floor = np.float32(0) if counts[:size].any() else none
+        iou, most, new_most = room[0][:size], room[1][:size], room[2][:size]
+        owner, new_owner, counts = owners[0][:size], owners[1][:size], room_counts[:size]
+        _counting(side, area, some, flags, ignore_iof_thr, eps, iou, counts)
+        most[:], owner[:], bounds, apart = none, 0, _bounds(side), end
         for g in range(begin, end):
             if _apart(boxes[g], bounds):
-                best[place, g], lowest_apart = floor, min(lowest_apart, g)
-                continue
-            _overlap(boxes[g], side, area, eps, counts[:size], iou[:size])
-            for a in range(size):
-                owner[a] = g - begin if iou[a] > most[a] else owner[a]
-                most[a] = iou[a] if iou[a] > most[a] else most[a]
-            best[place, g] = _highest(iou[:size])
+                if apart < g:
+                    best[place, g] = best[place, apart]
+                    continue
+                apart = g
+            _overlap(boxes[g], side, area, eps, counts, iou)
+            _keep_higher(iou, np.int32(g - begin), most, owner, new_most, new_owner)
+            most, new_most, owner, new_owner = new_most, most, new_owner, owner
+            best[place, g] = _highest(iou)
         for a in range(size):
-            if lowest_apart < end and counts[a] and (most[a] < 0 or (most[a] == 0 and owner[a] > lowest_apart - begin)):
-                most[a], owner[a] = 0, lowest_apart - begin
-            kept = owner[a] + 1 if most[a] >= 0 else -1
-            gt_inds[low + a] = kept if keep_owner else _decided(most[a], owner[a], pos_iou_thr, neg_iou_thr)
+            highest[a] = most[a]
+        _decide(most, owner, keep_owner, pos_iou_thr, neg_iou_thr, inds)
 
 
 @inner
@@ -179,17 +212,20 @@ def _second_pass(
 ) -> None:
     pos_iou_thr, neg_iou_thr, min_pos_iou, _, eps = numbers
     widest = (rows[first:last, 3] - rows[first:last, 2]).max()
-    iou, own = np.empty(widest, np.float32), np.empty(widest, np.int64)
+    room, room_own, room_counts = np.empty(widest, np.float32), np.empty(widest, np.int64), np.empty(widest, np.bool_)
     for row in range(first, last):
         image, place, low, high, source = rows[row]
         size, inds, most = high - low, gt_inds[low:high], overlaps[low:high]
-        own[:] = 0
+        side, area = _row(sides, source, source + size), areas[source : source + size]
+        iou, own, counts = room[:size], room_own[:size], room_counts[:size]
+        for a in range(size):
+            own[a], counts[a] = 0, most[a] >= 0
         for g in range(box_offset[image], box_offset[image + 1]):
             if best[place, g] < highest[g] or highest[g] < 0 or highest[g] < min_pos_iou:
                 continue
             if match_all or (best[:place, g] < highest[g]).all():
-                _overlap(boxes[g], sides[:, source : source + size], areas[source : source + size], eps, most >= 0, iou[:size])
-                _own(iou[:size], highest[g], g - box_offset[image] + 1, not match_all, own)
+                _overlap(boxes[g], side, area, eps, counts, iou)
+                _own(iou, highest[g], g - box_offset[image] + 1, not match_all, own)
         for a in range(size):
             if own[a] > 0:
                 inds[a] = inds[a] if keep_owner else own[a]
