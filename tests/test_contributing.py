@@ -35,3 +35,11 @@ def test_what_the_map_shows_exists():
 def test_no_file_is_too_long_to_be_read():
     lengths = {path: len((ROOT / path).read_text().splitlines()) for path in tracked("*.py")}
     assert {path: lines for path, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_the_names_that_it_sends_readers_to_are_there():
+    """A name in one pair of quotes, `of` or `in`, a file in another."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`(\w+)`\s+(?:of|in)\s+`([\w./]+\.py)`", text)
+    missing = [place for place in named if not re.search(rf"^(def |class )?{place[0]}\b", (ROOT / place[1]).read_text(), re.M)]
+    assert len(named) >= 6 and missing == []
