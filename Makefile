@@ -47,6 +47,7 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "slow and not long"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long and not slow" $(filter-out $(MAIN_KERNELS), $(KERNELS))
+	$(BIN)/python -m pytest -n 2 -m "not long" --execution 80 $(filter-out $(MAIN_PUBLIC), $(PUBLIC))
 
 FAST = -n 2 -m "not long and not slow" --ignore-glob="*_kernels.py" --ignore=tests/test_compile.py --ignore=tests/ptxrun
 test-fast: $(READY)
