@@ -78,14 +78,10 @@ def recording(request: pytest.FixtureRequest) -> data.Recording:
 @pytest.fixture(autouse=True)
 def global_seed(request: pytest.FixtureRequest) -> None:
     """torch's own random numbers (`torch.rand`, fresh modules): seeded with the test's name, so that a run repeats the last one."""
-    torch.manual_seed(seed(request))
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that a test draws alone: seeded with its name."""
     return np.random.default_rng(list(request.node.name.encode()))
-
-
-def seed(request: pytest.FixtureRequest) -> int:
-    return zlib.crc32(request.node.name.encode())

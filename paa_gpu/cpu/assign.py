@@ -74,8 +74,8 @@ def _highest(iou: Any) -> Any:
 def _keep_higher(iou: Any, gt: Any, most: Any, owner: Any, new_most: Any, new_owner: Any) -> None:
     """The higher of two overlaps of each anchor, and whose it is; of equal ones the first.
 
-    Into other arrays: a masked store would do in the same ones, and some processors are slow at it. One loop after the other: the
-    compiler would jump with both in one.
+    Into other arrays: in the same ones the compiler would use masked stores, and some processors are slow at them. Two loops:
+    with both in one it would use jumps.
     """
     for a in range(len(iou)):
         new_owner[a] = gt if iou[a] > most[a] else owner[a]
