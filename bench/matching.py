@@ -113,6 +113,8 @@ def operations() -> dict[str, int]:
 def draw(result: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
+    from .plot import save
+
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
     for axis, what, scale, label in zip(axes, ("bytes", "seconds"), (2**20, 1), ("peak memory [MiB]", "time [s]"), strict=True):
         for name, color, text in (("matrix", "#0072B2", "torchvision, with the matrix"), ("paa_gpu", "#D55E00", "accelerated")):
@@ -123,7 +125,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(lambda value, _: f"{value:,g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(file, dpi=150)
+    save(figure, file)
 
 
 def main() -> None:

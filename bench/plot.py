@@ -72,6 +72,13 @@ UNITS = {
 Medians = dict[str, dict[str, float]]
 
 
+def save(figure: Any, path: Path) -> None:
+    """A small file: these pictures have few colours."""
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def medians(result: dict[str, Any]) -> Medians:
     """Seconds by group and provider. On a GPU, seconds between two events."""
     found: Medians = {}
@@ -150,8 +157,7 @@ def picture(found: Medians, path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def scaling_picture(result: dict[str, Any], path: Path) -> None:
@@ -176,9 +182,7 @@ def scaling_picture(result: dict[str, Any], path: Path) -> None:
             axes.minorticks_off()
             axes.yaxis.set_major_formatter(EngFormatter("s" if what == "seconds" else "", sep=""))
             axes.grid(color="0.9")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    save(figure, path)
 
 
 def scaling_table(result: dict[str, Any]) -> str:

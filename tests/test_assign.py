@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 
 import paa_gpu
 from paa_gpu import reference, testing
+from paa_gpu.cpu import assign as cpu
 
 SHAPES = ((13, 17), (7, 9), (0, 3), (2, 2))
 EXTENT = (136.0, 104.0)
@@ -227,6 +228,22 @@ def test_no_change(rng):
     got = paa_gpu.assign_max_iou(*columns, ignore_iof_thr=0.3)
     got.gt_inds[0].fill_(7)
     assert all(torch.equal(a, b) for old, new in zip(before, columns, strict=True) for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"gt_max_assign_all": False}, {"low_quality": "anchor"}], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(options, rng, monkeypatch):
+    """The CPU's rows of anchors in one slice, as for few anchors, and in several."""
+    anchors = testing.make_anchors([(40, 40), (20, 20)])
+    boxes = [testing.make_boxes(number, (320, 320), rng) for number in (9, 0, 30)]
+    wanted, threads = paa_gpu.assign_max_iou(anchors, boxes, **options), torch.get_num_threads()
+    monkeypatch.setattr(cpu, "SERIAL_ANCHORS", 0)
+    try:
+        for number in (2, 5):
+            torch.set_num_threads(number)
+            got = paa_gpu.assign_max_iou(anchors, boxes, **options)
+            assert all(map(torch.equal, [*got.gt_inds, *got.max_overlaps], [*wanted.gt_inds, *wanted.max_overlaps]))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.long
