@@ -134,6 +134,29 @@ def _neighbours(boxes: Any, det: Any) -> Any:
 
 
 @inner
+def _corners(boxes: Any, offset: Any, ordered: Any) -> Any:
+    """Corners and area [5, n] of the boxes in this order."""
+    corner = np.empty((5, len(ordered)), boxes.dtype)
+    x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
+    for i in range(np.uint64(len(ordered))):
+        at = ordered[i]
+        x1[i], y1[i], x2[i], y2[i] = boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2] + offset, boxes[4 * at + 3] + offset
+        area[i] = (x2[i] - x1[i]) * (y2[i] - y1[i])
+    return corner
+
+
+@inner
+def _span(corner: Any, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
+    """What the boxes corner[:, first:last] span."""
+    left = top = corner.dtype.type(np.inf)
+    right = bottom = corner.dtype.type(-np.inf)
+    for i in range(first, last):
+        left, top = min(left, corner[0, i]), min(top, corner[1, i])
+        right, bottom = max(right, corner[2, i]), max(bottom, corner[3, i])
+    return left, top, right, bottom
+
+
+@inner
 def _candidates(
     boxes: Any, scores: Any, all_classes: int, threshold: Any, offset: Any, ordered: Any, classes: Any, span: Any
 ) -> tuple[Any, Any, Any, Any]:
@@ -144,38 +167,41 @@ def _candidates(
         corner [5, n], corners and area of the boxes; index and score [classes, n + 1] of the candidates of each class; how many
         it has.
     """
-    none, n = boxes.dtype.type(-np.inf), np.uint64(len(ordered))
-    corner, place = np.empty((5, len(ordered)), boxes.dtype), np.empty(len(ordered), np.int64)
+    n = np.uint64(len(ordered))
+    corner, row = _corners(boxes, offset, ordered), np.uint64(all_classes)
     # One place more than there are boxes: what is no candidate is written behind those that are.
     lists = (len(classes), len(ordered) + 1)
     index, score = np.empty(lists, np.uint32), np.empty(lists, boxes.dtype)
-    size, own, kept = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype), np.empty(TILE, boxes.dtype)
-    x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
-    for i in range(n):
-        at = ordered[i]
-        place[i] = at * all_classes
-        x1[i], y1[i], x2[i], y2[i] = boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2] + offset, boxes[4 * at + 3] + offset
-        area[i] = (x2[i] - x1[i]) * (y2[i] - y1[i])
+    size, own, kept = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype), np.empty(TILE, np.uint8)
+    x1, y1, x2, y2 = corner[0], corner[1], corner[2], corner[3]
     for k in range(len(classes)):
         size[k] = 0
-    # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Unsigned: an index
-    # that may be negative takes a branch. One loop after the other, so that the first two fill vector registers. `kept` is not
-    # `own`: a masked store would do then, and some processors are slow at it.
+    # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Most tiles lie beside
+    # the detections of a class that has few; one class alone has all of them. Unsigned: an index that may be negative takes a
+    # branch. One loop after the other, so that the first two fill vector registers. The third takes one box at a time, and stores
+    # no more than its index.
+    x_min = y_min = boxes.dtype.type(-np.inf)
+    x_max = y_max = boxes.dtype.type(np.inf)
     for first in range(np.uint64(0), n, np.uint64(TILE)):
         tile = min(np.uint64(TILE), n - first)
+        if len(classes) > 1:
+            x_min, y_min, x_max, y_max = _span(corner, first, first + tile)
         for k in range(np.uint64(len(classes))):
             c, left, top, right, bottom = np.uint64(classes[k]), span[k, 0], span[k, 1], span[k, 2], span[k, 3]
+            if not ((right > x_min) & (x_max > left) & (bottom > y_min) & (y_max > top)):
+                continue
             for j in range(tile):
-                own[j] = scores[np.uint64(place[first + j]) + c]
+                own[j] = scores[np.uint64(ordered[first + j]) * row + c]
             for j in range(tile):
                 i = first + j
                 across = (right > x1[i]) & (x2[i] > left)
-                there = across & (bottom > y1[i]) & (y2[i] > top) & (own[j] > threshold)
-                kept[j] = own[j] if there else none
-            found = np.uint64(size[k])
+                kept[j] = across & (bottom > y1[i]) & (y2[i] > top) & (own[j] > threshold)
+            start = found = np.uint64(size[k])
             for j in range(tile):
-                index[k, found], score[k, found] = first + j, kept[j]
-                found += np.uint64(kept[j] > none)
+                index[k, found] = first + j
+                found += np.uint64(kept[j])
+            for at in range(start, found):
+                score[k, at] = own[np.uint64(index[k, at]) - first]
             size[k] = found
     return corner, index, score, size
 
