@@ -81,6 +81,24 @@ def test_limits(options, class_agnostic, rng):
     check(images, class_agnostic=class_agnostic, **options)
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("numbers", [(0, 9), (9, 0), (0, 9, 0, 0, 4, 0)], ids=str)
+def test_images_without_boxes(numbers, method, with_labels, rng):
+    """Wherever they are in a list, the others get what they get alone."""
+    boxes, scores, labels = (list(column) for column in zip(*(make_image(number, 2, rng) for number in numbers), strict=True))
+    if not with_labels:
+        scores, labels = [torch.stack([score, score.flip(0)], 1) for score in scores], None
+    got = paa_gpu.batched_nms(boxes, scores, labels, 0.5, method=method)
+    for i in range(len(numbers)):
+        alone = paa_gpu.batched_nms(boxes[i : i + 1], scores[i : i + 1], labels and labels[i : i + 1], 0.5, method=method)
+        count = int(alone.count)
+        assert int(got.count[i]) == count and (count > 0) == (numbers[i] > 0)
+        for all_images, image, padding in zip(got[:4], alone[:4], (0, 0, -1, -1), strict=True):
+            assert torch.equal(all_images[i, :count], image[0, :count])
+            assert (all_images[i, count:] == padding).all()
+
+
 def test_many_of_one_class(rng):
     """More than one chunk of what is kept, and images shared among threads."""
     check([make_image(600, 1, rng, extent=3000) for _ in range(3)])
