@@ -10,11 +10,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_fusion import make_models
 from test_head import make_features, make_head, make_targets
+from test_nms import assert_alone, make_image
 
 import paa_gpu
 from paa_gpu import testing
 from paa_gpu.em import COVARIANCE_TYPES
+from paa_gpu.fusion import CONF_TYPES
+from paa_gpu.nms import METHODS
 from paa_gpu.separation import SCHEMES
 
 LEVELS = (600, 150, 40, 12, 3)
@@ -246,6 +250,59 @@ def test_the_order_of_detections_is_kept(made, order):
         wanted, wanted_label = paa_gpu.score_voting(det, label, box, score, 0.05, keep_order=True)
         assert torch.equal(got, wanted[places])
         assert torch.equal(got_label, wanted_label[places])
+
+
+numbers_of_boxes = st.lists(st.integers(0, 30), min_size=1, max_size=4)
+
+
+@given(
+    numbers_of_boxes,
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(METHODS),
+            "score_thr": st.sampled_from([None, 0.25]),
+            "nms_pre": st.integers(0, 20),
+            "max_per_img": st.integers(0, 20),
+            "class_agnostic": st.booleans(),
+        }
+    ),
+)
+def test_suppression_in_a_batch_is_that_of_its_images(numbers, seed, with_labels, chosen):
+    images = [make_image(number, 3, np.random.default_rng([seed, i]), ties=i % 2 == 0) for i, number in enumerate(numbers)]
+    boxes, scores, labels = (list(column) for column in zip(*images, strict=True))
+    if not with_labels:
+        scores, labels = [torch.stack([score, score.flip(0)], 1) for score in scores], None
+    got = paa_gpu.batched_nms(boxes, scores, labels, 0.5, **chosen)
+    for i in range(len(numbers)):
+        own = slice(i, i + 1)
+        assert_alone(got, i, paa_gpu.batched_nms(boxes[own], scores[own], labels and labels[own], 0.5, **chosen))
+
+
+@given(numbers_of_boxes, st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(CONF_TYPES), st.sampled_from([0.0, 0.3]))
+def test_fusion_in_a_batch_is_that_of_its_images(numbers, models, seed, conf_type, skip_box_thr):
+    """Models differ in their boxes, and a model may have none."""
+    images = [
+        make_models([number * t // 2 for t in range(models)], np.random.default_rng([seed, i]))
+        for i, number in enumerate(numbers)
+    ]
+    chosen = {"conf_type": conf_type, "skip_box_thr": skip_box_thr}
+    got = paa_gpu.weighted_boxes_fusion(*zip(*images, strict=True), **chosen)
+    for i, image in enumerate(images):
+        assert_alone(got, i, paa_gpu.weighted_boxes_fusion(*([column] for column in image), **chosen))
+
+
+@given(numbers_of_boxes, st.integers(1, 3), st.sampled_from(["quantile", "kmeans"]), st.integers(0, 2**32))
+def test_rows_of_any_length_fit_as_they_do_alone(ground_truths, numbers, n_components, init, seed):
+    ground_truths[0] += len(numbers)
+    rng = np.random.default_rng(seed)
+    rows = [torch.from_numpy(rng.normal(size=number)) for number in numbers]
+    got = paa_gpu.fit_gmm_1d(rows, n_components=n_components, init=init)
+    for i, row in enumerate(rows):
+        alone = paa_gpu.fit_gmm_1d([row], n_components=n_components, init=init)
+        for of_all, own in zip(got[:7], alone[:7], strict=True):
+            torch.testing.assert_close(of_all[i], own[0], rtol=0, atol=0, equal_nan=True)
 
 
 heads = st.builds(
