@@ -454,9 +454,11 @@ def launch_fit(
         covariance_type: as for `fit_gmm_1d`.
         assignment, score: Tensor[G, K] bool and of the fit's dtype, contiguous, both or neither. Filled completely: True at
             foreground and the log-density at candidates; False and -inf at padding and in rows that are not valid.
-        separation: a key of `SCHEMES`, or None. With it come `index`, Tensor[G, K] int64, contiguous, where the candidates
-            stand in `positive` and `ignored` (what is negative is left out), and these two, Tensor[P] bool, zeroed by the
-            caller: they become True where a candidate is positive or ignored, and are not touched elsewhere.
+        index: Tensor[G, K] int64, contiguous, where the candidates stand in `positive` and `ignored`; what is negative is left
+            out (with `separation`).
+        positive, ignored: Tensor[P] bool, zeroed by the caller. They become True where a candidate is positive or ignored, and
+            are not touched elsewhere (with `separation`).
+        separation: a key of `SCHEMES`, or None.
         singleton: "background" or "positive", what the only candidate of a row becomes (with `separation`).
         targets: with `separation`, the image of each row, the table of the images and their number, the targets that are given
             back to the positives, and the counted positives of each image.

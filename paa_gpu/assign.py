@@ -50,9 +50,9 @@ def assign_max_iou(
         anchors: one list of levels for all images, Tensor[A_l, 4]: x1, y1, x2, y2 in pixels. Or one such list for each image, if
             anchors or proposals differ: `[[boxes] for boxes in proposals]`. A_n = sum(A_l) of image n, less than 2^31.
         gt_bboxes: per image Tensor[G_n, 4], ground truths. G_n may be 0. All have one dtype. It may differ from that of
-        `anchors`.
+            `anchors`.
         gt_bboxes_ignore: per image Tensor[I_n, 4], boxes to ignore, dtype of `gt_bboxes`. They count only if `ignore_iof_thr` >
-        0.
+            0.
         valid: per image BoolTensor[A_n]. False takes an anchor out: it gets -1, and is never the best anchor of a ground truth.
         pos_iou_thr, neg_iou_thr: not negative. The defaults of all options are PAA's.
         min_pos_iou: a ground truth has best anchors only if its best overlap reaches this. With 0, a ground truth without any

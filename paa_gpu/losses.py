@@ -61,7 +61,7 @@ def candidate_losses(
         gamma, alpha: options of the focal loss.
         loss_cls_weight, loss_bbox_weight: weights of the two losses.
         stds: deviations that the deltas were divided by. torchvision multiplies by weights, the inverses. For RetinaNet all are
-        1.
+            1.
         wh_ratio_clip: the width and the height of the decoded box are at least wh_ratio_clip times those of its anchor, and at
             most 1 / wh_ratio_clip times.
         box_loss: `"giou"` of the decoded box (PAA; `retinanet_resnet50_fpn_v2`), or `"l1"` of the deltas, without decoding

@@ -73,7 +73,7 @@ def assign_targets(
         cls_scores: per level Tensor[N, C, H_l, W_l], logits.
         bbox_preds: per level Tensor[N, 4, H_l, W_l], offsets; see `candidate_losses`.
         boxes: per image Tensor[G_n, 4] of any floating dtype, ground truths. G_n may be 0. Arithmetic is in the dtype of
-        `anchors`.
+            `anchors`.
         labels: per image Tensor[G_n] int64 or int32 in [0, C).
         ignored: per image Tensor[I_n, 4], boxes to ignore, see `assign_max_iou`.
         valid: per image BoolTensor[A], the anchors to train. None: all.

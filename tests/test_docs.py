@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import pages
 import pytest
@@ -72,3 +74,23 @@ def test_pictures_are_small_and_all_shown():
     there = {path.name for path in DOCS.iterdir() if path.suffix in PICTURES}
     assert shown == there
     assert not [path.name for path in DOCS.iterdir() if path.name in there and path.stat().st_size > 150_000]
+
+
+def functions():
+    """Every function and class of the package whose docstring has arguments, with the function that takes them."""
+    for path in sorted(Path(paa_gpu.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and "Args:\n" in (docstring := ast.get_docstring(node) or ""):
+                inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+                yield pytest.param(inits[0] if inits else node, docstring, id=f"{path.stem}.{node.name}")
+
+
+@pytest.mark.parametrize(("function", "docstring"), list(functions()))
+def test_arguments_are_described_once_each(function, docstring):
+    """A line that is not indented enough would begin another argument."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.DOTALL | re.MULTILINE)[1]
+    entries = re.findall(r"^    (?! )(.*)", section, re.MULTILINE)
+    assert [entry for entry in entries if not re.match(r"\w+(, \w+)*:", entry)] == []
+    described = [name for entry in entries for name in entry.split(":")[0].split(", ")]
+    arguments = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+    assert sorted(described) == sorted(set(arguments) - {"self"})
