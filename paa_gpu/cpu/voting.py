@@ -95,18 +95,19 @@ def _within(place: Any, zero: Any) -> Any:
 
 
 @inner
-def _neighbours(boxes: Any, det: Any) -> Any:
+def _neighbours(boxes: Any, det: Any, label: Any, all_classes: int) -> Any:
     """The finite boxes in an order in which neighbours of like size follow each other: by size, then along the curve.
 
-    The grid is over what the centres of the detections span: boxes beyond are in a cell at its border. `boxes` [4 * n] is flat:
-    the compiler does not know how long a row is, and a loop over rows of an unknown length takes one at a time.
+    The grid is over what the centres of the detections span: boxes beyond are in a cell at its border. Detections of no class,
+    as padding is, count for nothing. `boxes` [4 * n] is flat: the compiler does not know how long a row is, and a loop over rows
+    of an unknown length takes one at a time.
     """
     real, zero = boxes.dtype.type, boxes.dtype.type(0)
     left = top = real(np.inf)
     right = bottom = real(-np.inf)
     longest = zero
     for i in range(len(det)):
-        if _is_finite(det, i):
+        if 0 <= label[i] < all_classes and _is_finite(det, i):
             x1, y1, x2, y2 = det[i, 0], det[i, 1], det[i, 2], det[i, 3]
             left, top, right, bottom = min(left, x1 + x2), min(top, y1 + y2), max(right, x1 + x2), max(bottom, y1 + y2)
             longest = max(longest, x2 - x1, y2 - y1)
@@ -327,7 +328,8 @@ def _vote_image(
     real = det.dtype.type
     pixel = real(offset)
     number, classes, span = _classes(first, last, order, det, label, all_classes, pixel)
-    candidates = _candidates(boxes, scores, all_classes, real(score_thr), pixel, _neighbours(boxes, det), classes, span)
+    ordered = _neighbours(boxes, det, label, all_classes)
+    candidates = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, span)
     _vote_rows(first, last, order, det, label, number, *candidates, real(least_iou), real(scale), pixel, voted)
 
 
