@@ -53,7 +53,7 @@ def make_losses(shape: str, size: int, rng: np.random.Generator) -> Array:
     if shape == "bimodal":
         centre = np.where(rng.random(size) < rng.uniform(0.2, 0.8), rng.uniform(0.3, 1), rng.uniform(1.5, 3))
         return np.abs(centre + rng.normal(size=size) * rng.uniform(0.02, 0.3))
-    if shape == "outlier":
+    if shape == "outlier" and size > 0:
         losses = 3 + rng.normal(size=size) * 1e-3
         losses[rng.integers(size)] += rng.uniform(5, 24)
         return losses

@@ -25,7 +25,7 @@ LEVELS = (600, 150, 40, 12, 3)
 
 batches = st.builds(
     lambda num_gts, shapes, seed, dtype: testing.make_batch(
-        num_gts, np.random.default_rng(seed), shapes, (1, 40), level_sizes=LEVELS, num_classes=4, dtype=dtype
+        num_gts, np.random.default_rng(seed), shapes, (0, 40), level_sizes=LEVELS, num_classes=4, dtype=dtype
     ),
     st.lists(st.integers(0, 12), min_size=1, max_size=4),
     st.lists(st.sampled_from(testing.LOSS_SHAPES), min_size=1, max_size=3),
