@@ -1,7 +1,9 @@
-"""Without Triton, as on Windows and macOS: everything for CPU tensors, and a clear error for others. Without a lock: refused."""
+"""Without Triton, as on Windows and macOS: everything for CPU tensors, and a clear error for others. Without Python's lock, and
+without numba's compiler: refused."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +92,13 @@ def test_free_threaded_python_is_refused():
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1
     assert "ImportError: paa_gpu needs Python's global interpreter lock" in process.stderr and "PYTHON_GIL=1" in process.stderr
+
+
+def test_loops_that_are_not_compiled_are_refused():
+    script = "import torch, paa_gpu; paa_gpu.fit_gmm_1d(torch.rand(2, 9))"
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.endswith(
+        "ImportError: tensors on the CPU need loops that numba compiles: unset NUMBA_DISABLE_JIT in the environment\n"
+    )

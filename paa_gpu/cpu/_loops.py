@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numba import njit
+from numba import config, njit
 from numba.extending import register_jitable
 
 from . import _notice  # noqa: F401  # registers itself with numba
+
+# Their arithmetic is numba's: a sum of np.uint64 and np.int64, for example, is no integer in plain Python.
+if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets it from the environment
+    raise ImportError("tensors on the CPU need loops that numba compiles: unset NUMBA_DISABLE_JIT in the environment")
 
 # numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
 # function calls lies in other files, so the name tells all of them.
