@@ -61,7 +61,8 @@ def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Ten
     """The sigmoid focal loss [n, C] of logits [n, C] (arXiv 1708.02002); a label [n] outside [0, C) belongs to no class."""
     target = label[:, None] == torch.arange(scores.shape[1], device=scores.device)
     logit = torch.where(target, scores, -scores)  # of what is true
-    return F.logsigmoid(logit) * (torch.where(target, -alpha, alpha - 1) * (-logit).sigmoid().pow(gamma))
+    weight = torch.where(target, scores.new_full((), -alpha), alpha - 1)  # of two numbers it would have torch's default dtype
+    return F.logsigmoid(logit) * (weight * (-logit).sigmoid().pow(gamma))
 
 
 def _scaled(pair: Tensor, factors: Sequence[float]) -> Tensor:

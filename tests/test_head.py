@@ -117,6 +117,31 @@ def test_torchvision_is_not_imported():
     assert got.stdout == "set()\n"
 
 
+@pytest.fixture
+def default_dtype():
+    """`torch.set_default_dtype`, until the end of the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_torch_change_nothing(dtype, default_dtype):
+    """Neither the dtype nor the device that torch gives to what names none."""
+    head, features, targets = make_head(alpha=0.3), make_features(2), make_targets([3, 1])
+
+    def results() -> list[Tensor]:
+        detections = head.predict(features, [(64, 80), SIZE], padded=True)
+        return [*head.loss(features, targets, [(64, 80), SIZE]).values(), *detections.values()]
+
+    wanted = results()
+    default_dtype(dtype)
+    with torch.device("meta"):
+        got = results()
+    assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in wanted]
+    assert all(map(torch.equal, got, wanted))
+
+
 # --- synchronisation; that of `predict` is in test_predict ---
 
 
