@@ -1,7 +1,7 @@
 """Checks of arguments, and the wording of their errors: "`<argument>` must ..., got ...".
 
-Checks come in the order rank, shape, dtype, device, values. All come before any work. Only the checks of `validate=True` read
-tensors, and `check_classes`, which reads tensors of the CPU only.
+Checks come in the order rank, shape, layout, dtype, device, values. All come before any work. Only the checks of `validate=True`
+read tensors, and `check_classes`, which reads tensors of the CPU only.
 """
 
 from __future__ import annotations
@@ -30,19 +30,31 @@ def _sizes(shape: Iterable[int | None]) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
 
 
+def _type(value: Any) -> str:
+    """The name of the type. Some of numpy's are called as Python's or torch's are."""
+    kind = type(value)
+    return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
+
+
+def _check_sizes(name: str, sizes: Sequence[int], shape: Sequence[int | None]) -> None:
+    for size, wanted in zip(sizes, shape):  # noqa: B905  # both have the same length; `strict` takes a third of this loop
+        if wanted is not None and size != wanted:
+            raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
+
+
 def check_tensor(
     name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None = None
 ) -> None:
-    """A tensor of this shape (None: any size), one of these dtypes, on this device (None: the CPU or any CUDA device)."""
+    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: the CPU or any CUDA device)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a Tensor, got {_type(value)}")
     sizes = value.shape
     if len(sizes) != len(shape):
         raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(sizes)}")
     if sizes != shape:
-        for size, wanted in zip(sizes, shape):  # noqa: B905  # both have the same length; `strict` takes a third of this loop
-            if wanted is not None and size != wanted:
-                raise ValueError(f"`{name}` must have shape {_sizes(shape)}, got {_sizes(sizes)}")
+        _check_sizes(name, sizes, shape)
+    if value.layout is not torch.strided:
+        raise TypeError(f"`{name}` must have the layout strided, got {_names([value.layout])}")
     if value.dtype not in dtypes:
         raise TypeError(f"`{name}` must be {_names(dtypes)}, got {_names([value.dtype])}")
     if device is None:
@@ -55,7 +67,7 @@ def check_tensor(
 def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
     """A list or tuple with an entry for each `entry`. It is not empty, or it has the length of `like`."""
     if not isinstance(value, LIST):
-        raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {_type(value)}")
     if length is None and len(value) == 0:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list")
     if length is not None and len(value) != length:
@@ -69,7 +81,7 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, INT):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be an int, got {_type(value)}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:
@@ -78,12 +90,12 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
 
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a bool, got {_type(value)}")
 
 
 def check_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, REAL):
-        raise TypeError(f"`{name}` must be a float, got {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a float, got {_type(value)}")
 
 
 def check_non_negative(name: str, value: Any) -> None:

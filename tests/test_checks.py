@@ -79,6 +79,7 @@ BATCH = [
     ({"topk": 0}, ValueError, "`topk` must be at least 1, got 0"),
     ({"topk": 9.0}, TypeError, "`topk` must be an int, got float"),
     ({"topk": True}, TypeError, "`topk` must be an int, got bool"),
+    ({"topk": np.int64(9)}, TypeError, "`topk` must be an int, got numpy.int64"),
     (
         {"covariance_type": "diagonal"},
         ValueError,
@@ -153,6 +154,7 @@ FIT = [
         "`x` must have one row per mixture, got shape [100, 1]: for N samples of one mixture pass Tensor[N] or use the estimator",
     ),
     ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
+    ({"x": torch.ones(1, 3).to_sparse()}, TypeError, "`x` must have the layout strided, got sparse_coo"),
     ({"x": [torch.zeros(3), torch.zeros(1, 3)]}, ValueError, "`x[1]` must have 1 dimension, got shape [1, 3]"),
     ({"x": [torch.zeros(3), torch.zeros(3).half()]}, TypeError, "`x[1]` must be float32, got float16"),
     ({"x": [torch.zeros(3)], "count": Z}, ValueError, "`count` must be None where `x` is a list, got Tensor"),

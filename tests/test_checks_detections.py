@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from refusals import assert_refused
@@ -105,6 +106,7 @@ VOTING = [
     ),
     ({"score_thr": "0.05"}, TypeError, "`score_thr` must be a float, got str"),
     ({"score_thr": True}, TypeError, "`score_thr` must be a float, got bool"),
+    ({"score_thr": np.float32(0.05)}, TypeError, "`score_thr` must be a float, got numpy.float32"),
     ({"iou_thr": -0.01}, ValueError, "`iou_thr` must not be negative, got -0.01"),
     ({"sigma": 0}, ValueError, "`sigma` must be positive, got 0"),
     ({"sigma": -1.0}, ValueError, "`sigma` must not be negative, got -1.0"),
