@@ -53,12 +53,23 @@ def assert_rows(got, image, boxes, scores, labels, index):
 
 def assert_alone(got, image, alone):
     """An image of a batch got what it gets alone, and padding behind it; `got` and `alone` end in the counts."""
-    *tensors, counts = got
     count = int(alone[-1])
-    assert int(counts[image]) == count
-    for of_batch, own in zip(tensors, alone, strict=False):
+    assert int(got[-1][image]) == count
+    for of_batch, own in zip(got[:-1], alone[:-1], strict=True):
         assert torch.equal(of_batch[image, :count], own[0, :count])
         assert (of_batch[image, count:] == (0 if own.is_floating_point() else -1)).all()
+
+
+def check_alone(images, with_labels, **options):
+    """Each image of a list gets what it gets alone. Returns the numbers of detections."""
+    boxes, scores, labels = (list(column) for column in zip(*images, strict=True))
+    if not with_labels:
+        scores, labels = [torch.stack([score, score.flip(0)], 1) for score in scores], None
+    got = paa_gpu.batched_nms(boxes, scores, labels, 0.5, **options)
+    for i in range(len(images)):
+        own = slice(i, i + 1)
+        assert_alone(got, i, paa_gpu.batched_nms(boxes[own], scores[own], labels and labels[own], 0.5, **options))
+    return got.count.tolist()
 
 
 def check(images, iou_threshold=0.5, **options):
@@ -96,14 +107,8 @@ def test_limits(options, class_agnostic, rng):
 @pytest.mark.parametrize("numbers", [(0, 9), (9, 0), (0, 9, 0, 0, 4, 0)], ids=str)
 def test_images_without_boxes(numbers, method, with_labels, rng):
     """Wherever they are in a list, the others get what they get alone."""
-    boxes, scores, labels = (list(column) for column in zip(*(make_image(number, 2, rng) for number in numbers), strict=True))
-    if not with_labels:
-        scores, labels = [torch.stack([score, score.flip(0)], 1) for score in scores], None
-    got = paa_gpu.batched_nms(boxes, scores, labels, 0.5, method=method)
-    for i in range(len(numbers)):
-        alone = paa_gpu.batched_nms(boxes[i : i + 1], scores[i : i + 1], labels and labels[i : i + 1], 0.5, method=method)
-        assert (int(alone.count) > 0) == (numbers[i] > 0)
-        assert_alone(got, i, alone)
+    counts = check_alone([make_image(number, 2, rng) for number in numbers], with_labels, method=method)
+    assert [count > 0 for count in counts] == [number > 0 for number in numbers]
 
 
 def test_many_of_one_class(rng):

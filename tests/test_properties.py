@@ -12,10 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_fusion import make_models
 from test_head import make_features, make_head, make_targets
-from test_nms import assert_alone, make_image
+from test_nms import assert_alone, check, check_alone, make_image
 
 import paa_gpu
-from paa_gpu import testing
+from paa_gpu import reference, testing
 from paa_gpu.em import COVARIANCE_TYPES
 from paa_gpu.fusion import CONF_TYPES
 from paa_gpu.nms import METHODS
@@ -98,6 +98,17 @@ def test_a_batch_equals_its_images_one_by_one(ground_truths, batch, chosen):
         for ours, theirs in zip(targets, (out.label, out.label_weight, out.bbox_weight), strict=True):
             assert torch.equal(ours, theirs[image])
         assert num_pos == out.num_pos[image]
+
+
+@given(batches, options)
+def test_targets_are_those_of_scikit_learns_fits(ground_truths, batch, chosen):
+    ground_truths[0] += sum(batch.num_gts)
+    published = {"num_classes": batch.num_classes, **{name: value for name, value in chosen.items() if name != "precision"}}
+    for arguments in zip(*batch.arguments, strict=True):
+        got = paa_gpu.paa_reassign(*arguments, precision="float64", **published)
+        *wanted, num_pos = reference.paa_reassign(*arguments, **published)
+        assert all(map(torch.equal, got[:3], wanted))
+        assert got[3] == num_pos
 
 
 @given(batches, options, orders)
@@ -253,39 +264,38 @@ def test_the_order_of_detections_is_kept(made, order):
 
 
 numbers_of_boxes = st.lists(st.integers(0, 30), min_size=1, max_size=4)
-
-
-@given(
+candidates = st.builds(
+    lambda numbers, seed: [
+        make_image(number, 3, np.random.default_rng([seed, i]), ties=i % 2 == 0) for i, number in enumerate(numbers)
+    ],
     numbers_of_boxes,
     st.integers(0, 2**32),
-    st.booleans(),
-    st.fixed_dictionaries(
-        {
-            "method": st.sampled_from(METHODS),
-            "score_thr": st.sampled_from([None, 0.25]),
-            "nms_pre": st.integers(0, 20),
-            "max_per_img": st.integers(0, 20),
-            "class_agnostic": st.booleans(),
-        }
-    ),
 )
-def test_suppression_in_a_batch_is_that_of_its_images(numbers, seed, with_labels, chosen):
-    images = [make_image(number, 3, np.random.default_rng([seed, i]), ties=i % 2 == 0) for i, number in enumerate(numbers)]
-    boxes, scores, labels = (list(column) for column in zip(*images, strict=True))
-    if not with_labels:
-        scores, labels = [torch.stack([score, score.flip(0)], 1) for score in scores], None
-    got = paa_gpu.batched_nms(boxes, scores, labels, 0.5, **chosen)
-    for i in range(len(numbers)):
-        own = slice(i, i + 1)
-        assert_alone(got, i, paa_gpu.batched_nms(boxes[own], scores[own], labels and labels[own], 0.5, **chosen))
+limits = st.fixed_dictionaries(
+    {
+        "score_thr": st.sampled_from([None, 0.25]),
+        "nms_pre": st.integers(0, 20),
+        "max_per_img": st.integers(0, 20),
+        "class_agnostic": st.booleans(),
+    }
+)
+
+
+@given(candidates, st.booleans(), st.sampled_from(METHODS), limits)
+def test_suppression_in_a_batch_is_that_of_its_images(images, with_labels, method, chosen):
+    check_alone(images, with_labels, method=method, **chosen)
+
+
+@given(candidates, st.sampled_from([0.0, 1 / 3, 0.5, 1.0]), limits)
+def test_suppression_is_that_of_torchvision(images, iou_threshold, chosen):
+    check(images, iou_threshold, **chosen)
 
 
 @given(numbers_of_boxes, st.integers(1, 3), st.integers(0, 2**32), st.sampled_from(CONF_TYPES), st.sampled_from([0.0, 0.3]))
 def test_fusion_in_a_batch_is_that_of_its_images(numbers, models, seed, conf_type, skip_box_thr):
-    """Models differ in their boxes, and a model may have none."""
+    """Models differ in their boxes, and the second has none."""
     images = [
-        make_models([number * t // 2 for t in range(models)], np.random.default_rng([seed, i]))
-        for i, number in enumerate(numbers)
+        make_models([number, 0, number // 2][:models], np.random.default_rng([seed, i])) for i, number in enumerate(numbers)
     ]
     chosen = {"conf_type": conf_type, "skip_box_thr": skip_box_thr}
     got = paa_gpu.weighted_boxes_fusion(*zip(*images, strict=True), **chosen)
@@ -364,6 +374,17 @@ def test_the_assignment_of_a_batch_is_that_of_its_images_at_any_scale(ground_tru
         assert torch.equal(gt_inds, one.gt_inds[0])
         assert torch.equal(overlaps, one.max_overlaps[0])
         assert ((gt_inds >= -1) & (gt_inds <= len(image))).all()
+
+
+@given(boxes_of_images, st.booleans(), st.booleans(), st.sampled_from(["gt", "anchor"]))
+def test_the_assignment_is_that_of_all_overlaps(ground_truths, boxes, match_low_quality, gt_max_assign_all, low_quality):
+    """Every box is there twice, so that overlaps tie."""
+    boxes = [image.repeat(2, 1) for image in boxes]
+    ground_truths[0] += sum(map(len, boxes))
+    options = {"match_low_quality": match_low_quality, "gt_max_assign_all": gt_max_assign_all, "low_quality": low_quality}
+    got, wanted = paa_gpu.assign_max_iou(ANCHORS, boxes, **options), reference.assign_max_iou(ANCHORS, boxes, **options)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 @given(boxes_of_images, orders)

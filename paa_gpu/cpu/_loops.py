@@ -21,7 +21,7 @@ from numba.extending import register_jitable
 
 from . import _notice  # noqa: F401  # registers itself with numba
 
-# Their arithmetic is numba's: a sum of np.uint64 and np.int64, for example, is no integer in plain Python.
+# The loops need numba's arithmetic. In plain Python a sum of np.uint64 and np.int64, for example, is no integer.
 if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets it from the environment
     raise ImportError("tensors on the CPU need loops that numba compiles: unset NUMBA_DISABLE_JIT in the environment")
 

@@ -270,7 +270,8 @@ def batched_nms(
     over_slices(suppress_images, images, 2)
     there = np.arange(room) < count[:, None]
     index, column = np.divmod(entry, classes) if classes > 1 else (entry, np.zeros_like(entry))
-    rows = np.where(there, index + bounds[:-1, None], 0)  # a row of an image without boxes would lie in another, or in none
+    # Padding reads row 0: the first row of an image without boxes belongs to another image, or is behind all of them.
+    rows = np.where(there, index + bounds[:-1, None], 0)
     kept = np.where(there[..., None], box[rows] if len(box) else np.zeros((images, room, 4), real), 0)
     if label is not None and len(label):
         column = label[rows].astype(np.int64)

@@ -177,10 +177,10 @@ def _candidates(
     x1, y1, x2, y2 = corner[0], corner[1], corner[2], corner[3]
     for k in range(len(classes)):
         size[k] = 0
-    # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. Most tiles lie beside
-    # the detections of a class that has few; one class alone has all of them. Unsigned: an index that may be negative takes a
-    # branch. One loop after the other, so that the first two fill vector registers. The third takes one box at a time, and stores
-    # no more than its index.
+    # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. A class skips a tile
+    # that lies beside its detections. A class that is alone has detections almost everywhere, so nobody looks for such a tile.
+    # Unsigned: an index that may be negative takes a branch. One loop after the other, so that the first two fill vector
+    # registers. The third takes one box at a time, and stores no more than its index.
     x_min = y_min = boxes.dtype.type(-np.inf)
     x_max = y_max = boxes.dtype.type(np.inf)
     for first in range(np.uint64(0), n, np.uint64(TILE)):
