@@ -123,25 +123,35 @@ def test_inside_dataloader_workers(method):
 
 
 SECOND_PROCESS = """
-import torch, numpy as np
+import hashlib, torch, numpy as np
 import paa_gpu
 from numba.core.dispatcher import Dispatcher
 from paa_gpu import testing
-batch = testing.make_batch([3], np.random.default_rng(0))
-paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
-paa_gpu.score_voting_batch(*testing.make_predictions([(3, 9)], np.random.default_rng(0)), 0.05)
+batch = testing.make_batch([3, 40], np.random.default_rng(0))
+got = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options)
+voted, _ = paa_gpu.score_voting_batch(*testing.make_predictions([(30, 90)], np.random.default_rng(0)), 0.05)
+print(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (*got.fit[:4], *voted))).hexdigest())
 from paa_gpu.cpu import em, reassign, topk, voting
-for module in (em, reassign, topk, voting):
-    for loop in vars(module).values():
-        if isinstance(loop, Dispatcher) and loop.signatures:
-            assert sum(loop.stats.cache_hits.values()) and not loop.stats.cache_misses, loop
+used = [loop for module in (em, reassign, topk, voting) for loop in vars(module).values()
+        if isinstance(loop, Dispatcher) and loop.signatures]
+compiled = [loop for loop in used if loop.stats.cache_misses]
+print(len(compiled), len(used))
+# What a loop has beside itself is code of the process that compiles: see `forceinline` in `_loops.py`.
+print([function.name for loop in compiled for code in loop.overloads.values() for function in code.library.get_defined_functions()
+       if "paa_gpu" in function.name and loop.__name__ not in function.name])
 """
 
 
-@pytest.mark.long
-def test_a_second_process_starts_hot(tmp_path):
-    """The first one compiles into an empty cache, the second one finds everything there."""
+@pytest.mark.slow
+def test_a_second_process_starts_hot_and_gets_the_same_bits(tmp_path):
+    """The first one compiles into an empty cache. The second one finds everything there."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    first = subprocess.run([sys.executable, "-c", SECOND_PROCESS], env=environment, capture_output=True, text=True)
-    assert first.returncode != 0 and "AssertionError" in first.stderr, "an empty cache cannot have had hits"
-    subprocess.run([sys.executable, "-c", SECOND_PROCESS], env=environment, check=True)
+    first, second = (
+        subprocess.run([sys.executable, "-c", SECOND_PROCESS], env=environment, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    )
+    (bits, counts, beside), (same_bits, later_counts, _) = first.splitlines(), second.splitlines()
+    compiled, used = counts.split()
+    assert int(compiled) > 0 and compiled == used and later_counts == f"0 {used}"
+    assert beside == "[]"
+    assert bits == same_bits

@@ -35,12 +35,16 @@ _VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
 # no_cfunc_wrapper: nothing calls the loops from C, so numba need not compile an entry for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
+# forceinline: a part of a loop has no machine code of its own. Otherwise the process that compiles runs that code, and the processes
+# that load the loop from disk run the copy in the loop. A sum of the one may end in another bit than a sum of the other.
+_INLINED: dict[str, Any] = {**_OPTIONS, "forceinline": True}
+
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the
 # same on any number of threads; infinities and NaN stay what they are.
-_SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
+_SUMS: dict[str, Any] = {**_INLINED, "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 
 # For functions of one value: no sums in another order, whatever the caller allows. Their digits come from what rounding leaves.
-EXACT_SUMS: Any = {**_OPTIONS, "fastmath": {"contract"}}
+EXACT_SUMS: Any = {**_INLINED, "fastmath": {"contract"}}
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -55,7 +59,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 # A part of the loops that call it, and Python to Python. Without an entry of their own for Python, and not kept on disk, they
 # compile in half of the time.
-inner = register_jitable(**_OPTIONS)
+inner = register_jitable(**_INLINED)
 inner_with_sums = register_jitable(**_SUMS)
 
 
