@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.library import Library, custom_op, fallthrough_kernel, infer_schema
 from torch.overrides import has_torch_function
-
-from ._checks import LIST
 
 # For what `custom_op` registers only at a price on every call: an autograd kernel (30 us; nothing here is differentiated, and the
 # public functions detach), and a check that no result is a view of an argument (10 us; `tests/test_ops.py -k memory` makes it).
@@ -65,6 +64,9 @@ class Operator:
         functools.update_wrapper(self, contract)
         self.name, self._stem = contract.__name__, stem
         OPERATORS[self.name] = self
+        types = [str(parameter.annotation) for parameter in inspect.signature(contract).parameters.values()]
+        self._tensor_places = [place for place, type in enumerate(types) if type.startswith("Tensor")]
+        self._list_places = [place for place, type in enumerate(types) if type == "Sequence[Tensor]"]
         schema = infer_schema(contract, mutates_args=())
         custom_op(f"paa_gpu::{self.name}", self._on("cuda"), mutates_args=(), schema=schema).register_fake(contract)
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
@@ -76,8 +78,15 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.overload(*args)
-        device = _device_alone(args)
+        device = _device_alone(self._tensors(args))
         return self.overload(*args) if device is None else self._run(device, args)
+
+    def _tensors(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """The tensors among the arguments, those in lists too."""
+        tensors = [args[place] for place in self._tensor_places if args[place] is not None]
+        for place in self._list_places:
+            tensors += args[place]
+        return tensors
 
     def _on(self, device: str) -> Callable[..., Any]:
         return lambda *args: self._run(device, args)
@@ -96,17 +105,8 @@ def kernels_on_cpu() -> Iterator[None]:
         _PACKAGES["cpu"] = before
 
 
-def _device_alone(args: Sequence[Any]) -> str | None:
-    """The device of the tensors among the arguments, if the dispatcher would only call its implementation; else None."""
-    tensors: list[Tensor] = []
-    for value in args:
-        if type(value) is Tensor:
-            tensors.append(value)
-        elif isinstance(value, LIST):
-            if value and isinstance(value[0], Tensor):
-                tensors.extend(value)
-        elif isinstance(value, Tensor):  # of a subclass
-            return None
+def _device_alone(tensors: list[Tensor]) -> str | None:
+    """The device of the tensors, if the dispatcher would only call its implementation; else None."""
     if not tensors or _watched() or has_torch_function(tensors):  # which asks for function modes too
         return None
     for tensor in tensors:

@@ -35,8 +35,8 @@ _VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
 # no_cfunc_wrapper: nothing calls the loops from C, so numba need not compile an entry for it.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
-# forceinline: a part of a loop has no machine code of its own. Otherwise the process that compiles runs that code, and the processes
-# that load the loop from disk run the copy in the loop. A sum of the one may end in another bit than a sum of the other.
+# forceinline: a part of a loop has no machine code of its own. Otherwise the process that compiles would run that code, and those
+# that load the loop from disk the copy in the loop. A sum of the one may end in another bit than a sum of the other.
 _INLINED: dict[str, Any] = {**_OPTIONS, "forceinline": True}
 
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the

@@ -16,7 +16,7 @@ from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import compiled, inner, over_slices
 from ._mixtures import VECTOR
 from .em import REALS, SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row
-from .topk import SERIAL_IMAGES, flatten, select
+from .topk import INSERTION_LIMIT, SERIAL_IMAGES, empty_candidates, flatten, in_order, keep_smallest, select, sort_candidates
 
 
 @inner
@@ -50,7 +50,7 @@ def _separate(n: int, index: Any, assignment: Any, score: Any, rule: Any, tolera
             ignored[index[i]] = True
 
 
-@compiled
+@inner
 def _fit_and_separate(
     first: int, last: int, loss: Any, index: Any, count: Any, tied: bool, tol: float, reg_covar: float, max_iter: int,
     started: bool, rule: Any, keep_singleton: bool, tolerance: float,
@@ -76,17 +76,21 @@ def _fit_and_separate(
 
 
 @inner
-def _ignore(begin: Any, end: Any, pos_inds: Any, ignored: Any, start: Any, label_weight: Any) -> None:
-    """No label weight at the ignored ones of the potential positives [begin, end) of the image whose anchors begin at `start`."""
+def _ignore(begin: Any, end: Any, pos_inds: Any, ignored: Any, start: Any, label_weight: Any, size: Any) -> None:
+    """No label weight at the ignored ones of the potential positives [begin, end) of the image whose anchors begin at `start`.
+
+    A label weight has `size` bytes.
+    """
     for p in range(begin, end):
         if ignored[p]:
-            for byte in range(label_weight.shape[1]):
-                label_weight[start + np.uint64(pos_inds[p]), byte] = 0
+            at = (start + np.uint64(pos_inds[p])) * size
+            for byte in range(at, at + size):
+                label_weight[byte] = 0
 
 
-@compiled
+@inner
 def _write_images(
-    first: int, last: int, pos_inds: Any, positive: Any, ignored: Any, pos_offset: Any, anchor_offset: Any, num_classes: int,
+    first: int, last: int, pos_inds: Any, pos_offset: Any, positive: Any, ignored: Any, anchor_offset: Any, num_classes: int,
     label: Any, label_weight: Any, bbox_weight: Any, kept: Any, background: Any, num_pos: Any,
 ) -> None:  # fmt: skip
     """Background at all potential positives, but for anchors that are a positive's (`kept`), in whatever order two of them that
@@ -119,21 +123,57 @@ def _write_images(
             for i in range(begin, found):
                 bbox_weight[background[i], word] = 0
         if ignoreds > 0:
-            _ignore(begin, end, pos_inds, ignored, start, label_weight)
+            _ignore(begin, end, pos_inds, ignored, start, label_weight, np.uint64(len(label_weight) // len(label)))
 
 
-def _number_rows(num_gts: Sequence[int]) -> tuple[Array, Array]:
+@compiled
+def _write_alone(
+    first: int, last: int, pos_inds: Any, pos_offset: Any, positive: Any, ignored: Any, anchor_offset: Any, num_classes: int,
+    label: Any, label_weight: Any, bbox_weight: Any, kept: Any, background: Any, num_pos: Any,
+) -> None:  # fmt: skip
+    """`_write_images` alone."""
+    _write_images(
+        first, last, pos_inds, pos_offset, positive, ignored, anchor_offset, num_classes,
+        label, label_weight, bbox_weight, kept, background, num_pos,
+    )  # fmt: skip
+
+
+# The steps of a reassignment, as bits.
+SELECT, FIT, WRITE = 1, 2, 4
+
+
+@compiled
+def _take_steps(
+    first: int, last: int, steps: int, losses: Any, candidates: Any, options: Any, fitted: Any, masks: Any, targets: Any,
+    room: Any,
+) -> None:  # fmt: skip
+    """Some steps of a reassignment for some images. For some rows, if the step is `FIT` alone.
+
+    All steps are in one loop, so that a small batch takes one call. A call costs as much as the fit of a row. After the selection
+    nothing is done where the anchors of an image descend. `descends` says so then.
+    """
+    anchor, descends, pos_offset, gt_offset = losses[1], losses[4], losses[5], losses[6]
+    if steps & SELECT:
+        keep_smallest(first, last, *losses, *candidates)
+        for image in range(first, last):
+            if descends[image]:
+                return
+    if steps & FIT:
+        first_row, last_row = (first, last) if steps == FIT else (gt_offset[first], gt_offset[last])
+        _fit_and_separate(first_row, last_row, *candidates, *options, *fitted, *masks)
+    if steps & WRITE:
+        _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
+
+
+def _number_rows(num_gts: Sequence[int], gt_offset: Array) -> tuple[Array, Array]:
     """The image of every row, and which of its ground truths the row is."""
     image = np.arange(len(num_gts)).repeat(num_gts)
-    return image, np.arange(len(image)) - offsets(num_gts)[image]
+    return image, np.arange(len(image)) - gt_offset[image]
 
 
-def _write(pos_inds: Array, positive: Array, ignored: Array, pos_offset: Array, targets: tuple[Any, ...]) -> Array:
-    """Write what the masks [P] say into the targets that `_targets` gives; returns the number of positives of each image."""
-    num_pos = np.empty(len(pos_offset) - 1, np.int64)
-    room = np.zeros(len(targets[2]) + len(num_pos), bool), np.empty(len(pos_inds), np.uint64)
-    over_slices(_write_images, len(num_pos), SERIAL_IMAGES, pos_inds, positive, ignored, pos_offset, *targets, *room, num_pos)
-    return num_pos
+def _room(targets: tuple[Any, ...], images: int, potential: int) -> tuple[Array, Array, Array]:
+    """What `_write_images` takes behind the targets: kept and background, which it needs only for itself, and num_pos."""
+    return np.zeros(len(targets[2]) + images, bool), np.empty(potential, np.uint64), np.empty(images, np.int64)
 
 
 @functools.cache
@@ -145,13 +185,30 @@ def _options(covariance_type: str, separation: str, singleton: str, precision: s
 
 def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) -> tuple[Array, tuple[Array, ...], Array, Array]:
     """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
-    pos_inds, pos_offset = losses[1], losses[3]
-    candidates = select(losses)
-    rows = len(candidates[0])
-    fitted = empty_fit(rows, REALS[options[-1]])
-    masks = np.zeros(len(pos_inds), bool), np.zeros(len(pos_inds), bool)
-    over_slices(_fit_and_separate, rows, SERIAL_ROWS, *candidates, *_options(*options), *fitted, *masks)
-    return _write(pos_inds, *masks, pos_offset, targets), fitted, *masks
+    loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
+    rows, images = int(gt_offset[-1]), len(level_bounds)
+    candidates, fitted = empty_candidates(rows, width, loss.dtype), empty_fit(rows, REALS[options[-1]])
+    masks = np.zeros(len(anchor), bool), np.zeros(len(anchor), bool)
+    room = _room(targets, images, len(anchor))
+    if rows < SERIAL_ROWS and images < SERIAL_IMAGES:
+        steps = [(SELECT | FIT | WRITE, images, SERIAL_IMAGES)]
+    else:
+        steps = [(SELECT, images, SERIAL_IMAGES), (FIT, rows, SERIAL_ROWS), (WRITE, images, SERIAL_IMAGES)]
+    if topk > INSERTION_LIMIT:
+        sort_candidates(losses, candidates)
+        steps = [(step & ~SELECT, number, serial_below) for step, number, serial_below in steps]
+
+    def attempt(order: Array, descends: Array) -> None:
+        given = loss, anchor, gt, order, descends, pos_offset, gt_offset, level_bounds, topk
+        for step, number, serial_below in steps:
+            over_slices(
+                _take_steps, number, serial_below, step, given, candidates, _options(*options), fitted, masks, targets, room
+            )
+            if np.count_nonzero(descends):
+                return
+
+    in_order(attempt, losses)
+    return room[-1], fitted, *masks
 
 
 def _joined(images: Sequence[Array]) -> Array:
@@ -161,13 +218,13 @@ def _joined(images: Sequence[Array]) -> Array:
 
 
 def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
-    """`_joined` as a tensor and as integers, of each anchor its bytes or, where these are four numbers, words of eight: zero has
-    the same bits in every dtype, so that one compiled loop writes all."""
+    """`_joined` as a tensor and as integers: bytes or, where an anchor has four numbers, [A, words of eight bytes]. Zero has the
+    same bits in every dtype, so that one compiled loop writes all."""
     dtype = images[0].dtype
     if dtype.itemsize == 2:  # as int16: numpy has no bfloat16
         images = [image.view(torch.int16) for image in images]
     copy = _joined([image.numpy() for image in images])
-    words = copy.view(np.int64) if copy.ndim == 2 else copy.view(np.uint8).reshape(len(copy), copy.itemsize)
+    words = copy.view(np.int64 if copy.ndim == 2 else np.uint8)
     tensor = torch.from_numpy(copy)
     return tensor.view(dtype) if dtype.itemsize == 2 else tensor, words
 
@@ -175,7 +232,7 @@ def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
 def _targets(
     label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor], num_classes: int
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Copies of the targets: the tensors, and what `_write` takes."""
+    """Copies of the targets: the tensors, and what `_write_images` takes."""
     labels = _joined([image.numpy() for image in label])
     weights, weight_bytes = _copied(label_weight)
     box_weights, box_weight_words = _copied(bbox_weight)
@@ -198,7 +255,7 @@ def paa_reassign(
 ) -> tuple[Tensor, ...]:
     if num_gt is None:
         gts = view(pos_gt_inds)
-        num_gt = max(int(gts[gts.argmax()]) + 1, 0) if len(gts) else 0
+        num_gt = max(gts.item(gts.argmax()) + 1, 0) if len(gts) else 0
     losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
     tensors, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
     return *tensors, torch.from_numpy(_reassign(losses, targets, *options)[0])
@@ -220,7 +277,7 @@ def paa_reassign_batch(
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
     num_pos, fitted, *masks = _reassign(losses, targets, *options)
-    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(num_gts), *masks))
+    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(num_gts, losses[4]), *masks))
 
 
 def fit_candidates(
@@ -236,7 +293,7 @@ def fit_candidates(
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     loss, *candidates = select(losses)
     *fitted, assignment, score = fit(loss, candidates[1], covariance_type, precision)
-    arrays = (*candidates, assignment, score, *fitted, *_number_rows(num_gts))
+    arrays = (*candidates, assignment, score, *fitted, *_number_rows(num_gts, losses[4]))
     return tensor(loss, pos_losses[0].dtype), *map(torch.from_numpy, arrays)
 
 
@@ -254,5 +311,8 @@ def write_targets(
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
     tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
-    num_pos = _write(flat(pos_inds, np.int64), *masks, offsets(lengths(pos_inds)), targets)
-    return *tensors, *map(torch.from_numpy, (num_pos, *masks))
+    room = _room(targets, len(label), len(masks[0]))
+    over_slices(
+        _write_alone, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), offsets(lengths(pos_inds)), *masks, *targets, *room
+    )
+    return *tensors, *map(torch.from_numpy, (room[-1], *masks))

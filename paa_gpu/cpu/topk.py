@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _ordered_key(loss: Any) -> Any:
 
 
 # The order in which potential positives are given.
-_GIVEN = np.empty(0, np.int64)
+GIVEN = np.empty(0, np.int64)
 
 
 def anchor_order(anchor: Array, pos_offset: Array) -> Array:
@@ -89,10 +89,10 @@ def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, 
     return count
 
 
-@compiled
+@inner
 def keep_smallest(
-    first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
-    topk: int, row_loss: Any, row_index: Any, row_count: Any, descends: Any,
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, descends: Any, pos_offset: Any, gt_offset: Any,
+    level_bounds: Any, topk: int, row_loss: Any, row_index: Any, row_count: Any,
 ) -> None:  # fmt: skip
     """The candidates of the rows of some images. Each group keeps its `topk` smallest losses so far, in order.
 
@@ -138,7 +138,13 @@ def keep_smallest(
 
 
 @compiled
-def sort_groups(
+def _select_images(first: int, last: int, losses: Any, candidates: Any) -> None:
+    """`keep_smallest` alone."""
+    keep_smallest(first, last, *losses, *candidates)
+
+
+@compiled
+def _sort_groups(
     first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any,
     topk: int, row_loss: Any, row_index: Any, row_count: Any,
 ) -> None:  # fmt: skip
@@ -177,24 +183,47 @@ def sort_groups(
             row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
 
 
+def empty_candidates(rows: int, width: int, real: Any) -> tuple[Array, Array, Array]:
+    """loss, index [G, K] and count [G]."""
+    return np.empty((rows, width), real), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
+
+
+def sort_candidates(losses: tuple[Any, ...], candidates: tuple[Array, ...]) -> None:
+    """Fill the candidates where `topk` is above `INSERTION_LIMIT`."""
+    loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, _ = losses
+    place = pos_offset, gt_offset, level_bounds, topk, *candidates
+    images = len(level_bounds)
+    over_slices(_sort_groups, images, SERIAL_IMAGES, loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
+
+
+def in_order(attempt: Callable[[Array, Array], None], losses: tuple[Any, ...]) -> None:
+    """Call `attempt(order, descends)` with the order that is given. Where anchors descend, call it again with their order."""
+    anchor, pos_offset = losses[1], losses[3]
+    descends = np.zeros(len(pos_offset) - 1, np.int64)
+    attempt(GIVEN, descends)
+    if np.count_nonzero(descends):  # faster than `any`
+        descends[:] = 0
+        attempt(anchor_order(anchor, pos_offset), descends)
+
+
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
-    rows, images = int(gt_offset[-1]), len(level_bounds)
-    candidates = np.empty((rows, width), loss.dtype), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
-    given, place = (loss, anchor, gt), (pos_offset, gt_offset, level_bounds, topk, *candidates)
+    candidates = empty_candidates(int(gt_offset[-1]), width, loss.dtype)
     if topk > INSERTION_LIMIT:
-        over_slices(sort_groups, images, SERIAL_IMAGES, *given, anchor_order(anchor, pos_offset), *place)
+        sort_candidates(losses, candidates)
         return candidates
-    descends = np.zeros(images, np.int64)
-    over_slices(keep_smallest, images, SERIAL_IMAGES, *given, _GIVEN, *place, descends)
-    if np.count_nonzero(descends):  # faster than `any`
-        over_slices(keep_smallest, images, SERIAL_IMAGES, *given, anchor_order(anchor, pos_offset), *place, descends)
+
+    def attempt(order: Array, descends: Array) -> None:
+        given = loss, anchor, gt, order, descends, pos_offset, gt_offset, level_bounds, topk
+        over_slices(_select_images, len(level_bounds), SERIAL_IMAGES, given, candidates)
+
+    in_order(attempt, losses)
     return candidates
 
 
 @functools.lru_cache(1024)
-def _levels(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array, list[int]]:
+def levels_of(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array, list[int]]:
     """Where each level of each image begins, and where its last one ends [B, L + 1]; the most candidates of a ground truth of
     each image."""
     levels = len(level_sizes) // images
@@ -213,7 +242,7 @@ def flatten(
 ) -> tuple[Any, ...]:
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
     sizes = lengths(pos_inds)
-    level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
+    level_bounds, room = levels_of(tuple(level_sizes), len(sizes), topk)
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
         flat(pos_inds, np.int64),
