@@ -194,9 +194,9 @@ def advance(
         converged[row] = abs(lower_bound[row] - previous) < real(tol)
         if passes < max_iter and not converged[row]:
             return EM
-        valid[row] = is_fit(weight, mean, variance, lower_bound[row])
         mean += span[0]
-        if not valid[row] or not np.isfinite(mean).all():
+        valid[row] = is_fit(weight, mean, variance, lower_bound[row])
+        if not valid[row]:
             void(row, weights, means, variances, lower_bound, n_iter, converged, valid)
         return DONE
     if not usual and not take_given(given, span[0], weights_init, means_init, precisions_init, tolerance, weight, mean, variance):

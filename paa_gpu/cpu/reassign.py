@@ -51,31 +51,6 @@ def _separate(n: int, index: Any, assignment: Any, score: Any, rule: Any, tolera
 
 
 @inner
-def _fit_and_separate(
-    first: int, last: int, loss: Any, index: Any, count: Any, tied: bool, tol: float, reg_covar: float, max_iter: int,
-    started: bool, rule: Any, keep_singleton: bool, tolerance: float,
-    weights: Any, means: Any, variances: Any, lower_bound: Any, n_iter: Any, converged: Any, valid: Any,
-    positive: Any, ignored: Any,
-) -> None:  # fmt: skip
-    """Fit the rows, and mark their positive and ignored candidates."""
-    width = loss.shape[1] + VECTOR
-    room, assignment = np.empty((4, width), weights.dtype), np.empty(width, np.bool_)
-    score = room[3]
-    for row in range(first, last):
-        n, mean = count[row], means[row]
-        smallest, y, r0, r1 = fit_row(
-            row, loss[row][:n], room, tied, tol, reg_covar, max_iter, started,
-            weights, means, variances, lower_bound, n_iter, converged, valid,
-        )  # fmt: skip
-        if valid[row]:
-            assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
-            _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
-        elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
-            positive[index[row, 0]] = True
-        mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
-
-
-@inner
 def _ignore(begin: Any, end: Any, pos_inds: Any, ignored: Any, start: Any, label_weight: Any, size: Any) -> None:
     """No label weight at the ignored ones of the potential positives [begin, end) of the image whose anchors begin at `start`.
 
@@ -142,6 +117,13 @@ def _write_alone(
 SELECT, FIT, WRITE = 1, 2, 4
 
 
+@inner
+def _space(width: int, real: Any) -> tuple[Any, Any, Any]:
+    """What the fit of a row of `width` candidates needs for itself, its scores and its assignment."""
+    space = np.empty((4, width + VECTOR), real)
+    return space[:3], space[3], np.empty(width + VECTOR, np.bool_)
+
+
 @compiled
 def _take_steps(
     first: int, last: int, steps: int, losses: Any, candidates: Any, options: Any, fitted: Any, masks: Any, targets: Any,
@@ -160,7 +142,19 @@ def _take_steps(
                 return
     if steps & FIT:
         first_row, last_row = (first, last) if steps == FIT else (gt_offset[first], gt_offset[last])
-        _fit_and_separate(first_row, last_row, *candidates, *options, *fitted, *masks)
+        loss, index, count = candidates
+        fit_options, rule, keep_singleton, tolerance = options
+        weights, means, variances, valid = fitted[0], fitted[1], fitted[2], fitted[6]
+        space, score, assignment = _space(loss.shape[1], weights.dtype)
+        for row in range(first_row, last_row):
+            n, mean = count[row], means[row]
+            smallest, y, r0, r1 = fit_row(row, loss[row][:n], space, *fit_options, *fitted)
+            if valid[row]:
+                assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
+                _separate(n, index[row], assignment, score, rule, tolerance, *masks)
+            elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
+                masks[0][index[row, 0]] = True
+            mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
     if steps & WRITE:
         _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
 
@@ -178,9 +172,9 @@ def _room(targets: tuple[Any, ...], images: int, potential: int) -> tuple[Array,
 
 @functools.cache
 def _options(covariance_type: str, separation: str, singleton: str, precision: str) -> tuple[Any, ...]:
-    """What `_fit_and_separate` takes between the candidates and its results."""
+    """What `_take_steps` takes between the candidates and the fit."""
     rule = tuple(SCHEMES[separation]), singleton == "positive", tie_tolerance(PRECISIONS[precision])
-    return *fit_options(covariance_type), *rule
+    return fit_options(covariance_type), *rule
 
 
 def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) -> tuple[Array, tuple[Array, ...], Array, Array]:

@@ -49,8 +49,9 @@ def _hilbert(side: int) -> Array:
 
 
 # The groups in the order in which they lie: those of each size [x, y] along the curve, then one for boxes that are not finite.
-GROUPS = SIZES * CELLS**2
-CURVE = np.append(_hilbert(CELLS).reshape(1, -1) + CELLS**2 * np.arange(SIZES)[:, None], GROUPS)
+GRID = CELLS**2  # not in a loop, where numba would compile a function for it
+GROUPS = SIZES * GRID
+CURVE = np.append(_hilbert(CELLS).reshape(1, -1) + GRID * np.arange(SIZES)[:, None], GROUPS)
 
 
 @inner
@@ -110,7 +111,7 @@ def _neighbours(boxes: Any, det: Any, label: Any, all_classes: int) -> Any:
         if 0 <= label[i] < all_classes and _is_finite(det, i):
             x1, y1, x2, y2 = det[i, 0], det[i, 1], det[i, 2], det[i, 3]
             left, top, right, bottom = min(left, x1 + x2), min(top, y1 + y2), max(right, x1 + x2), max(bottom, y1 + y2)
-            longest = max(longest, x2 - x1, y2 - y1)
+            longest = max(longest, max(x2 - x1, y2 - y1))  # two by two: numba compiles a function for each number
     scale_x, scale_y, half = real(CELLS) / (right - left), real(CELLS) / (bottom - top), longest / real(2)
     n = len(boxes) // 4
     group, start, ordered = np.empty(n, np.int32), np.empty(GROUPS + 2, np.int32), np.empty(n, np.int32)
@@ -121,7 +122,7 @@ def _neighbours(boxes: Any, det: Any, label: Any, all_classes: int) -> Any:
         cell = _within((x1 + x2 - left) * scale_x, zero) * np.int32(CELLS) + _within((y1 + y2 - top) * scale_y, zero)
         small = (x2 - x1 < half) & (y2 - y1 < half)
         finite = np.isfinite(x1) & np.isfinite(y1) & np.isfinite(x2) & np.isfinite(y2)
-        group[i] = (cell + np.int32(CELLS**2) if small else cell) if finite else np.int32(GROUPS)
+        group[i] = (cell + np.int32(GRID) if small else cell) if finite else np.int32(GROUPS)
     for i in range(n):
         start[CURVE[group[i]] + 1] += 1
     for g in range(GROUPS):
@@ -284,36 +285,13 @@ def _touched(box: Any, bounds: Any, blocks: Any, touched: Any, edge: Any) -> int
 
 
 @inner
-def _vote_rows(
-    first: int, last: int, order: Any, det: Any, label: Any, number: Any, corner: Any, index: Any, score: Any, size: Any,
-    least_iou: Any, scale: Any, offset: Any, voted: Any,
-) -> None:  # fmt: skip
-    """voted[row] = the box of detection order[row], and its score.
-
-    Detections come class by class. The voters of a class are gathered at its first detection, and lie where those of the class
-    before it lay: they stay in the cache.
-    """
-    most = (corner.shape[1] + BLOCK - 1) // BLOCK
-    voter, bounds = np.empty((6, most * BLOCK), det.dtype), np.empty((4, most), det.dtype)
-    total, edge, touched = np.empty(5, det.dtype), np.empty(most + 2, np.int64), np.empty(most + 2, np.uint8)
-    gathered, blocks, touched[0] = -1, 0, False
-    for row in range(first, last):
-        at = order[row]
-        for side in range(5):
-            voted[row, side], total[side] = det[at, side], 0
-        k = number[label[at]] if 0 <= label[at] < len(number) else -1
-        if k < 0:
-            continue
-        if k != gathered:
-            gathered, blocks = k, _gather(corner, index[k], score[k], size[k], voter, bounds)
-        box = (det[at, 0], det[at, 1], det[at, 2] + offset, det[at, 3] + offset)
-        edges = _touched(box, bounds, np.uint64(blocks), touched, edge)
-        for e in range(0, edges, 2):
-            start, stop = np.uint64(edge[e]), np.uint64(edge[e + 1])
-            _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, box, least_iou, scale, total)
-        if total[0] != 0:
-            for side in range(4):
-                voted[row, side] += total[side + 1] / total[0]
+def _room(boxes: int, real: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """What `_vote_image` needs for itself: voter and bounds for as many voters as boxes, total, touched and edge."""
+    blocks = (boxes + BLOCK - 1) // BLOCK
+    voter, bounds, total = np.empty((6, blocks * BLOCK), real), np.empty((4, blocks), real), np.empty(5, real)
+    touched, edge = np.empty(blocks + 2, np.uint8), np.empty(blocks + 2, np.int64)
+    touched[0] = False
+    return voter, bounds, total, touched, edge
 
 
 @compiled
@@ -321,16 +299,36 @@ def _vote_image(
     first: int, last: int, boxes: Any, scores: Any, all_classes: int, det: Any, label: Any, order: Any, score_thr: float,
     least_iou: float, scale: float, offset: float, voted: Any,
 ) -> None:  # fmt: skip
-    """Some of the rows of an image, with their voters.
+    """voted[row] = the box of detection order[row], and its score, for some of the rows of an image.
 
-    In one call: with few voters, what Python does in between would take longer than the loops.
+    Detections come class by class. The voters of a class are gathered at its first detection, and lie where those of the class
+    before it lay: they stay in the cache. All is in one call: with few voters, what Python does in between would take longer than
+    the loops.
     """
     real = det.dtype.type
     pixel = real(offset)
     number, classes, span = _classes(first, last, order, det, label, all_classes, pixel)
     ordered = _neighbours(boxes, det, label, all_classes)
-    candidates = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, span)
-    _vote_rows(first, last, order, det, label, number, *candidates, real(least_iou), real(scale), pixel, voted)
+    corner, index, score, size = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, span)
+    voter, bounds, total, touched, edge = _room(len(ordered), det.dtype)
+    gathered, blocks = -1, 0
+    for row in range(first, last):
+        at = order[row]
+        for side in range(5):
+            voted[row, side], total[side] = det[at, side], 0
+        k = number[label[at]] if 0 <= label[at] < all_classes else -1
+        if k < 0:
+            continue
+        if k != gathered:
+            gathered, blocks = k, _gather(corner, index[k], score[k], size[k], voter, bounds)
+        box = (det[at, 0], det[at, 1], det[at, 2] + pixel, det[at, 3] + pixel)
+        edges = _touched(box, bounds, np.uint64(blocks), touched, edge)
+        for e in range(0, edges, 2):
+            start, stop = np.uint64(edge[e]), np.uint64(edge[e + 1])
+            _vote(start * np.uint64(BLOCK), stop * np.uint64(BLOCK), voter, box, real(least_iou), real(scale), total)
+        if total[0] != 0:
+            for side in range(4):
+                voted[row, side] += total[side + 1] / total[0]
 
 
 def _image(
