@@ -223,7 +223,7 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
 
 
 @functools.lru_cache(1024)
-def levels_of(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array, list[int]]:
+def _levels(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array, list[int]]:
     """Where each level of each image begins, and where its last one ends [B, L + 1]; the most candidates of a ground truth of
     each image."""
     levels = len(level_sizes) // images
@@ -242,7 +242,7 @@ def flatten(
 ) -> tuple[Any, ...]:
     """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
     sizes = lengths(pos_inds)
-    level_bounds, room = levels_of(tuple(level_sizes), len(sizes), topk)
+    level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
     return (
         flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
         flat(pos_inds, np.int64),
