@@ -44,6 +44,15 @@ def test_negative_exponential_keeps_every_nan(real, integer):
         assert np.isnan(exp(x)).all()
 
 
+@pytest.mark.parametrize(("real", "last_places", "most"), [(np.float32, 3, 126), (np.float64, 1.1, 1022)])
+def test_power_of_two(real, last_places, most):
+    power = of_arrays(_numeric.negative_exp2, real)
+    x = np.concatenate([np.geomspace(1e-30, most, 100_001), np.linspace(0, most, 100_001)]).astype(real)
+    exact = np.exp2(-x.astype(np.longdouble))
+    assert (np.abs(power(x) - exact) <= last_places * np.spacing(exact.astype(real))).all()
+    assert power(real(0)) == 1
+
+
 @pytest.mark.parametrize("real", [np.float32, np.float64])
 def test_logarithm(real):
     log1p = of_arrays(_numeric.log1p_of_part, real)

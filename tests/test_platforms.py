@@ -1,5 +1,5 @@
 """Without Triton, as on Windows and macOS: everything for CPU tensors, and a clear error for others. Without Python's lock, and
-without numba's compiler: refused."""
+without numba's compiler: refused. An old processor."""
 
 from __future__ import annotations
 
@@ -102,3 +102,13 @@ def test_loops_that_are_not_compiled_are_refused():
     assert process.stderr.endswith(
         "ImportError: tensors on the CPU need loops that numba compiles: unset NUMBA_DISABLE_JIT in the environment\n"
     )
+
+
+@pytest.mark.slow
+def test_a_processor_that_fuses_no_products_with_sums(tmp_path):
+    """As x86 before 2013, and some emulators: functions of one value keep their digits, and a value its bits wherever it stands."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    tests = ["tests/test_numeric.py", "tests/test_mixture.py::test_every_form_of_the_input"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

@@ -319,19 +319,6 @@ def test_no_graph_is_recorded(rng):
     assert not got.requires_grad
 
 
-@pytest.mark.parametrize(("real", "last_places", "largest"), [("float32", 3, 126), ("float64", 1, 1022)])
-def test_power_of_the_cpu_loops(real, last_places, largest):
-    from numba import vectorize
-
-    from paa_gpu.cpu._numeric import negative_exp2
-
-    power = vectorize([f"{real}({real})"])(lambda x: negative_exp2(x))
-    x = np.concatenate([np.geomspace(1e-30, largest, 100_001), np.linspace(0, largest, 100_001)]).astype(real)
-    exact = np.exp2(-x.astype(np.longdouble))
-    assert (np.abs(power(x) - exact) <= last_places * np.spacing(exact.astype(real))).all()
-    assert power(x.dtype.type(0)) == 1
-
-
 def test_the_curve_of_the_voters_goes_from_neighbour_to_neighbour():
     """On the CPU candidates are sorted along it, size by size: blocks of neighbours are what a detection can skip."""
     from paa_gpu.cpu.voting import CELLS, CURVE, GROUPS, SIZES

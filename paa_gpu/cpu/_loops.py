@@ -43,7 +43,8 @@ _INLINED: dict[str, Any] = {**_OPTIONS, "forceinline": True}
 # same on any number of threads; infinities and NaN stay what they are.
 _SUMS: dict[str, Any] = {**_INLINED, "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 
-# For functions of one value: no sums in another order, whatever the caller allows. Their digits come from what rounding leaves.
+# For functions of one value: no sums in another order, whatever the caller allows. Their digits come from what rounding leaves. A
+# value gets the same bits wherever it stands in a row.
 EXACT_SUMS: Any = {**_INLINED, "fastmath": {"contract"}}
 
 
@@ -60,6 +61,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 # A part of the loops that call it, and Python to Python. Without an entry of their own for Python, and not kept on disk, they
 # compile in half of the time.
 inner = register_jitable(**_INLINED)
+inner_fused = register_jitable(**EXACT_SUMS)
 inner_with_sums = register_jitable(**_SUMS)
 
 

@@ -93,7 +93,7 @@ def _log1p_of_part(x: Any) -> Any:
 
 
 def negative_exp2(x: Any) -> Any:
-    """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1) units in the last place."""
+    """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1.1) units in the last place."""
     return np.exp2(-x)
 
 

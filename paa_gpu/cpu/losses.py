@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._ops import box_numbers, empty_losses
 from ._arrays import Array, array, flat, lengths, offsets
-from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._loops import compiled, inner, inner_fused, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
 # Anchors whose order does not matter: they are a cache line of float32 maps.
@@ -66,7 +66,7 @@ def _number_of(value: Any) -> Any:
     return {numba.uint16: of_bfloat16, numba.int16: of_float16}.get(value, same)
 
 
-@inner_with_sums
+@inner_fused
 def _focal_of_class(logits: Any, numbers: Any, total: Any) -> None:
     """Add the focal losses of a class, without their weight, to `total` [n].
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._ops import READOUTS
 from ._arrays import Array, array, offsets, part, view
-from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._loops import compiled, inner, inner_fused, inner_with_sums, over_slices
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 
 PREDICT, PREDICT_PROBA, LOW_PROBABILITY, SCORE_SAMPLES, LOG_LIKELIHOOD = range(len(READOUTS))
@@ -35,7 +35,7 @@ SERIAL_SPANS = 4
 BLOCK = 256
 
 
-@inner_with_sums
+@inner_fused
 def _log_p(x: Any, row: Any, weights: Any, means: Any, variances: Any, log_p: Any) -> None:
     """Log p_k of a block, [k, BLOCK]."""
     real = log_p.dtype.type
