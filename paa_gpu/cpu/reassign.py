@@ -131,10 +131,11 @@ def _take_steps(
 ) -> None:  # fmt: skip
     """Some steps of a reassignment for some images. For some rows, if the step is `FIT` alone.
 
+    The tuples hold what `keep_smallest`, `fit_row` and `_write_images` take, in this order.
     All steps are in one loop, so that a small batch takes one call. A call costs as much as the fit of a row. After the selection
     nothing is done where the anchors of an image descend. `descends` says so then.
     """
-    anchor, descends, pos_offset, gt_offset = losses[1], losses[4], losses[5], losses[6]
+    _, anchor, _, _, descends, pos_offset, gt_offset, _, _ = losses
     if steps & SELECT:
         keep_smallest(first, last, *losses, *candidates)
         for image in range(first, last):
@@ -144,16 +145,17 @@ def _take_steps(
         first_row, last_row = (first, last) if steps == FIT else (gt_offset[first], gt_offset[last])
         loss, index, count = candidates
         fit_options, rule, keep_singleton, tolerance = options
-        weights, means, variances, valid = fitted[0], fitted[1], fitted[2], fitted[6]
+        weights, means, variances, _, _, _, valid = fitted
+        positive, ignored = masks
         space, score, assignment = _space(loss.shape[1], weights.dtype)
         for row in range(first_row, last_row):
             n, mean = count[row], means[row]
             smallest, y, r0, r1 = fit_row(row, loss[row][:n], space, *fit_options, *fitted)
             if valid[row]:
                 assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
-                _separate(n, index[row], assignment, score, rule, tolerance, *masks)
+                _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
             elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
-                masks[0][index[row, 0]] = True
+                positive[index[row, 0]] = True
             mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
     if steps & WRITE:
         _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
