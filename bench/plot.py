@@ -44,8 +44,8 @@ PROVIDERS = {
 EXPLANATION = """`make bench` measures the figures of this page. All providers get the same inputs, one after the other in one run. Every result is checked before it is
 timed. torch and paa_gpu get all cores. scikit-learn's loops get one thread, because more make them slower. "Bare numpy" is the arithmetic without the
 algorithm, on one thread. For a reassignment, this is one copy of its three outputs into new memory, and one exp and one log for each candidate and
-iteration of the fit. For a fit, it is only the exp and the log. A large fit can take less time than bare numpy. It uses all threads, and on processors
-without AVX-512 its exp and its log are faster than numpy's."""
+iteration of the fit. For a fit, it is only the exp and the log. A large fit can take less time than bare numpy. It uses all threads, and numpy's exp
+and log are slow on processors without AVX-512."""
 
 #: The cases of the README, in words.
 HEADLINE = {

@@ -64,9 +64,9 @@ class Operator:
         functools.update_wrapper(self, contract)
         self.name, self._stem = contract.__name__, stem
         OPERATORS[self.name] = self
-        types = [str(parameter.annotation) for parameter in inspect.signature(contract).parameters.values()]
-        self._tensor_places = [place for place, type in enumerate(types) if type.startswith("Tensor")]
-        self._list_places = [place for place, type in enumerate(types) if type == "Sequence[Tensor]"]
+        annotations = [str(parameter.annotation) for parameter in inspect.signature(contract).parameters.values()]
+        self._tensor_places = [place for place, text in enumerate(annotations) if text.startswith("Tensor")]
+        self._list_places = [place for place, text in enumerate(annotations) if text == "Sequence[Tensor]"]
         schema = infer_schema(contract, mutates_args=())
         custom_op(f"paa_gpu::{self.name}", self._on("cuda"), mutates_args=(), schema=schema).register_fake(contract)
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):

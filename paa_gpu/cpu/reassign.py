@@ -181,7 +181,7 @@ def _options(covariance_type: str, separation: str, singleton: str, precision: s
 
 def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) -> tuple[Array, tuple[Array, ...], Array, Array]:
     """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
-    loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
+    loss, anchor, *_, gt_offset, level_bounds, topk, width = losses
     rows, images = int(gt_offset[-1]), len(level_bounds)
     candidates, fitted = empty_candidates(rows, width, loss.dtype), empty_fit(rows, REALS[options[-1]])
     masks = np.zeros(len(anchor), bool), np.zeros(len(anchor), bool)
@@ -194,8 +194,7 @@ def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) 
         sort_candidates(losses, candidates)
         steps = [(step & ~SELECT, number, serial_below) for step, number, serial_below in steps]
 
-    def attempt(order: Array, descends: Array) -> None:
-        given = loss, anchor, gt, order, descends, pos_offset, gt_offset, level_bounds, topk
+    def attempt(given: tuple[Any, ...], descends: Array) -> None:
         for step, number, serial_below in steps:
             over_slices(
                 _take_steps, number, serial_below, step, given, candidates, _options(*options), fitted, masks, targets, room

@@ -44,7 +44,7 @@ def _ordered_key(loss: Any) -> Any:
 
 
 # The order in which potential positives are given.
-GIVEN = np.empty(0, np.int64)
+_GIVEN = np.empty(0, np.int64)
 
 
 def anchor_order(anchor: Array, pos_offset: Array) -> Array:
@@ -196,26 +196,28 @@ def sort_candidates(losses: tuple[Any, ...], candidates: tuple[Array, ...]) -> N
     over_slices(_sort_groups, images, SERIAL_IMAGES, loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
 
 
-def in_order(attempt: Callable[[Array, Array], None], losses: tuple[Any, ...]) -> None:
-    """Call `attempt(order, descends)` with the order that is given. Where anchors descend, call it again with their order."""
-    anchor, pos_offset = losses[1], losses[3]
+def in_order(attempt: Callable[[tuple[Any, ...], Array], None], losses: tuple[Any, ...]) -> None:
+    """Call `attempt(given, descends)` in the order of the losses. Where anchors descend, call it again in that of the anchors.
+
+    `given` is what `keep_smallest` takes before the candidates.
+    """
+    loss, anchor, gt, pos_offset, *others, _ = losses
     descends = np.zeros(len(pos_offset) - 1, np.int64)
-    attempt(GIVEN, descends)
+    attempt((loss, anchor, gt, _GIVEN, descends, pos_offset, *others), descends)
     if np.count_nonzero(descends):  # faster than `any`
         descends[:] = 0
-        attempt(anchor_order(anchor, pos_offset), descends)
+        attempt((loss, anchor, gt, anchor_order(anchor, pos_offset), descends, pos_offset, *others), descends)
 
 
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
-    loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, width = losses
+    loss, *_, gt_offset, level_bounds, topk, width = losses
     candidates = empty_candidates(int(gt_offset[-1]), width, loss.dtype)
     if topk > INSERTION_LIMIT:
         sort_candidates(losses, candidates)
         return candidates
 
-    def attempt(order: Array, descends: Array) -> None:
-        given = loss, anchor, gt, order, descends, pos_offset, gt_offset, level_bounds, topk
+    def attempt(given: tuple[Any, ...], _: Array) -> None:
         over_slices(_select_images, len(level_bounds), SERIAL_IMAGES, given, candidates)
 
     in_order(attempt, losses)
