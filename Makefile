@@ -88,9 +88,10 @@ test-long: $(READY)
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
 
-# On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu DRY=--dry-run` prints the commands.
+# On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu GPU=--dry-run` prints the commands,
+# `make gpu READY= BIN=/usr/bin` takes a Python that has everything, and `GPU="--steps check --limit 200"` takes what there is time for.
 gpu: $(READY)
-	PYTHONPATH=tests $(BIN)/python -m bench.gpu --public $(PUBLIC) tests/test_layouts.py --kernels $(KERNELS) $(DRY)
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m bench.gpu --public $(PUBLIC) tests/test_layouts.py $(GPU)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun

@@ -26,6 +26,9 @@ class Call(NamedTuple):
     def options(self) -> dict[str, Any]:
         return {**self.batch.options, "topk": self.topk}
 
+    def to(self, device: torch.device | str) -> Call:
+        return self._replace(batch=self.batch.to(device))
+
 
 def recorded() -> testing.Batch:
     """The recordings with at least one box, as one batch (27 in a checkout)."""

@@ -1,8 +1,10 @@
 """`python -m bench.gpu`, which is `make gpu`: everything that a machine with a GPU can show, on one page.
 
-The report of `paa_gpu check`, the tests on the GPU, four sanitizers over a selection, a profile by `ncu`, and the benchmarks with the
-published loop beside them. A step that fails does not stop the others. The page is `bench/results/<device>/README.md`; it is written
-after each step, and the whole output of each step lies beside it. The exit status is 1 if a step failed.
+The report of `paa_gpu check`, the tests on the GPU, the times beside those of the published loop, four sanitizers over a selection,
+and a profile by `ncu`. A step that fails or takes too long does not stop the others. The page is `bench/results/<device>/README.md`.
+It is written after each step, and the whole output of each step lies beside it. The exit status is 1 if a step failed.
+
+A GPU may be there for minutes only: what tells most comes first, tests run in parallel, and `--steps` takes some of the steps.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +32,8 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = [f"tests/test_{stem}_kernels.py" for stem in ("reassign", "assign", "voting", "losses")]
 PROFILED = "from bench import cases, providers; providers.library(cases.Call(cases.coco_like().to('cuda')))"
 TAIL = 12
+#: Seconds that a step has after its limit, to say what it has found so far.
+GRACE = 15
 
 
 class Step(NamedTuple):
@@ -47,35 +53,53 @@ class Outcome(NamedTuple):
     tail: str
 
 
-def steps(folder: Path, public: list[str], kernels: list[str]) -> list[Step]:
-    """All steps, in order: what is quick and tells most comes first. `public`, `kernels`: files of tests."""
-    python = [sys.executable, "-m", "pytest", "-q"]
-    pytest, few = [*python, "-m", "not long"], ["-x", "-m", "not long and not slow", "-k", "cuda", *SANITIZED]
+def steps(folder: Path, public: list[str]) -> list[Step]:
+    """All steps, in order. `public`: the files of tests of the public functions."""
+    python = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
+    parallel = [*python, "-n", "auto"]
+    few = [*python, "-x", "-m", "gpu and not long and not slow", *SANITIZED]
+    timed = [*python, "bench", "--benchmark-only", "--benchmark-min-rounds=3", "--benchmark-max-time=0.25"]
     return [
         Step("check", [sys.executable, "-m", "paa_gpu", "check", "--device", "cuda"]),
-        Step("tests that need a GPU", [*pytest, "tests/test_cuda.py"]),
-        Step("public functions", [*pytest, "--execution", "cuda", *public]),
-        Step("kernels", [*pytest, "-k", "cuda", *kernels]),
+        Step("tests that need a GPU", [*parallel, "-m", "gpu and not long", "tests"]),
+        Step("public functions", [*parallel, "-m", "not long", "--execution", "cuda", *public]),
+        Step("ratios", [sys.executable, "-m", "bench.ratios", "--device", "cuda"]),
+        Step("benchmarks", [*timed, f"--benchmark-json={folder / 'suite.json'}"]),
+        Step("documentation", [*python, "tests/test_docs.py"]),
+        Step("profile", ["ncu", "--set", "basic", "--clock-control", "none", sys.executable, "-c", PROFILED], "ncu"),
         *(
-            Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *python, *few], "compute-sanitizer")
+            Step(tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *few], "compute-sanitizer")
             for tool in SANITIZERS
         ),
-        Step("profile", ["ncu", "--set", "basic", sys.executable, "-c", PROFILED], "ncu"),
-        Step("benchmarks", [*python, "bench", "--benchmark-only", f"--benchmark-json={folder / 'suite.json'}"]),
     ]
 
 
-def run(step: Step, folder: Path) -> Outcome:
-    """Run a step. Its whole output goes to a file."""
+def run(step: Step, folder: Path, limit: float) -> Outcome:
+    """Run a step for `limit` seconds at most. Its whole output goes to a file."""
     if step.tool and shutil.which(step.tool) is None:
         return Outcome(step, f"left out: {step.tool} is not installed", 0.0, "")
-    start = time.monotonic()
-    process = subprocess.run(step.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (folder / f"{step.name.replace(' ', '_')}.txt").write_text(process.stdout)
-    status = "ok" if process.returncode == 0 else f"FAILED (exit status {process.returncode})"
-    lines = process.stdout.rstrip().splitlines()
-    tail = "\n".join(lines if step.name == "check" else lines[-TAIL:])
+    path, start = folder / f"{step.name.replace(' ', '_')}.txt", time.monotonic()
+    with path.open("w") as output:
+        process = subprocess.Popen(step.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        status = _wait(process, limit)
+    lines = path.read_text().rstrip().splitlines()
+    tail = "\n".join(lines if step.name in ("check", "ratios") else lines[-TAIL:])
     return Outcome(step, status, time.monotonic() - start, tail)
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
+    """What became of the process. At the limit it is asked to stop, so that pytest tells what failed; a kernel that hangs is killed."""
+    for seconds, stop in ((limit, signal.SIGINT), (GRACE, signal.SIGKILL)):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, stop)
+        else:
+            break
+    status = process.wait()
+    if stop == signal.SIGKILL:
+        return f"FAILED (not done after {limit:.0f} s)"
+    return f"FAILED (exit status {status})" if status else "ok"
 
 
 def page(device: str, outcomes: list[Outcome], folder: Path) -> str:
@@ -89,32 +113,37 @@ def page(device: str, outcomes: list[Outcome], folder: Path) -> str:
     return head + "\n".join(rows) + "\n\n" + "\n\n".join(parts) + "\n"
 
 
-def report(device: str, todo: list[Step], folder: Path) -> Iterator[Outcome]:
+def report(device: str, todo: list[Step], folder: Path, limit: float) -> Iterator[Outcome]:
     """Run the steps, writing the page after each."""
     outcomes: list[Outcome] = []
     for step in todo:
-        outcomes.append(run(step, folder))
+        outcomes.append(run(step, folder, limit))
         (folder / "README.md").write_text(page(device, outcomes, folder))
         yield outcomes[-1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--public", nargs="+", required=True, help="tests of the public functions, which run on the GPU")
-    parser.add_argument("--kernels", nargs="+", required=True, help="tests of the kernels, of which those with `cuda` run")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these steps (default: all)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a step may take (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the folder for the page (default: bench/results/<device>)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if device is None and not options.dry_run:
         raise SystemExit("there is no CUDA device here; --dry-run prints what would run on one")
-    folder = ROOT / "bench" / "results" / re.sub(r"\W+", "-", device or "device").strip("-").lower()
-    todo = steps(folder, options.public, options.kernels)
+    folder = options.out or ROOT / "bench" / "results" / re.sub(r"\W+", "-", device or "device").strip("-").lower()
+    todo = steps(folder, options.public)
+    if unknown := set(options.steps or ()) - {step.name for step in todo}:
+        parser.error(f"--steps: there is no {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in todo)}")
+    todo = [step for step in todo if not options.steps or step.name in options.steps]
     if options.dry_run:
         print(*(" ".join(step.command) for step in todo), sep="\n")
         return
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
-    for outcome in report(str(device), todo, folder):
+    for outcome in report(str(device), todo, folder, options.limit):
         print(f"{outcome.step.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
         outcomes.append(outcome)
     print(folder / "README.md")

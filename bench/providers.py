@@ -222,35 +222,51 @@ def check_losses(batch: testing.HeadBatch) -> None:
         torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
 
 
+def check_assignment(*arguments: Any) -> None:
+    """Raise unless the boxes of one image's anchors, and their overlaps, are those of the matrix, to the bit."""
+    got, wanted = paa_gpu.assign_max_iou(*arguments), reference.assign_max_iou(*arguments)
+    if not (torch.equal(got.gt_inds[0], wanted[0][0]) and torch.equal(got.max_overlaps[0], wanted[1][0])):
+        raise AssertionError("assign_max_iou does not give the boxes of the matrix of overlaps")
+
+
 # --- time -----------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int = 5, repeats: Sequence[int] | None = None) -> list[float]:
+def interleaved(
+    calls: Sequence[Callable[[], Any]],
+    rounds: int = 5,
+    repeats: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[float]:
     """The median time of each call in seconds. In each of `rounds`, each call takes its turn and runs `repeats` times.
 
-    So a call of a millisecond is not always timed after a loop of half a second, with cold caches and a sleeping core.
+    So a call of a millisecond is not always timed after a loop of half a second, with cold caches and a sleeping core. A time
+    begins and ends with an idle `device`.
     """
+    wait = (lambda: torch.cuda.synchronize(device)) if torch.device(device).type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
+    wait()
     for _ in range(rounds):
         for taken, call, count in zip(times, calls, repeats or [1] * len(calls), strict=True):
             for _ in range(count):
                 start = time.perf_counter()
                 call()
+                wait()
                 taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
 
-def on_cuda(value: Any) -> Any:
-    """The tensors of a call's arguments, in lists and tuples too, on the GPU."""
+def move(value: Any, device: torch.device | str) -> Any:
+    """The tensors of a call's arguments, in lists and tuples too, on a device."""
     if isinstance(value, list | tuple) and any(isinstance(item, list | tuple | torch.Tensor) for item in value):
-        return type(value)(map(on_cuda, value))
-    return value.cuda() if isinstance(value, torch.Tensor) else value
+        return type(value)(move(item, device) for item in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, float]:
     """Medians of `run(*arguments)` on the GPU, with cold caches, and on the host that launches it."""
-    there = on_cuda(list(arguments))
+    there = move(list(arguments), "cuda")
     on_device, on_host = diagnose.Cuda().seconds(lambda: run(*there))
     return {"event_seconds": on_device, "host_seconds": on_host}

@@ -44,8 +44,8 @@ def test_reassign_cuda(benchmark, case):
     def run(*columns):
         return paa_gpu.paa_reassign_batch(*columns, levels, **call.options)
 
-    got = run(*providers.on_cuda(tensors))
+    got = run(*providers.move(tensors, "cuda"))
     providers.check(list(zip(got.label, got.label_weight, got.bbox_weight, got.num_pos.tolist(), strict=True)), wanted)
     benchmark.extra_info.update(providers.cuda_seconds(run, tensors))
-    columns = providers.on_cuda(tensors)
+    columns = providers.move(tensors, "cuda")
     benchmark(lambda: (run(*columns), torch.cuda.synchronize()))

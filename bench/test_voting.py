@@ -33,7 +33,7 @@ def test_score_voting(benchmark, provider, case):
 def test_score_voting_cuda(benchmark, case):
     benchmark.group = f"voting {case}"
     arguments = prepared(case)
-    on_device = [providers.on_cuda(argument) for argument in arguments]
+    on_device = [providers.move(argument, "cuda") for argument in arguments]
     got, wanted = paa_gpu.score_voting(*on_device), paa_gpu.score_voting(*arguments)
     torch.testing.assert_close(got[0].cpu(), wanted[0], rtol=0, atol=1e-3)
     assert torch.equal(got[1].cpu(), wanted[1])

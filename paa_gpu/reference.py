@@ -1,7 +1,7 @@
 """The published loops. They go from ground truth to ground truth, and from detection to detection.
 
-The tests use them as an oracle, and the benchmarks as a baseline. They are written for clarity. They are slow, and run on the
-CPU. scikit-learn is imported at the first call. There are two conventions and two precisions:
+The tests use them as an oracle, and the benchmarks as a baseline. They are written for clarity. They are slow. Tensors may be on
+any device, but the fits run on the CPU. scikit-learn is imported at the first call. There are two conventions and two precisions:
 
 * mmdetection's `PAAHead.paa_reassign`: `covariance_type="diag"`, `separation="mmdet"`, `singleton="background"`. The authors'
   repository: `"full"`, `"paper"`, `"positive"`.
@@ -259,12 +259,12 @@ def candidate_losses(
     for image, inds in enumerate(pos_inds):
         i = inds.long()
         logit, delta, anchor, target = scores[image, i], deltas[image, i], boxes[i].to(dtype), bbox_target[image][i].to(dtype)
-        is_label = (label[image][i][:, None] == torch.arange(classes)).to(dtype)
+        is_label = (label[image][i][:, None] == torch.arange(classes, device=logit.device)).to(dtype)
         p = logit.sigmoid()
         missing = (1 - p) * is_label + p * (1 - is_label)
         weight = (alpha * is_label + (1 - alpha) * (1 - is_label)) * missing**gamma
         focal = torch.nn.functional.binary_cross_entropy_with_logits(logit, is_label, weight, reduction="none").sum(1)
-        weight, scale = bbox_weight[image][i].to(dtype), torch.tensor(stds, dtype=dtype)
+        weight, scale = bbox_weight[image][i].to(dtype), delta.new_tensor(stds)
         if box_loss == "l1":
             of_box = (weight * (delta - _encoded(anchor, target) / scale).abs()).sum(1)
         else:
@@ -325,7 +325,7 @@ def assign_max_iou(
     for image, boxes in enumerate(gt_bboxes):
         levels = anchors if isinstance(anchors[0], Tensor) else anchors[image]
         everything = torch.cat(list(levels)).float()
-        exist = torch.ones(len(everything), dtype=torch.bool) if valid is None else valid[image]
+        exist = torch.ones_like(everything[:, 0], dtype=torch.bool) if valid is None else valid[image]
         priors = everything[exist]
         overlaps = _overlaps(boxes.float(), priors, eps)
         if gt_bboxes_ignore is not None and ignore_iof_thr > 0 and len(gt_bboxes_ignore[image]):
@@ -356,7 +356,7 @@ def _assign(
 ) -> tuple[Tensor, Tensor]:
     """gt_inds and max_overlaps of one image."""
     gts, priors = overlaps.shape
-    gt_inds = torch.full((priors,), -1)
+    gt_inds = overlaps.new_full((priors,), -1, dtype=torch.int64)
     if gts == 0 or priors == 0:
         return gt_inds + 1, overlaps.new_zeros(priors)
     highest, owner = overlaps.max(0)

@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         SETTINGS.update(ptxrun.settings(text))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def suite_execution(request: pytest.FixtureRequest) -> Iterator[None]:
     execution = request.config.getoption("--execution")

@@ -51,7 +51,7 @@ EXECUTIONS = (
         for capability in (75, 80, 86, 89, 90, 100, 120)
     ]
     + [pytest.param("stand-in", marks=(compiled_only, pytest.mark.long))]
-    + ["cuda"] * torch.cuda.is_available()
+    + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 )
 
 #: Where the implementations are that are not in `reassign`.
@@ -123,7 +123,7 @@ def on_device(function: Any) -> Any:
         finally:
             _inside.pop()
         copies.bring_back()
-        return _map_tensors(lambda tensor: tensor.cpu(), result)
+        return map_tensors(lambda tensor: tensor.cpu(), result)
 
     return run
 
@@ -140,7 +140,7 @@ class Copies:
         self.views: list[tuple[Tensor, Tensor]] = []
 
     def of(self, value: Any) -> Any:
-        return _map_tensors(self._copy, value)
+        return map_tensors(self._copy, value)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -163,13 +163,13 @@ class Copies:
                 tensor.copy_(back)
 
 
-def _map_tensors(function: Any, value: Any) -> Any:
+def map_tensors(function: Any, value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {name: _map_tensors(function, item) for name, item in value.items()}
+        return {name: map_tensors(function, item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [_map_tensors(function, item) for item in value]
+        items = [map_tensors(function, item) for item in value]
         return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
     return value
 

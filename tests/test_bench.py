@@ -6,12 +6,15 @@ import json
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from kernel_execution import compiled_only
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import cases, compare, host, plot, providers, scaling
+from bench import cases, compare, host, plot, providers, ratios, scaling
+from paa_gpu import reference, testing
 
 #: The recordings have tests of their own in the suite.
 MARKS = {"recorded": pytest.mark.long, "crowded": pytest.mark.slow, "1000_detections": pytest.mark.slow}
@@ -46,6 +49,46 @@ def test_a_wrong_answer_is_no_agreement():
 @pytest.mark.parametrize("case", named(cases.VOTING))
 def test_providers_of_score_voting_agree(case):
     providers.check_voting(*cases.VOTING[case]())
+
+
+def test_what_the_ratios_compare_stays_where_its_tensors_are():
+    """A tensor that the published loops make anywhere else would not reach those of a GPU."""
+    call = cases.Call(cases.one_box())
+    wanted, losses, assignment = (
+        providers.oracle(call),
+        testing.make_head_batch([20, 3], np.random.default_rng(0)),
+        cases.assignment(7),
+    )
+    with torch.device("meta"):
+        providers.check(providers.oracle(call.to("cpu")), wanted)
+        assert providers.published(call)[0][0].device.type == "cpu"
+        providers.check_voting(*cases.predictions(7))
+        providers.check_losses(losses)
+        providers.check_assignment(*assignment)
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_a_wrong_assignment_is_noticed(number):
+    anchors, boxes = cases.assignment(number)
+    providers.check_assignment(anchors, boxes)
+    moved = [level + 1000 for level in anchors]
+    wrong = reference.assign_max_iou(moved, [torch.ones(1, 4)])
+    other = mock.patch.object(reference, "assign_max_iou", lambda *_: wrong)
+    with other, pytest.raises(AssertionError, match="matrix of overlaps"):
+        providers.check_assignment(anchors, boxes)
+
+
+def test_a_ratio_is_printed(capsys, monkeypatch):
+    """All steps but for those of the recordings and of large inputs, which have the same form."""
+    monkeypatch.setattr(providers, "interleaved", lambda calls, **_: [call() is None or 1.0 for call in calls])
+    ratios.batch("one_box")
+    ratios.losses()
+    ratios.assignment()
+    ratios.voting_of_classes(10)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0].partition(" (")[0] for line in lines] == [
+        "paa_reassign_batch", "candidate_losses", "assign_max_iou", "assign_max_iou", "score_voting"
+    ]  # fmt: skip
 
 
 def saved(**medians):

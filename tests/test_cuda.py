@@ -16,7 +16,7 @@ import paa_gpu
 from paa_gpu import testing
 from paa_gpu.separation import separate
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

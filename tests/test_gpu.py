@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -24,23 +25,46 @@ def make_gpu(*options: str) -> list[str]:
 @pytest.fixture(scope="module")
 def dry() -> list[list[str]]:
     """The commands of a dry run."""
-    run = subprocess.run(make_gpu("DRY=--dry-run"), cwd=gpu.ROOT, check=True, capture_output=True, text=True)
+    run = subprocess.run(make_gpu("GPU=--dry-run"), cwd=gpu.ROOT, check=True, capture_output=True, text=True)
     return [line.split() for line in run.stdout.splitlines()]
 
 
 def test_every_step_names_files_that_exist(dry):
     files = {part for command in dry for part in command if re.match(r"tests/.*\.py$", part)}
-    assert len(files) > 20
+    assert len(files) > 10
     assert all((gpu.ROOT / file).exists() for file in files)
 
 
-def test_every_test_of_kernels_runs_on_the_device(dry):
-    """Each sanitizer too, over its selection."""
-    (kernels,) = ({*command} for command in dry if "-k" in command and "compute-sanitizer" not in command)
-    assert kernels >= {f"tests/{path.name}" for path in gpu.ROOT.glob("tests/test_*_kernels.py")}
-    sanitized = [command for command in dry if command[0] == "compute-sanitizer"]
+def test_every_step_can_be_chosen(dry):
+    chosen = subprocess.run(
+        make_gpu("GPU=--dry-run --steps profile check"), cwd=gpu.ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert [line.split() for line in chosen] == [command for command in dry if command[0] == "ncu" or "check" in command]
+    assert len(chosen) == 2
+    refused = subprocess.run(make_gpu("GPU=--dry-run --steps chek"), cwd=gpu.ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--steps: there is no chek; there are check, " in refused.stderr
+
+
+def test_every_test_that_needs_a_gpu_runs_on_it(dry):
+    """Those marked, wherever they are; a sanitizer, those of its selection."""
+    marked = [command for command in dry if any("gpu and" in f"{a} {b}" for a, b in itertools.pairwise(command))]
+    everywhere, *sanitized = marked
+    assert everywhere[-1] == "tests" and [command[0] for command in sanitized] == ["compute-sanitizer"] * len(gpu.SANITIZERS)
     assert [command[2] for command in sanitized] == list(gpu.SANITIZERS)
-    assert all(set(gpu.SANITIZED) <= kernels & set(command) for command in sanitized)
+    assert all(set(gpu.SANITIZED) <= set(command) for command in sanitized)
+
+
+def test_with_a_gpu_every_kernel_is_among_those_tests():
+    code = "import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main(['--collect-only', '-qq', '-m', 'gpu', 'tests'])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True, capture_output=True, text=True)
+    files = {line.partition(":")[0] for line in run.stdout.splitlines()}
+    assert files >= {f"tests/{path.name}" for path in gpu.ROOT.glob("tests/test_*_kernels.py")} | {"tests/test_cuda.py"}
+
+
+def test_what_is_skipped_for_want_of_a_gpu_is_marked():
+    """A skip of another kind would not be found by `make gpu`."""
+    own = "skip" + "if(not torch.cuda.is_available()"
+    assert [path.name for path in gpu.ROOT.glob("tests/**/*.py") if own in path.read_text()] == []
 
 
 def test_the_profiled_call_runs():
@@ -57,20 +81,21 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_the_page_tells_what_became_of_each_step(tmp_path):
-    """Of one that works, one that fails, one whose tool is missing; and the times that the last one leaves."""
+    """Of one that works, one that fails, one whose tool is missing, one that hangs; and the times that the last one leaves."""
     write = f"open({str(tmp_path / 'suite.json')!r}, 'w').write({json.dumps(saved(crowded=0.001))!r})"
     todo = [
         gpu.Step("check", [sys.executable, "-c", "print('all is well')"]),
         gpu.Step("kernels", [sys.executable, "-c", "print('one differs'); raise SystemExit(3)"]),
         gpu.Step("memcheck", ["no-such-tool"], "no-such-tool"),
+        gpu.Step("hangs", [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(99)"]),
         gpu.Step("benchmarks", [sys.executable, "-c", write]),
     ]
-    outcomes = list(gpu.report("A device", todo, tmp_path))
+    outcomes = list(gpu.report("A device", todo, tmp_path, limit=2))
     assert [outcome.status for outcome in outcomes] == [
-        "ok", "FAILED (exit status 3)", "left out: no-such-tool is not installed", "ok"
+        "ok", "FAILED (exit status 3)", "left out: no-such-tool is not installed", "FAILED (not done after 2 s)", "ok"
     ]  # fmt: skip
     page = (tmp_path / "README.md").read_text()
-    assert page.startswith("# A device\n") and "all is well" in page and "one differs" in page
+    assert page.startswith("# A device\n") and "all is well" in page and "one differs" in page and "so far" in page
     assert "| memcheck | left out: no-such-tool is not installed | 0 |" in page
     assert "| reassign crowded | 300 ms | 1 ms |" in page
     assert (tmp_path / "kernels.txt").read_text() == "one differs\n"

@@ -26,10 +26,7 @@ import paa_gpu
     ],
     ids=["slice", "transposed", "expanded", "scalar", "empty", "strided"],
 )
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_copy_has_the_layout_of_its_original(view, device):
     base = torch.arange(48, dtype=torch.float32).reshape(6, 8)
     tensor = view(base)

@@ -21,15 +21,13 @@ from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import Reserve, device_guard, mixes, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-
 
 def test_nothing_to_guard_on_the_cpu():
     with device_guard(torch.zeros(1)):
         pass
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_guard_makes_the_device_current():
     last = torch.device("cuda", torch.cuda.device_count() - 1)
     with device_guard(torch.zeros(1, device=last)):
@@ -54,7 +52,7 @@ def test_a_device_with_slow_float64(capability, slow):
     assert not mixes("auto", torch.zeros(1))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_staging_does_not_wait():
     like = torch.zeros(1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
