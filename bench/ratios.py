@@ -70,7 +70,8 @@ def batch(name: str, device: Device = "cpu") -> None:
     providers.check(providers.library(there), wanted)
     differ = sum(int((ours[0].cpu() != theirs[0]).sum()) for ours, theirs in zip(providers.published(there), wanted, strict=True))
     ways = [lambda: providers.published(there), lambda: providers.library(there)]
-    loop, ours, *limit = providers.interleaved(ways + [providers.reassign_limit(call)] * (str(device) == "cpu"), device=device)
+    limits = [providers.reassign_limit(call)] * (str(device) == "cpu")
+    loop, ours, *limit = providers.interleaved([*ways, *limits], repeats=[1, 20, *(20 for _ in limits)], device=device)
     boxes, positives = sum(call.batch.num_gts), sum(image[3] for image in wanted)
     print(f"paa_reassign_batch, {name}: {len(wanted)} images, {boxes} boxes, {positives} positives ({differ} labels of the "
           f"published float32 loop differ): {ours * 1e3:.2f} ms, {ours / boxes * 1e6:.2f} us a box; loop {loop * 1e3:.0f} ms, "
