@@ -91,7 +91,7 @@ test-long: $(READY)
 # On the day a GPU is there: all that it can show, into bench/results/<device>. `make gpu GPU=--dry-run` prints the commands,
 # `make gpu READY= BIN=/usr/bin` takes a Python that has everything, and `GPU="--steps check --limit 200"` takes what there is time for.
 gpu: $(READY)
-	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m bench.gpu --public $(PUBLIC) tests/test_layouts.py $(GPU)
+	PYTHONPATH=tests:tests/mmdet$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m bench.gpu --public $(PUBLIC) tests/test_layouts.py $(GPU)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun

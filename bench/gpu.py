@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -32,16 +33,18 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = [f"tests/test_{stem}_kernels.py" for stem in ("reassign", "assign", "voting", "losses")]
 PROFILED = "from bench import cases, providers; providers.library(cases.Call(cases.coco_like().to('cuda')))"
 TAIL = 12
+#: Steps whose whole output is on the page.
+TOLD = ("check", "ratios", "training step")
 #: Seconds that a step has after its limit, to say what it has found so far.
 GRACE = 15
 
 
 class Step(NamedTuple):
-    """A command, and the tool without which it is left out."""
+    """A command, and the tool or the module without which it is left out."""
 
     name: str
     command: list[str]
-    tool: str | None = None
+    needs: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -58,13 +61,16 @@ def steps(folder: Path, public: list[str]) -> list[Step]:
     python = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
     parallel = [*python, "-n", "auto"]
     few = [*python, "-x", "-m", "gpu and not long and not slow", *SANITIZED]
-    timed = [*python, "bench", "--benchmark-only", "--benchmark-min-rounds=3", "--benchmark-max-time=0.25"]
+    timed = ["env", "OMP_NUM_THREADS=1"]  # more threads make the published loop slower and erratic
+    suite = [*timed, *python, "bench", "--benchmark-only", "--benchmark-min-rounds=3", "--benchmark-max-time=0.25"]
     return [
         Step("check", [sys.executable, "-m", "paa_gpu", "check", "--device", "cuda"]),
         Step("tests that need a GPU", [*parallel, "-m", "gpu and not long", "tests"]),
         Step("public functions", [*parallel, "-m", "not long", "--execution", "cuda", *public]),
-        Step("ratios", [sys.executable, "-m", "bench.ratios", "--device", "cuda"]),
-        Step("benchmarks", [*timed, f"--benchmark-json={folder / 'suite.json'}"]),
+        Step("mmdetection", [*python, "tests/mmdet/test_cuda.py"], "mmdet"),
+        Step("ratios", [*timed, sys.executable, "-m", "bench.ratios", "--device", "cuda"]),
+        Step("training step", [*timed, sys.executable, "-m", "bench.head", "--device", "cuda", "--size", "800", "1333"], "mmdet"),
+        Step("benchmarks", [*suite, f"--benchmark-json={folder / 'suite.json'}"]),
         Step("documentation", [*python, "tests/test_docs.py"]),
         Step("profile", ["ncu", "--set", "basic", "--clock-control", "none", sys.executable, "-c", PROFILED], "ncu"),
         *(
@@ -76,15 +82,20 @@ def steps(folder: Path, public: list[str]) -> list[Step]:
 
 def run(step: Step, folder: Path, limit: float) -> Outcome:
     """Run a step for `limit` seconds at most. Its whole output goes to a file."""
-    if step.tool and shutil.which(step.tool) is None:
-        return Outcome(step, f"left out: {step.tool} is not installed", 0.0, "")
+    if step.needs and not _installed(step.needs):
+        return Outcome(step, f"left out: {step.needs} is not installed", 0.0, "")
     path, start = folder / f"{step.name.replace(' ', '_')}.txt", time.monotonic()
     with path.open("w") as output:
         process = subprocess.Popen(step.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         status = _wait(process, limit)
     lines = path.read_text().rstrip().splitlines()
-    tail = "\n".join(lines if step.name in ("check", "ratios") else lines[-TAIL:])
+    tail = "\n".join(lines if step.name in TOLD else lines[-TAIL:])
     return Outcome(step, status, time.monotonic() - start, tail)
+
+
+def _installed(name: str) -> bool:
+    """A tool on the path, or a module; not merely a folder of that name, as tests/mmdet is."""
+    return shutil.which(name) is not None or getattr(importlib.util.find_spec(name), "origin", None) is not None
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:

@@ -1,9 +1,12 @@
-"""`make bench-mmdet`: mmdetection's real PAAHead and the accelerated one, on the CPU, side by side in one run.
+"""`make bench-mmdet`: mmdetection's real PAAHead and the accelerated one, on one device, side by side in one run.
 
 Training: the loss of the published configuration (80 classes, 5 levels), from the outputs of the levels. The towers are left out. There
 are three ways: the published head; the accelerated head as it was before, which a head with parts of its own still is; the accelerated
 head. Results are checked before anything is timed. Times are medians of interleaved rounds. The times of the parts come from the same
 calls. With `--loaded`, for a machine with other work to do, they are CPU times of the process, on one thread. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
+
+With `--device cuda`, the heads and all tensors are there, and each time begins and ends with an idle device. So the sum of the parts
+is more than a loss takes which nobody times.
 
 Inference: `predict` of the published configuration, with its towers, on random features of two images.
 """
@@ -39,7 +42,7 @@ from paa_gpu.integrations.mmdet.versions import Truth
 
 from . import machine, matching
 
-CHANNELS = 256  # of the published configuration's features
+CHANNELS, CLASSES = 256, 80  # of the published configuration
 BATCHES = ((2, 7), (16, 7), (16, 60))  # images, boxes of each
 PARTS = ("anchors and IoU assignment", "losses of the candidates", "reassignment", "classification loss", "box and IoU losses")
 Maps = list[list[torch.Tensor]]
@@ -50,27 +53,47 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(320, 512), help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loaded", action="store_true", help="one thread, and CPU time instead of wall time")
+    parser.add_argument(
+        "--device", type=torch.device, default="cpu", help="where the heads and tensors are (default: %(default)s)"
+    )
     options = parser.parse_args()
-    size, rounds = tuple(options.size), options.rounds
+    size, rounds, device = tuple(options.size), options.rounds, options.device
     torch.set_num_threads(1 if options.loaded else os.cpu_count() or 1)
     Parts.clock = time.process_time if options.loaded else time.perf_counter
+    if device.type == "cuda":
+        Parts.clock = functools.partial(idle_clock, device)
     versions = (
         f"mmdet {mmdet.__version__}, torch {torch.__version__}, scikit-learn {sklearn.__version__}, paa_gpu {paa_gpu.__version__}"
     )
-    print(f"{datetime.date.today()}, {machine.describe()['cpu']}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.describe()["cpu"]
+    print(f"{datetime.date.today()}, {name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
           f"{'CPU time on one thread' if options.loaded else 'wall time'}, {versions}, commit {machine.commit()}; images of "
           f"{size[0]} x {size[1]} pixels")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    small = heads.build(in_channels=32, feat_channels=32, stacked_convs=1)  # the outputs have the same shapes
+    small = heads.build(in_channels=32, feat_channels=32, stacked_convs=1).to(device)  # the outputs have the same shapes
     spread(small, 0.09)
     for images, boxes in BATCHES:
-        samples = heads.make_samples([boxes] * images, size, small.num_classes, generator)
-        loss(small, heads.make_features(images, size, 32, generator), samples, rounds)
-    head = spread(heads.build().eval(), 0.03)  # some 2,000 scores of an image are above the threshold
-    predict(
-        head, heads.make_features(2, size, CHANNELS, generator), heads.make_samples([0, 0], size, head.num_classes, generator)
-    )
+        loss(small, *inputs(images, boxes, size, 32, generator, device), rounds)
+    head = spread(heads.build().eval().to(device), 0.03)  # some 2,000 scores of an image are above the threshold
+    predict(head, *inputs(2, 0, size, CHANNELS, generator, device))
+
+
+def idle_clock(device: torch.device) -> float:
+    """Seconds, read when the device has nothing to do."""
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def inputs(
+    images: int, boxes: int, size: tuple[int, int], channels: int, generator: torch.Generator, device: torch.device
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """Features and samples of a batch."""
+    samples = heads.make_samples([boxes] * images, size, CLASSES, generator)
+    for sample in samples:
+        for name in ("bboxes", "labels"):
+            setattr(sample.gt_instances, name, getattr(sample.gt_instances, name).to(device))
+    return [level.to(device) for level in heads.make_features(images, size, channels, generator)], samples
 
 
 def spread(head: Any, std: float) -> Any:
@@ -212,6 +235,11 @@ def peak_of(name: str, head: Any, maps: Maps, truth: tuple[Any, ...]) -> float:
     """The bytes that assignment takes, from the maps to the targets: the median of three calls."""
     assign = whole.assign if name == "accelerated" else ours._assign
     call = functools.partial(assign, head, *maps[:2], Truth.of(*truth))
+    if maps[0][0].is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     return statistics.median(matching.measure(call)["bytes"] for _ in range(3))
 
 
