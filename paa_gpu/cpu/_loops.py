@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numba import config, njit
 from numba.extending import register_jitable
 
 from . import _notice  # noqa: F401  # registers itself with numba
+from ._arrays import Array
 
 # The loops need numba's arithmetic. In plain Python a sum of np.uint64 and np.int64, for example, is no integer.
 if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets it from the environment
@@ -65,6 +68,11 @@ inner_fused = register_jitable(**EXACT_SUMS)
 inner_with_sums = register_jitable(**_SUMS)
 
 
+#: Microseconds until a thread begins with what it is given and its end is noticed, measured on 2 cores. What loops cost is
+#: measured there too. It decides only how many threads share a call, and results do not depend on that.
+HANDING_OVER = 100.0
+
+
 @functools.cache
 def _executor(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
     """The pool of a process: a forked child has another id, and with it a pool of its own."""
@@ -78,11 +86,37 @@ def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: 
     a thread would take longer than they do.
     """
     slices = 1 if rows < serial_below else min(torch.get_num_threads(), rows)
-    if slices == 1:
-        loop(0, rows, *args)
-        return
-    bounds = [rows * i // slices for i in range(slices + 1)]
-    others = [_executor(os.getpid()).submit(loop, bounds[i], bounds[i + 1], *args) for i in range(1, slices)]
+    over_bounds(loop, [rows * i // slices for i in range(slices + 1)], *args)
+
+
+def shared_bounds(costs: Array, in_python: float = 0.0) -> list[int]:
+    """Where slices of rows begin and end that cost about the same: as many as torch has threads, but none that costs less than to
+    hand it over.
+
+    Args:
+        costs: microseconds in compiled loops, of each row.
+        in_python: microseconds between these loops, of each row. Threads take them one at a time, so they are lost.
+    """
+    slices = min(torch.get_num_threads(), len(costs), int(np.maximum(costs - in_python, 0).sum() // HANDING_OVER))
+    if slices < 2:
+        return [0, len(costs)]
+    ends = costs.cumsum()
+    middles = (ends - costs / 2).searchsorted(ends[-1] * np.arange(1, slices) / slices)
+    bounds = sorted({0, *middles.tolist(), len(costs)})
+    # One row may have most of the work.
+    return bounds if duration(costs, bounds) < ends[-1] else [0, len(costs)]
+
+
+def duration(costs: Array, bounds: Sequence[int]) -> float:
+    """Microseconds until all slices are done."""
+    slowest = max(float(costs[first:last].sum()) for first, last in itertools.pairwise(bounds))
+    return slowest + HANDING_OVER * (len(bounds) > 2)
+
+
+def over_bounds(loop: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
+    """Call `loop(start, stop, *args)` for each two bounds, each on a thread of its own."""
+    others = itertools.pairwise(bounds[1:])
+    handed_over = [_executor(os.getpid()).submit(loop, *other, *args) for other in others]
     loop(bounds[0], bounds[1], *args)
-    for other in others:
-        other.result()
+    for future in handed_over:
+        future.result()

@@ -23,7 +23,7 @@ from .._ops import INITS, PRECISIONS, sum_tolerance
 from ..separation import tie_tolerance
 from . import em_long
 from ._arrays import Array, flat, view
-from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._loops import HANDING_OVER, compiled, inner, inner_with_sums, over_bounds, shared_bounds
 from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 from .em_long import LONG_ROW
@@ -32,9 +32,8 @@ from .starts import KMEANS, MINMAX, centres, divide, kmeans, minmax, sum_of
 #: The dtype of a fit by `precision`.
 REALS = {name: np.dtype(str(dtype).removeprefix("torch.")) for name, dtype in PRECISIONS.items()}
 
-# Rows below which a second thread costs more than it saves, measured on 2 cores: a row takes 2 to 10 us, handing over to a
-# thread 100.
-SERIAL_ROWS = 128
+#: Microseconds for a row and for each of its values: to find where it starts; to fit from there, and from its extremes.
+STARTING, FITTING_STARTED, FITTING = (0.3, 0.01), (0.4, 0.01), (0.6, 0.018)
 
 
 @inner_with_sums
@@ -224,13 +223,21 @@ def fit_options(
     return covariance_type == "tied", tol, reg_covar, max_iter, started
 
 
+def row_bounds(cost: tuple[float, float], count: Array) -> list[int]:
+    """The bounds of slices of rows with so many values, which threads share."""
+    of_row, of_value = cost
+    if len(count) * of_row + of_value * int(count.sum()) < HANDING_OVER:
+        return [0, len(count)]
+    return shared_bounds(of_row + of_value * count)
+
+
 def fit(loss: Array, count: Array, covariance_type: str, precision: str) -> tuple[Array, ...]:
     """Fit two components to loss[g, :count[g]] of every row g: what `empty_fit` holds, then assignment and score [G, K]."""
     rows, width = loss.shape
     real = REALS[precision]
     results = *empty_fit(rows, real), np.empty((rows, width), np.bool_), np.empty((rows, width), real)
     options = *fit_options(covariance_type), tie_tolerance(PRECISIONS[precision])
-    over_slices(fit_rows, rows, SERIAL_ROWS, loss.reshape(-1), np.arange(rows) * width, count, *options, *results)
+    over_bounds(fit_rows, row_bounds(FITTING, count), loss.reshape(-1), np.arange(rows) * width, count, *options, *results)
     return results
 
 
@@ -280,15 +287,15 @@ def fit_gmm_1d(
         # What `em_long` fits is an empty row here.
         rows = x_values, starts, np.where(short, sizes, 0)
         if started := INITS.index(init) != MINMAX and not complete:
-            over_slices(
-                start_rows, len(sizes), SERIAL_ROWS, *rows, INITS.index(init), seed, n_init, tied, reg_covar, *results[:3]
-            )
+            start_options = INITS.index(init), seed, n_init, tied, reg_covar
+            over_bounds(start_rows, row_bounds(STARTING, rows[2]), *rows, *start_options, *results[:3])
         if any_given := any(values is not None for values in initial):
             given_options = sum_tolerance(weights_init), n_init, started
-            over_slices(given_rows, len(sizes), SERIAL_ROWS, *rows, *given, *given_options, *results[:3])
+            over_bounds(given_rows, row_bounds(STARTING, rows[2]), *rows, *given, *given_options, *results[:3])
         options = *fit_options(covariance_type, tol, reg_covar, max_iter, started or any_given), 0.0
         unread = np.empty((len(sizes), 0), np.bool_), np.empty((len(sizes), 0), real)
-        over_slices(fit_rows, len(sizes), SERIAL_ROWS, *rows, *options, *results, *unread)
+        bounds = row_bounds(FITTING_STARTED if started or any_given else FITTING, rows[2])
+        over_bounds(fit_rows, bounds, *rows, *options, *results, *unread)
     if not short.all():
         long_options = tied, tol, reg_covar, max_iter, n_init, sum_tolerance(weights_init), INITS.index(init), seed
         em_long.fit(np.flatnonzero(~short), x_values, starts, sizes, (*given, *long_options), results)

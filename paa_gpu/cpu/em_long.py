@@ -19,7 +19,7 @@ import torch
 
 from .._ops import LLOYD_PASSES
 from ._arrays import Array
-from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._loops import compiled, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
 from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move, sum_of
 
@@ -32,6 +32,8 @@ LONG_ROW = 16_384
 # Blocks below which a second thread costs more than it saves: a block takes 1 us in Lloyd's iteration and 8 in EM, handing over
 # to a thread 100 and more.
 SERIAL_BLOCKS = 100
+#: Microseconds to fit more than two components to a row, and for each of its values.
+FITTING = 15.0, 0.1
 
 # What a pass finds out, in this order; Lloyd's iteration and EM take as many passes as they need.
 RANGE, LLOYD, DIVISION, EM, DONE = range(5)
@@ -251,7 +253,7 @@ def fit(rows: Array, x: Array, start: Array, count: Array, options: tuple[Any, .
     long = count[rows] > LONG_ROW
     if not long.all():
         short_rows = rows[~long]
-        over_slices(fit_rows_in_blocks, len(short_rows), 2, short_rows, *args)
+        over_bounds(fit_rows_in_blocks, shared_bounds(FITTING[0] + FITTING[1] * count[short_rows]), short_rows, *args)
     rows = rows[long]
 
     def fit_rows(first: int, last: int, serial_below: int) -> None:

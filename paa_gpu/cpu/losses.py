@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._ops import box_numbers, empty_losses
 from ._arrays import Array, array, flat, lengths, offsets
-from ._loops import compiled, inner, inner_fused, over_slices
+from ._loops import HANDING_OVER, compiled, inner, inner_fused, over_slices
 from ._numeric import log1p_of_part, negative_exp
 
 # Anchors whose order does not matter: they are a cache line of float32 maps.
@@ -36,6 +36,9 @@ SPAN = 512
 
 # Threads share whole parts of so many potential positives. For one part, a second thread costs more than it saves.
 PART = 512
+
+#: Microseconds for an image between the compiled loops.
+IN_PYTHON = 25.0
 
 # A logit so far from zero that its focal loss is zero.
 FAR = 1e4
@@ -341,5 +344,6 @@ def candidate_losses(
                 targets = array(label[image], np.int64), *reals
                 _losses(levels, image, targets, inds, order, bounds[image], begin, end, classes, options, values)
 
-    over_slices(run, math.ceil(len(inds) / PART), 2)
+    parts, cost = math.ceil(len(inds) / PART), len(inds) * (0.045 + 0.0033 * classes) - IN_PYTHON * len(bounds)
+    over_slices(run, parts, 2 if cost > 2 * HANDING_OVER else parts + 1)
     return losses

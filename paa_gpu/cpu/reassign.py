@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,17 @@ from torch import Tensor
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
-from ._loops import compiled, inner, over_slices
+from ._loops import HANDING_OVER, compiled, duration, inner, over_bounds, shared_bounds
 from ._mixtures import VECTOR
-from .em import REALS, SERIAL_ROWS, assign, empty_fit, fit, fit_options, fit_row
-from .topk import INSERTION_LIMIT, SERIAL_IMAGES, empty_candidates, flatten, in_order, keep_smallest, select, sort_candidates
+from .em import REALS, assign, empty_fit, fit, fit_options, fit_row
+from .topk import INSERTION_LIMIT, SELECTING, empty_candidates, flatten, in_order, keep_smallest, select, sort_candidates
+
+#: Microseconds to fit and separate a row, and for each candidate that it may have; to write at a potential positive; to copy the
+#: targets of an anchor.
+FITTING, WRITING, COPYING = (0.7, 0.02), 0.003, 0.001
+
+#: What copies the targets of some images.
+Copy = Callable[[int, int], None]
 
 
 @inner
@@ -179,26 +186,53 @@ def _options(covariance_type: str, separation: str, singleton: str, precision: s
     return fit_options(covariance_type), *rule
 
 
-def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) -> tuple[Array, tuple[Array, ...], Array, Array]:
-    """Write into the targets; the number of positives, the fit, the masks positive and ignored [P]."""
+def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[tuple[int, list[int]]]:
+    """Steps, and the bounds of the slices of images or, for `FIT` alone, of rows, which threads share.
+
+    All steps in one call hand over once. A call for each step is faster where one image has most of the boxes.
+    """
+    *_, pos_offset, gt_offset, level_bounds, _, width = losses
+    images, of_row = len(level_bounds), FITTING[0] + FITTING[1] * width
+    cost = of_row * rows
+    if images > 1:
+        cost += SELECTING * pos_offset[-1] + _writing(pos_offset[-1], targets[0][-1])
+    if cost < 2 * HANDING_OVER:
+        return [(SELECT | FIT | WRITE, [0, images])]
+    fit = np.full(rows, of_row)
+    if images == 1:
+        return [(SELECT, [0, 1]), (FIT, shared_bounds(fit)), (WRITE, [0, 1])]
+    potential, boxes, anchors = map(np.diff, (pos_offset, gt_offset, targets[0]))
+    select, write = SELECTING * potential, _writing(potential, anchors)
+    costs = select + write + of_row * boxes
+    together, apart = shared_bounds(costs), [shared_bounds(select), shared_bounds(fit), shared_bounds(write)]
+    if duration(costs, together) <= sum(map(duration, (select, fit, write), apart)):
+        return [(SELECT | FIT | WRITE, together)]
+    return list(zip((SELECT, FIT, WRITE), apart, strict=True))
+
+
+def _writing(potential: Any, anchors: Any) -> Any:
+    """Microseconds to copy targets and to write into them."""
+    return WRITING * potential + COPYING * anchors
+
+
+def _reassign(
+    losses: tuple[Any, ...], copy: Copy | None, targets: tuple[Any, ...], *options: str
+) -> tuple[Array, tuple[Array, ...], Array, Array]:
+    """Fill the targets by `copy` and write into them; the number of positives, the fit, the masks positive and ignored [P]."""
     loss, anchor, *_, gt_offset, level_bounds, topk, width = losses
     rows, images = int(gt_offset[-1]), len(level_bounds)
     candidates, fitted = empty_candidates(rows, width, loss.dtype), empty_fit(rows, REALS[options[-1]])
     masks = np.zeros(len(anchor), bool), np.zeros(len(anchor), bool)
     room = _room(targets, images, len(anchor))
-    if rows < SERIAL_ROWS and images < SERIAL_IMAGES:
-        steps = [(SELECT | FIT | WRITE, images, SERIAL_IMAGES)]
-    else:
-        steps = [(SELECT, images, SERIAL_IMAGES), (FIT, rows, SERIAL_ROWS), (WRITE, images, SERIAL_IMAGES)]
+    steps = _plan(losses, rows, targets)
     if topk > INSERTION_LIMIT:
         sort_candidates(losses, candidates)
-        steps = [(step & ~SELECT, number, serial_below) for step, number, serial_below in steps]
+        steps = [(step & ~SELECT, bounds) for step, bounds in steps if step != SELECT]
 
     def attempt(given: tuple[Any, ...], descends: Array) -> None:
-        for step, number, serial_below in steps:
-            over_slices(
-                _take_steps, number, serial_below, step, given, candidates, _options(*options), fitted, masks, targets, room
-            )
+        args = given, candidates, _options(*options), fitted, masks, targets, room
+        for step, bounds in steps:
+            over_bounds(_after(copy, _take_steps) if step & WRITE else _take_steps, bounds, step, *args)
             if np.count_nonzero(descends):
                 return
 
@@ -206,33 +240,56 @@ def _reassign(losses: tuple[Any, ...], targets: tuple[Any, ...], *options: str) 
     return room[-1], fitted, *masks
 
 
-def _joined(images: Sequence[Array]) -> Array:
-    """The images' targets one after the other, in memory of their own."""
-    # numpy would keep the order of transposed images, whose bytes are not those of an anchor.
-    return images[0].copy() if len(images) == 1 else np.ascontiguousarray(np.concatenate(images))
+def _numbers(image: Tensor) -> Array:
+    """An image's targets as numpy has them: of 2 bytes as int16, because numpy has no bfloat16."""
+    return (image.view(torch.int16) if image.dtype.itemsize == 2 else image).numpy()
 
 
-def _copied(images: Sequence[Tensor]) -> tuple[Tensor, Array]:
-    """`_joined` as a tensor and as integers: bytes or, where an anchor has four numbers, [A, words of eight bytes]. Zero has the
-    same bits in every dtype, so that one compiled loop writes all."""
-    dtype = images[0].dtype
-    if dtype.itemsize == 2:  # as int16: numpy has no bfloat16
-        images = [image.view(torch.int16) for image in images]
-    copy = _joined([image.numpy() for image in images])
-    words = copy.view(np.int64 if copy.ndim == 2 else np.uint8)
-    tensor = torch.from_numpy(copy)
+def _joined(columns: Sequence[Sequence[Tensor]]) -> tuple[list[Array], Copy | None]:
+    """Room for the images of each column one after the other, where the numbers of an anchor are neighbours; and what copies some
+    of the images there. A single image is there already."""
+    if len(columns[0]) == 1:
+        return [_numbers(image).copy() for (image,) in columns], None
+    images = [[*map(_numbers, column)] for column in columns]
+    start = offsets(lengths(columns[0]))
+    joined = [np.empty((start[-1], *column[0].shape[1:]), column[0].dtype) for column in images]
+
+    def copy(first: int, last: int) -> None:
+        for column, whole in zip(images, joined, strict=True):
+            np.concatenate(column[first:last], out=whole[start[first] : start[last]])
+
+    return joined, copy
+
+
+def _after(copy: Copy | None, loop: Callable[..., None]) -> Callable[..., None]:
+    """`loop` for images that are copied first, if they are not there already."""
+    if copy is None:
+        return loop
+
+    def run(first: int, last: int, *args: Any) -> None:
+        copy(first, last)
+        loop(first, last, *args)
+
+    return run
+
+
+def _tensor_and_words(joined: Array, dtype: torch.dtype) -> tuple[Tensor, Array]:
+    """Joined targets as a tensor and as integers: bytes or, where an anchor has four numbers, [A, words of eight bytes]. Zero has
+    the same bits in every dtype, so that one compiled loop writes all."""
+    tensor = torch.from_numpy(joined)
+    words = joined.view(np.int64 if joined.ndim == 2 else np.uint8)
     return tensor.view(dtype) if dtype.itemsize == 2 else tensor, words
 
 
 def _targets(
     label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor], num_classes: int
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Copies of the targets: the tensors, and what `_write_images` takes."""
-    labels = _joined([image.numpy() for image in label])
-    weights, weight_bytes = _copied(label_weight)
-    box_weights, box_weight_words = _copied(bbox_weight)
-    anchor_offset = offsets(lengths(label))
-    return (torch.from_numpy(labels), weights, box_weights), (anchor_offset, num_classes, labels, weight_bytes, box_weight_words)
+) -> tuple[tuple[Tensor, ...], Copy | None, tuple[Any, ...]]:
+    """Copies of the targets: the tensors, what fills those of some images, and what `_write_images` takes."""
+    (labels, *joined), copy = _joined((label, label_weight, bbox_weight))
+    weights, weight_bytes = _tensor_and_words(joined[0], label_weight[0].dtype)
+    box_weights, box_weight_words = _tensor_and_words(joined[1], bbox_weight[0].dtype)
+    tensors = torch.from_numpy(labels), weights, box_weights
+    return tensors, copy, (offsets(lengths(label)), num_classes, labels, weight_bytes, box_weight_words)
 
 
 def paa_reassign(
@@ -252,8 +309,8 @@ def paa_reassign(
         gts = view(pos_gt_inds)
         num_gt = max(gts.item(gts.argmax()) + 1, 0) if len(gts) else 0
     losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
-    tensors, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
-    return *tensors, torch.from_numpy(_reassign(losses, targets, *options)[0])
+    tensors, copy, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
+    return *tensors, torch.from_numpy(_reassign(losses, copy, targets, *options)[0])
 
 
 def paa_reassign_batch(
@@ -270,8 +327,8 @@ def paa_reassign_batch(
     *options: str,
 ) -> tuple[Tensor, ...]:
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
-    num_pos, fitted, *masks = _reassign(losses, targets, *options)
+    tensors, copy, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    num_pos, fitted, *masks = _reassign(losses, copy, targets, *options)
     return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(num_gts, losses[4]), *masks))
 
 
@@ -305,9 +362,9 @@ def write_targets(
     masks = np.zeros(sum(lengths(pos_inds)), bool), np.zeros(sum(lengths(pos_inds)), bool)
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
-    tensors, targets = _targets(label, label_weight, bbox_weight, num_classes)
-    room = _room(targets, len(label), len(masks[0]))
-    over_slices(
-        _write_alone, len(label), SERIAL_IMAGES, flat(pos_inds, np.int64), offsets(lengths(pos_inds)), *masks, *targets, *room
-    )
+    tensors, copy, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    pos_offset, anchors = offsets(lengths(pos_inds)), flat(pos_inds, np.int64)
+    room = _room(targets, len(label), len(anchors))
+    bounds = shared_bounds(_writing(np.diff(pos_offset), np.diff(targets[0])))
+    over_bounds(_after(copy, _write_alone), bounds, anchors, pos_offset, *masks, *targets, *room)
     return *tensors, *map(torch.from_numpy, (room[-1], *masks))

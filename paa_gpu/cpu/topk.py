@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, flat, lengths, offsets, tensor
-from ._loops import compiled, inner, over_slices
+from ._loops import compiled, inner, over_bounds, shared_bounds
 
-# Images below which a second thread costs more than it saves, measured on 2 cores: an image of 10,000 potential positives takes
-# 100 us, and handing over to a thread 100.
-SERIAL_IMAGES = 4
+#: Microseconds to select from a potential positive, measured.
+SELECTING = 0.007
 
 
 # Up to this many candidates of a group are kept in order by insertion, which beats sorting there; more would make it quadratic.
@@ -183,6 +182,10 @@ def _sort_groups(
             row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
 
 
+def _bounds(pos_offset: Array) -> list[int]:
+    return shared_bounds(SELECTING * np.diff(pos_offset))
+
+
 def empty_candidates(rows: int, width: int, real: Any) -> tuple[Array, Array, Array]:
     """loss, index [G, K] and count [G]."""
     return np.empty((rows, width), real), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
@@ -192,8 +195,7 @@ def sort_candidates(losses: tuple[Any, ...], candidates: tuple[Array, ...]) -> N
     """Fill the candidates where `topk` is above `INSERTION_LIMIT`."""
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, _ = losses
     place = pos_offset, gt_offset, level_bounds, topk, *candidates
-    images = len(level_bounds)
-    over_slices(_sort_groups, images, SERIAL_IMAGES, loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
+    over_bounds(_sort_groups, _bounds(pos_offset), loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
 
 
 def in_order(attempt: Callable[[tuple[Any, ...], Array], None], losses: tuple[Any, ...]) -> None:
@@ -211,14 +213,14 @@ def in_order(attempt: Callable[[tuple[Any, ...], Array], None], losses: tuple[An
 
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
-    loss, *_, gt_offset, level_bounds, topk, width = losses
+    loss, *_, gt_offset, _, topk, width = losses
     candidates = empty_candidates(int(gt_offset[-1]), width, loss.dtype)
     if topk > INSERTION_LIMIT:
         sort_candidates(losses, candidates)
         return candidates
 
     def attempt(given: tuple[Any, ...], _: Array) -> None:
-        over_slices(_select_images, len(level_bounds), SERIAL_IMAGES, given, candidates)
+        over_bounds(_select_images, _bounds(losses[3]), given, candidates)
 
     in_order(attempt, losses)
     return candidates

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, rounded, tensor, view
-from ._loops import compiled, inner, inner_with_sums, over_slices
+from ._loops import compiled, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._numeric import negative_exp2
 
 BLOCK = 32
@@ -34,6 +34,9 @@ TILE = 256  # boxes
 # Detections below which a second thread costs more than it saves, measured on 2 cores: a detection takes 1 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 256
+
+#: Microseconds for an image of several between the compiled loops.
+IN_PYTHON = 40.0
 
 
 def _hilbert(side: int) -> Array:
@@ -353,6 +356,11 @@ def _image(
     return voted, labels[order]
 
 
+def _cost(detections: int, boxes: int, classes: int) -> float:
+    """Microseconds to vote in an image: to read the scores of the detections' classes, to gather voters and to look at them."""
+    return 0.15 * detections + boxes * (0.01 + 8e-4 * min(detections, classes) + 1e-4 * detections)
+
+
 @functools.lru_cache
 def _weights(iou_thr: float, sigma: float, dtype: Any) -> tuple[float, float]:
     """(least_iou, scale): weights are 2^-((1 - IoU) * scale)^2 above least_iou, and 0 up to it.
@@ -435,7 +443,10 @@ def score_voting(
             for i in range(first, last):
                 results[i] = vote_image(i, False)
 
-        over_slices(vote_images, images, 2)
+        pools = len(weights or [0])
+        columns = zip(det_labels, mlvl_nms_scores[::pools], strict=True)
+        costs = np.array([_cost(label.shape[0], pools * score.shape[0], score.shape[1]) for label, score in columns])
+        over_bounds(vote_images, shared_bounds(costs, IN_PYTHON))
         voted, labels = map(np.concatenate, zip(*results, strict=True))
     if wide and dtype != torch.float64:
         voted = voted.astype(np.float32)
