@@ -68,9 +68,10 @@ inner_fused = register_jitable(**EXACT_SUMS)
 inner_with_sums = register_jitable(**_SUMS)
 
 
-#: Microseconds until a thread begins with what it is given and its end is noticed, measured on 2 cores. What loops cost is
-#: measured there too. It decides only how many threads share a call, and results do not depend on that.
-HANDING_OVER = 100.0
+#: Microseconds that it costs to hand a slice over, measured on 2 cores: 100 until the other thread has begun and its end is
+#: noticed, and the rest because its core has cold caches. What loops cost is measured there too, on one thread. This decides only
+#: how many threads share a call. Results do not depend on it.
+HANDING_OVER = 150.0
 
 
 @functools.cache
