@@ -146,9 +146,14 @@ def test_slices_cost_about_the_same(two_threads, monkeypatch):
         (9.0, 9.0): [0, 2],
         (): [0, 0],
     }.items():
-        assert _loops.shared_bounds(np.array(costs)) == wanted, costs
+        assert _loops.shared_bounds(_loops.cumulated(costs)) == wanted, costs
     # Python takes 25 of 30 us each, for which no other thread is of use.
-    assert _loops.shared_bounds(np.full(3, 30.0), in_python=25.0) == [0, 3]
+    assert _loops.shared_bounds(_loops.cumulated([30.0] * 3), in_python=25.0) == [0, 3]
+    assert (
+        _loops.equal_bounds(5, 30.0) == [0, 2, 5]
+        and _loops.equal_bounds(5, 3.0) == [0, 5]
+        and _loops.equal_bounds(0, 3.0) == [0, 0]
+    )
 
 
 @pytest.mark.parametrize("threads", [2, 3, 16])

@@ -90,34 +90,48 @@ def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: 
     over_bounds(loop, [rows * i // slices for i in range(slices + 1)], *args)
 
 
-def shared_bounds(costs: Array, in_python: float = 0.0) -> list[int]:
+def equal_bounds(rows: int, cost: float) -> list[int]:
+    """`shared_bounds` of rows that cost the same."""
+    if rows * cost < 2 * HANDING_OVER:
+        return [0, rows]
+    slices = min(torch.get_num_threads(), rows, int(rows * cost // HANDING_OVER))
+    return [rows * i // slices for i in range(slices + 1)]
+
+
+def shared_bounds(ends: Array, in_python: float = 0.0) -> list[int]:
     """Where slices of rows begin and end that cost about the same: as many as torch has threads, but none that costs less than to
     hand it over.
 
     Args:
-        costs: microseconds in compiled loops, of each row.
+        ends: microseconds in compiled loops, from 0 on: of no row, of the first row, of the first two, and so on.
         in_python: microseconds between these loops, of each row. Threads take them one at a time, so they are lost.
     """
-    slices = min(torch.get_num_threads(), len(costs), int(np.maximum(costs - in_python, 0).sum() // HANDING_OVER))
+    rows, total = len(ends) - 1, float(ends[-1])
+    slices = min(torch.get_num_threads(), rows, int((total - in_python * rows) // HANDING_OVER))
     if slices < 2:
-        return [0, len(costs)]
-    ends = costs.cumsum()
-    middles = (ends - costs / 2).searchsorted(ends[-1] * np.arange(1, slices) / slices)
-    bounds = sorted({0, *middles.tolist(), len(costs)})
+        return [0, rows]
+    # A row belongs to the slice in which its middle lies.
+    middles = (ends[1:] + ends[:-1]).searchsorted([2 * total * i / slices for i in range(1, slices)])
+    bounds = sorted({0, *middles.tolist(), rows})
     # One row may have most of the work.
-    return bounds if duration(costs, bounds) < ends[-1] else [0, len(costs)]
+    return bounds if duration(ends, bounds) < total else [0, rows]
 
 
-def duration(costs: Array, bounds: Sequence[int]) -> float:
+def duration(ends: Array, bounds: list[int]) -> float:
     """Microseconds until all slices are done."""
-    slowest = max(float(costs[first:last].sum()) for first, last in itertools.pairwise(bounds))
+    slowest: float = max(after - before for before, after in itertools.pairwise(ends[bounds].tolist()))
     return slowest + HANDING_OVER * (len(bounds) > 2)
+
+
+def cumulated(costs: Sequence[float] | Array) -> Array:
+    """What `shared_bounds` takes, from what each row costs."""
+    return np.concatenate([[0.0], np.cumsum(costs)])
 
 
 def over_bounds(loop: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
     """Call `loop(start, stop, *args)` for each two bounds, each on a thread of its own."""
-    others = itertools.pairwise(bounds[1:])
-    handed_over = [_executor(os.getpid()).submit(loop, *other, *args) for other in others]
-    loop(bounds[0], bounds[1], *args)
+    first, last, *others = bounds
+    handed_over = [_executor(os.getpid()).submit(loop, *other, *args) for other in itertools.pairwise((last, *others))]
+    loop(first, last, *args)
     for future in handed_over:
         future.result()

@@ -23,7 +23,7 @@ from .._ops import INITS, PRECISIONS, sum_tolerance
 from ..separation import tie_tolerance
 from . import em_long
 from ._arrays import Array, flat, view
-from ._loops import HANDING_OVER, compiled, inner, inner_with_sums, over_bounds, shared_bounds
+from ._loops import HANDING_OVER, compiled, cumulated, inner, inner_with_sums, over_bounds, shared_bounds
 from ._mixtures import EMPTY_COMPONENT, VECTOR, density_terms, expectation, is_fit, take_given, usable, void
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 from .em_long import LONG_ROW
@@ -228,7 +228,7 @@ def row_bounds(cost: tuple[float, float], count: Array) -> list[int]:
     of_row, of_value = cost
     if len(count) * of_row + of_value * int(count.sum()) < HANDING_OVER:
         return [0, len(count)]
-    return shared_bounds(of_row + of_value * count)
+    return shared_bounds(cumulated(of_row + of_value * count))
 
 
 def fit(loss: Array, count: Array, covariance_type: str, precision: str) -> tuple[Array, ...]:

@@ -19,7 +19,7 @@ import torch
 
 from .._ops import LLOYD_PASSES
 from ._arrays import Array
-from ._loops import compiled, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
+from ._loops import compiled, cumulated, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._mixtures import EMPTY_COMPONENT, VECTOR, expectation, expectation_of_any, is_fit, take_given, usable, void
 from .starts import KMEANS, MINMAX, boundaries, centres, divide, minmax, move, sum_of
 
@@ -253,7 +253,7 @@ def fit(rows: Array, x: Array, start: Array, count: Array, options: tuple[Any, .
     long = count[rows] > LONG_ROW
     if not long.all():
         short_rows = rows[~long]
-        over_bounds(fit_rows_in_blocks, shared_bounds(FITTING[0] + FITTING[1] * count[short_rows]), short_rows, *args)
+        over_bounds(fit_rows_in_blocks, shared_bounds(cumulated(FITTING[0] + FITTING[1] * count[short_rows])), short_rows, *args)
     rows = rows[long]
 
     def fit_rows(first: int, last: int, serial_below: int) -> None:

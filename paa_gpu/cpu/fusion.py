@@ -203,14 +203,14 @@ def weighted_boxes_fusion(
             order, begins = _by_class(kept[own], score[own], label[own])
             parts[i] = order + of_image[i], begins
 
-    over_bounds(sort_images, shared_bounds(SORTING * np.diff(of_image), IN_PYTHON))
+    over_bounds(sort_images, shared_bounds(SORTING * of_image, IN_PYTHON))
     order, begins = (np.concatenate(column) for column in zip(*parts, strict=True))
     start = np.append(np.flatnonzero(begins), len(order))
     clusters, fused = np.zeros(len(start) - 1, np.int64), (np.empty((len(order), 4)), np.empty(len(order)))
     rule, total = _rule(conf_type, allows_overflow), weight.sum()
     boxes_of_model = box, score, model
     over_bounds(
-        _cluster_classes, shared_bounds(CLUSTERING * np.diff(start)),
+        _cluster_classes, shared_bounds(CLUSTERING * start),
         start, order, boxes_of_model, weight, iou_thr, rule, total, fused, clusters,
     )  # fmt: skip
     results = np.zeros((images, room, 4)), np.zeros((images, room)), np.full((images, room), -1), np.zeros(images, np.int64)

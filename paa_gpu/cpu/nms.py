@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, offsets, rounded, tensor, view
-from ._loops import compiled, inner, over_bounds, shared_bounds
+from ._loops import compiled, cumulated, inner, over_bounds, shared_bounds
 
 CHUNK = 32
 #: Microseconds for an image between the compiled loops.
@@ -280,7 +280,7 @@ def batched_nms(
 
     groups = 1 if class_agnostic else max(classes if label is None else int(label.max(initial=0)) + 1, 1)
     costs = _costs(np.diff(bounds), classes, room, groups, method)
-    over_bounds(suppress_images, shared_bounds(costs, IN_PYTHON))
+    over_bounds(suppress_images, shared_bounds(cumulated(costs), IN_PYTHON))
     there = np.arange(room) < count[:, None]
     index, column = np.divmod(entry, classes) if classes > 1 else (entry, np.zeros_like(entry))
     # Padding reads row 0: the first row of an image without boxes belongs to another image, or is behind all of them.

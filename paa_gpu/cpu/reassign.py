@@ -13,7 +13,7 @@ from torch import Tensor
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
 from ._arrays import Array, flat, lengths, offsets, tensor, view
-from ._loops import HANDING_OVER, compiled, duration, inner, over_bounds, shared_bounds
+from ._loops import HANDING_OVER, compiled, duration, equal_bounds, inner, over_bounds, shared_bounds
 from ._mixtures import VECTOR
 from .em import REALS, assign, empty_fit, fit, fit_options, fit_row
 from .topk import INSERTION_LIMIT, SELECTING, empty_candidates, flatten, in_order, keep_smallest, select, sort_candidates
@@ -191,28 +191,26 @@ def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[
 
     All steps in one call hand over once. A call for each step is faster where one image has most of the boxes.
     """
-    *_, pos_offset, gt_offset, level_bounds, _, width = losses
-    images, of_row = len(level_bounds), FITTING[0] + FITTING[1] * width
-    cost = of_row * rows
-    if images > 1:
-        cost += SELECTING * pos_offset[-1] + _writing(pos_offset[-1], targets[0][-1])
-    if cost < 2 * HANDING_OVER:
-        return [(SELECT | FIT | WRITE, [0, images])]
-    fit = np.full(rows, of_row)
-    if images == 1:
-        return [(SELECT, [0, 1]), (FIT, shared_bounds(fit)), (WRITE, [0, 1])]
-    potential, boxes, anchors = map(np.diff, (pos_offset, gt_offset, targets[0]))
-    select, write = SELECTING * potential, _writing(potential, anchors)
-    costs = select + write + of_row * boxes
-    together, apart = shared_bounds(costs), [shared_bounds(select), shared_bounds(fit), shared_bounds(write)]
-    if duration(costs, together) <= sum(map(duration, (select, fit, write), apart)):
+    pos_offset, gt_offset, width = losses[3], losses[4], losses[-1]
+    of_row = FITTING[0] + FITTING[1] * width
+    if len(pos_offset) == 2:
+        if of_row * rows < 2 * HANDING_OVER:
+            return [(SELECT | FIT | WRITE, [0, 1])]
+        return [(SELECT, [0, 1]), (FIT, equal_bounds(rows, of_row)), (WRITE, [0, 1])]
+    by_rows = equal_bounds(rows, of_row)
+    select, write = SELECTING * pos_offset, _writing(pos_offset, targets[0])
+    ends = select + write + of_row * gt_offset
+    together = shared_bounds(ends)
+    # The other way hands over twice more.
+    if duration(ends, together) <= ends[-1] / (len(by_rows) - 1) + 3 * HANDING_OVER:
         return [(SELECT | FIT | WRITE, together)]
-    return list(zip((SELECT, FIT, WRITE), apart, strict=True))
+    return [(SELECT, shared_bounds(select)), (FIT, by_rows), (WRITE, shared_bounds(write))]
 
 
-def _writing(potential: Any, anchors: Any) -> Any:
-    """Microseconds to copy targets and to write into them."""
-    return WRITING * potential + COPYING * anchors
+def _writing(pos_offset: Array, anchor_offset: Array) -> Array:
+    """Microseconds to copy the targets of the first images and to write into them."""
+    ends: Array = WRITING * pos_offset + COPYING * anchor_offset
+    return ends
 
 
 def _reassign(
@@ -365,6 +363,6 @@ def write_targets(
     tensors, copy, targets = _targets(label, label_weight, bbox_weight, num_classes)
     pos_offset, anchors = offsets(lengths(pos_inds)), flat(pos_inds, np.int64)
     room = _room(targets, len(label), len(anchors))
-    bounds = shared_bounds(_writing(np.diff(pos_offset), np.diff(targets[0])))
+    bounds = shared_bounds(_writing(pos_offset, targets[0]))
     over_bounds(_after(copy, _write_alone), bounds, anchors, pos_offset, *masks, *targets, *room)
     return *tensors, *map(torch.from_numpy, (room[-1], *masks))

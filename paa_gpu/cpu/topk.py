@@ -20,8 +20,8 @@ from torch import Tensor
 from ._arrays import Array, flat, lengths, offsets, tensor
 from ._loops import compiled, inner, over_bounds, shared_bounds
 
-#: Microseconds to select from a potential positive, measured.
-SELECTING = 0.007
+#: Microseconds for a potential positive, measured: to select from it, and to sort it.
+SELECTING, SORTING = 0.007, 0.05
 
 
 # Up to this many candidates of a group are kept in order by insertion, which beats sorting there; more would make it quadratic.
@@ -182,10 +182,6 @@ def _sort_groups(
             row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
 
 
-def _bounds(pos_offset: Array) -> list[int]:
-    return shared_bounds(SELECTING * np.diff(pos_offset))
-
-
 def empty_candidates(rows: int, width: int, real: Any) -> tuple[Array, Array, Array]:
     """loss, index [G, K] and count [G]."""
     return np.empty((rows, width), real), np.empty((rows, width), np.int64), np.empty(rows, np.int64)
@@ -195,7 +191,8 @@ def sort_candidates(losses: tuple[Any, ...], candidates: tuple[Array, ...]) -> N
     """Fill the candidates where `topk` is above `INSERTION_LIMIT`."""
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, _ = losses
     place = pos_offset, gt_offset, level_bounds, topk, *candidates
-    over_bounds(_sort_groups, _bounds(pos_offset), loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
+    bounds = shared_bounds(SORTING * pos_offset)
+    over_bounds(_sort_groups, bounds, loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
 
 
 def in_order(attempt: Callable[[tuple[Any, ...], Array], None], losses: tuple[Any, ...]) -> None:
@@ -220,7 +217,7 @@ def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
         return candidates
 
     def attempt(given: tuple[Any, ...], _: Array) -> None:
-        over_bounds(_select_images, _bounds(losses[3]), given, candidates)
+        over_bounds(_select_images, shared_bounds(SELECTING * losses[3]), given, candidates)
 
     in_order(attempt, losses)
     return candidates

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._arrays import Array, array, rounded, tensor, view
-from ._loops import compiled, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
+from ._loops import compiled, cumulated, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._numeric import negative_exp2
 
 BLOCK = 32
@@ -445,8 +445,8 @@ def score_voting(
 
         pools = len(weights or [0])
         columns = zip(det_labels, mlvl_nms_scores[::pools], strict=True)
-        costs = np.array([_cost(label.shape[0], pools * score.shape[0], score.shape[1]) for label, score in columns])
-        over_bounds(vote_images, shared_bounds(costs, IN_PYTHON))
+        costs = [_cost(label.shape[0], pools * score.shape[0], score.shape[1]) for label, score in columns]
+        over_bounds(vote_images, shared_bounds(cumulated(costs), IN_PYTHON))
         voted, labels = map(np.concatenate, zip(*results, strict=True))
     if wide and dtype != torch.float64:
         voted = voted.astype(np.float32)
