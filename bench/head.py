@@ -5,8 +5,8 @@ are three ways: the published head; the accelerated head as it was before, which
 head. Results are checked before anything is timed. Times are medians of interleaved rounds. The times of the parts come from the same
 calls. With `--loaded`, for a machine with other work to do, they are CPU times of the process, on one thread. Waits are those of a CUDA device, counted on the CPU. Memory is the peak of the process, reset before each call (Linux).
 
-With `--device cuda`, the heads and all tensors are there, and each time begins and ends with an idle device. So the sum of the parts
-is more than a loss takes which nobody times.
+With `--device cuda`, the heads and all tensors are there, and each time begins and ends with an idle device. So a loss takes longer
+here than one whose parts nobody times.
 
 Inference: `predict` of the published configuration, with its towers, on random features of two images.
 """
