@@ -36,11 +36,17 @@ def calls(images, size):
     """A call of each operation whose images or rows threads share; `size` is that of an image or a row."""
     rng = np.random.default_rng(0)
     batch = testing.make_batch([3] * images, rng, ["bimodal"], (size // 3, size // 3), (1, 1), (4 * size, size, 9))
+    pos_losses, *targets, inds, gts = ([*column] for column in batch[:6])
+    for column in (pos_losses, inds, gts):
+        column[-1] = column[-1].flip(0)  # one image whose anchors descend
     predictions = testing.make_predictions([(max(size // 10, 3), size)] * images, rng, num_classes=4)
     boxes, head = cases.suppression(images, size, 2), testing.make_head_batch([size // 2] * images, rng, ((size, 4), (9, 5)))
     models, x = cases.fusion(images, 3, size, 2), cases.losses(8 * images, size)
     return {
         "paa_reassign_batch": lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options),
+        "paa_reassign_batch, anchors in any order": lambda: paa_gpu.paa_reassign_batch(
+            pos_losses, *targets, inds, gts, batch.anchors, **batch.options
+        ),
         "select_candidates and write_targets": lambda: paa_gpu.paa_reassign_batch(
             *batch.arguments, **batch.options, separation=lambda assignment, score, loss, mask: (assignment, ~mask)
         ),
