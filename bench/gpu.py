@@ -10,6 +10,7 @@ A GPU may be there for minutes only: what tells most comes first, tests run in p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -99,17 +100,19 @@ def _installed(name: str) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
-    """What became of the process. At the limit it is asked to stop, so that pytest tells what failed; a kernel that hangs is killed."""
-    for seconds, stop in ((limit, signal.SIGINT), (GRACE, signal.SIGKILL)):
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, stop)
-        else:
-            break
-    status = process.wait()
-    if stop == signal.SIGKILL:
+    """What became of the process. At the limit it is asked to stop, so that pytest tells what failed. What still runs then is killed,
+    with its children: a kernel that hangs would keep the GPU."""
+    try:
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         return f"FAILED (not done after {limit:.0f} s)"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return f"FAILED (exit status {status})" if status else "ok"
 
 

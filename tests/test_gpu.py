@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +101,21 @@ def test_the_page_tells_what_became_of_each_step(tmp_path):
     assert "| memcheck | left out: no-such-tool is not installed | 0 |" in page
     assert "| reassign crowded | 300 ms | 1 ms |" in page
     assert (tmp_path / "kernels.txt").read_text() == "one differs\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux says here whether a process still runs")
+def test_what_hangs_beside_a_step_is_killed_with_it(tmp_path):
+    """A worker whose kernel hangs hears no interrupt, and would keep the GPU."""
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"
+    code = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {deaf!r}], stdout=subprocess.PIPE);"
+        "print(child.pid, child.stdout.readline(), flush=True); child.wait()"
+    )
+    outcome = gpu.run(gpu.Step("hangs", [sys.executable, "-c", code]), tmp_path, limit=2)
+    assert outcome.status == "FAILED (not done after 2 s)"
+    stat = Path(f"/proc/{int((tmp_path / 'hangs.txt').read_text().split()[0])}/stat")
+    for _ in range(50):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{stat} says that it still runs")

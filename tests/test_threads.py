@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import paa_gpu
-from bench import cases
+from bench import threads as bench
+from bench.threads import calls
 from paa_gpu import testing
 from paa_gpu.cpu import _loops, em, fusion, losses, nms, reassign, voting
 
@@ -30,36 +31,6 @@ def two_threads():
 def make():
     # Enough rows of every loop for more than one slice.
     return testing.make_batch([2100, 40, 0, 7, 1], np.random.default_rng(5), sizes=(2, 6))
-
-
-def calls(images, size):
-    """A call of each operation whose images or rows threads share; `size` is that of an image or a row."""
-    rng = np.random.default_rng(0)
-    batch = testing.make_batch([3] * images, rng, ["bimodal"], (size // 3, size // 3), (1, 1), (4 * size, size, 9))
-    pos_losses, *targets, inds, gts = ([*column] for column in batch[:6])
-    for column in (pos_losses, inds, gts):
-        column[-1] = column[-1].flip(0)  # one image whose anchors descend
-    predictions = testing.make_predictions([(max(size // 10, 3), size)] * images, rng, num_classes=4)
-    boxes, head = cases.suppression(images, size, 2), testing.make_head_batch([size // 2] * images, rng, ((size, 4), (9, 5)))
-    models, x = cases.fusion(images, 3, size, 2), cases.losses(8 * images, size)
-    return {
-        "paa_reassign_batch": lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options),
-        "paa_reassign_batch, anchors in any order": lambda: paa_gpu.paa_reassign_batch(
-            pos_losses, *targets, inds, gts, batch.anchors, **batch.options
-        ),
-        "select_candidates and write_targets": lambda: paa_gpu.paa_reassign_batch(
-            *batch.arguments, **batch.options, separation=lambda assignment, score, loss, mask: (assignment, ~mask)
-        ),
-        "score_voting_batch": lambda: paa_gpu.score_voting_batch(*predictions, 0.05),
-        "batched_nms": lambda: paa_gpu.batched_nms(*boxes, 0.5),
-        "batched_nms, soft": lambda: paa_gpu.batched_nms(*boxes, 0.5, method="linear"),
-        "batched_nms of scores": lambda: paa_gpu.batched_nms(predictions.mlvl_bboxes, predictions.mlvl_nms_scores, None, 0.5),
-        "weighted_boxes_fusion": lambda: paa_gpu.weighted_boxes_fusion(*models),
-        "candidate_losses": lambda: paa_gpu.candidate_losses(*head),
-        "fit_gmm_1d": lambda: paa_gpu.fit_gmm_1d(x),
-        "fit_gmm_1d, k-means": lambda: paa_gpu.fit_gmm_1d(x, init="kmeans", means_init=x[:, :2]),
-        "fit_gmm_1d, three components": lambda: paa_gpu.fit_gmm_1d(x[: 2 * images], n_components=3),
-    }
 
 
 OPERATIONS = list(calls(1, 30))
@@ -99,23 +70,19 @@ def as_bytes(value):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("threads", [2, 3, 16])
-def test_the_same_bits_if_threads_share_the_least_work(name, threads, monkeypatch):
-    call, usual = calls(5, 60)[name], torch.get_num_threads()
-    handed_over = count_slices(monkeypatch)
+def test_the_same_bits_if_threads_share_the_least_work(name, threads, two_threads, monkeypatch):
+    call, handed_over = calls(5, 60)[name], count_slices(monkeypatch)
     for module in (_loops, em, losses, reassign):
         monkeypatch.setattr(module, "HANDING_OVER", 1e-9)
     for module in (fusion, losses, nms, voting):
         monkeypatch.setattr(module, "IN_PYTHON", 0.0)
     monkeypatch.setattr(losses, "PART", 16)
-    try:
-        torch.set_num_threads(1)
-        wanted = as_bytes(call())
-        assert not handed_over
-        torch.set_num_threads(threads)
-        assert all(as_bytes(call()) == wanted for _ in range(3))
-        assert len(handed_over) >= 3
-    finally:
-        torch.set_num_threads(usual)
+    torch.set_num_threads(1)
+    wanted = as_bytes(call())
+    assert not handed_over
+    torch.set_num_threads(threads)
+    assert all(as_bytes(call()) == wanted for _ in range(3))
+    assert len(handed_over) >= 3
 
 
 def count_slices(monkeypatch):
@@ -134,12 +101,22 @@ def count_slices(monkeypatch):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_threads_share_what_is_worth_it(name, two_threads, monkeypatch):
-    """To hand over takes as long as some images. `batched_nms` of two classes and a fit are worth it later than others."""
+    """A few small images or rows are the work of one thread, many large ones are not."""
     handed_over = count_slices(monkeypatch)
     calls(4, 90)[name]()
     assert not handed_over
     calls(32, 1500)[name]()
     assert handed_over
+
+
+def test_the_benchmark_leaves_the_threads_as_they_were(two_threads, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "IMAGES", (2,))
+    monkeypatch.setattr(bench, "SIZES", (30,))
+    bench.main()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "threads" in first and [line.partition("  ")[0] for line in lines] == OPERATIONS
+    assert torch.get_num_threads() == 2
 
 
 def test_slices_cost_about_the_same(two_threads, monkeypatch):

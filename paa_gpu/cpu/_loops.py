@@ -70,7 +70,7 @@ inner_with_sums = register_jitable(**_SUMS)
 
 #: Microseconds that it costs to hand a slice over, measured on 2 cores: 100 until the other thread has begun and its end is
 #: noticed, and the rest because its core has cold caches. What loops cost is measured there too, on one thread. This decides only
-#: how many threads share a call. Results do not depend on it.
+#: how many threads share a call. Results do not depend on it. `python -m bench.threads` shows whether a second thread pays.
 HANDING_OVER = 150.0
 
 

@@ -226,7 +226,7 @@ def fit_options(
 def row_bounds(cost: tuple[float, float], count: Array) -> list[int]:
     """The bounds of slices of rows with so many values, which threads share."""
     of_row, of_value = cost
-    if len(count) * of_row + of_value * int(count.sum()) < HANDING_OVER:
+    if len(count) * of_row + of_value * int(count.sum()) < 2 * HANDING_OVER:
         return [0, len(count)]
     return shared_bounds(cumulated(of_row + of_value * count))
 
