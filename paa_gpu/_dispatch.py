@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ _library = Library("paa_gpu", "IMPL")
 #: The package with the implementations for each device. They are imported when an operator first runs.
 _PACKAGES = {"cpu": "cpu", "cuda": "kernels"}
 
-_module = functools.cache(importlib.import_module)
+
+@functools.cache
+def _module(package: str, stem: str) -> ModuleType:
+    return importlib.import_module(f"paa_gpu.{package}.{stem}")
 
 
 # Not public. Without it, each call goes through the dispatcher.
@@ -92,7 +96,7 @@ class Operator:
         return lambda *args: self._run(device, args)
 
     def _run(self, device: str, args: tuple[Any, ...]) -> Any:
-        return getattr(_module(f"paa_gpu.{_PACKAGES[device]}.{self._stem}"), self.name)(*args)
+        return getattr(_module(_PACKAGES[device], self._stem), self.name)(*args)
 
 
 @contextmanager

@@ -16,11 +16,25 @@ from ._arrays import Array, flat, lengths, offsets, tensor, view
 from ._loops import HANDING_OVER, compiled, duration, equal_bounds, inner, over_bounds, shared_bounds
 from ._mixtures import VECTOR
 from .em import REALS, assign, empty_fit, fit, fit_options, fit_row
-from .topk import INSERTION_LIMIT, SELECTING, empty_candidates, flatten, in_order, keep_smallest, select, sort_candidates
+from .topk import (
+    INSERTION_LIMIT,
+    SELECTING,
+    empty_candidates,
+    flatten,
+    in_order,
+    keep_smallest,
+    limits,
+    select,
+    sort_candidates,
+    values,
+)
 
 #: Microseconds to fit and separate a row, and for each candidate that it may have; to write at a potential positive; to copy the
 #: targets of an anchor.
 FITTING, WRITING, COPYING = (0.7, 0.02), 0.003, 0.001
+
+#: By `precision`, an array with the dtype of the fit: numba has no arguments that are dtypes.
+_EMPTY = {name: np.empty(0, real) for name, real in REALS.items()}
 
 #: What copies the targets of some images.
 Copy = Callable[[int, int], None]
@@ -131,8 +145,27 @@ def _space(width: int, real: Any) -> tuple[Any, Any, Any]:
     return space[:3], space[3], np.empty(width + VECTOR, np.bool_)
 
 
+@inner
+def _fit_rows(first: int, last: int, candidates: Any, options: Any, fitted: Any, masks: Any) -> None:
+    """Fit and separate some rows."""
+    loss, index, count = candidates
+    fit_options, rule, keep_singleton, tolerance = options
+    weights, means, variances, _, _, _, valid = fitted
+    positive, ignored = masks
+    space, score, assignment = _space(loss.shape[1], weights.dtype)
+    for row in range(first, last):
+        n, mean = count[row], means[row]
+        smallest, y, r0, r1 = fit_row(row, loss[row][:n], space, *fit_options, *fitted)
+        if valid[row]:
+            assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
+            _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
+        elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
+            positive[index[row, 0]] = True
+        mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
+
+
 @compiled
-def _take_steps(
+def _reassign_images(
     first: int, last: int, steps: int, losses: Any, candidates: Any, options: Any, fitted: Any, masks: Any, targets: Any,
     room: Any,
 ) -> None:  # fmt: skip
@@ -142,7 +175,7 @@ def _take_steps(
     All steps are in one loop, so that a small batch takes one call. A call costs as much as the fit of a row. After the selection
     nothing is done where the anchors of an image descend. `descends` says so then.
     """
-    _, anchor, _, _, descends, pos_offset, gt_offset, _, _ = losses
+    _, anchor, _, pos_offset, gt_offset, _, _, _, descends = losses
     if steps & SELECT:
         keep_smallest(first, last, *losses, *candidates)
         for image in range(first, last):
@@ -150,22 +183,45 @@ def _take_steps(
                 return
     if steps & FIT:
         first_row, last_row = (first, last) if steps == FIT else (gt_offset[first], gt_offset[last])
-        loss, index, count = candidates
-        fit_options, rule, keep_singleton, tolerance = options
-        weights, means, variances, _, _, _, valid = fitted
-        positive, ignored = masks
-        space, score, assignment = _space(loss.shape[1], weights.dtype)
-        for row in range(first_row, last_row):
-            n, mean = count[row], means[row]
-            smallest, y, r0, r1 = fit_row(row, loss[row][:n], space, *fit_options, *fitted)
-            if valid[row]:
-                assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
-                _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
-            elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
-                positive[index[row, 0]] = True
-            mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
+        _fit_rows(first_row, last_row, candidates, options, fitted, masks)
     if steps & WRITE:
         _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
+
+
+@inner
+def _offset(size: int) -> Any:
+    """Where the part of a single image begins and ends."""
+    ends = np.zeros(2, np.int64)
+    ends[1] = size
+    return ends
+
+
+@compiled
+def _reassign_image(
+    values: Any, order: Any, num_gt: int, level_bounds: Any, topk: int, width: int, options: Any, real: Any, num_classes: int,
+    targets: Any, num_pos: Any,
+) -> bool:  # fmt: skip
+    """All steps for a single image, with room of its own: numpy takes as long to make it as the fit of ten rows.
+
+    real: one of `_EMPTY`. Returns whether the anchors descend. Then nothing is written.
+    """
+    (loss, anchor, gt), (label, label_weight, bbox_weight) = values, targets
+    potential, dtype, descends = len(anchor), real.dtype, np.zeros(1, np.int64)
+    pos_offset, gt_offset, anchor_offset = _offset(potential), _offset(num_gt), _offset(len(label))
+    candidates = np.empty((num_gt, width), loss.dtype), np.empty((num_gt, width), np.int64), np.empty(num_gt, np.int64)
+    keep_smallest(0, 1, loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, order, descends, *candidates)
+    if descends[0]:
+        return True
+    weights, means, variances = np.empty((num_gt, 2), dtype), np.empty((num_gt, 2), dtype), np.empty((num_gt, 2), dtype)
+    lower_bound, n_iter = np.empty(num_gt, dtype), np.empty(num_gt, np.int64)
+    fitted = weights, means, variances, lower_bound, n_iter, np.empty(num_gt, np.bool_), np.empty(num_gt, np.bool_)
+    positive, ignored = np.zeros(potential, np.bool_), np.zeros(potential, np.bool_)
+    _fit_rows(0, num_gt, candidates, options, fitted, (positive, ignored))
+    _write_images(
+        0, 1, anchor, pos_offset, positive, ignored, anchor_offset, num_classes,
+        label, label_weight, bbox_weight, np.zeros(len(label) + 1, np.bool_), np.empty(potential, np.uint64), num_pos,
+    )  # fmt: skip
+    return False
 
 
 def _number_rows(num_gts: Sequence[int], gt_offset: Array) -> tuple[Array, Array]:
@@ -181,9 +237,14 @@ def _room(targets: tuple[Any, ...], images: int, potential: int) -> tuple[Array,
 
 @functools.cache
 def _options(covariance_type: str, separation: str, singleton: str, precision: str) -> tuple[Any, ...]:
-    """What `_take_steps` takes between the candidates and the fit."""
+    """What `_fit_rows` takes between the candidates and the fit."""
     rule = tuple(SCHEMES[separation]), singleton == "positive", tie_tolerance(PRECISIONS[precision])
     return fit_options(covariance_type), *rule
+
+
+def _of_row(width: int) -> float:
+    """Microseconds to fit and separate a row."""
+    return FITTING[0] + FITTING[1] * width
 
 
 def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[tuple[int, list[int]]]:
@@ -191,8 +252,7 @@ def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[
 
     All steps in one call hand over once. A call for each step is faster where one image has most of the boxes.
     """
-    pos_offset, gt_offset, width = losses[3], losses[4], losses[-1]
-    of_row = FITTING[0] + FITTING[1] * width
+    pos_offset, gt_offset, of_row = losses[3], losses[4], _of_row(losses[-1])
     if len(pos_offset) == 2:
         if of_row * rows < 2 * HANDING_OVER:
             return [(SELECT | FIT | WRITE, [0, 1])]
@@ -227,14 +287,16 @@ def _reassign(
         sort_candidates(losses, candidates)
         steps = [(step & ~SELECT, bounds) for step, bounds in steps if step != SELECT]
 
-    def attempt(given: tuple[Any, ...], descends: Array) -> None:
-        args = given, candidates, _options(*options), fitted, masks, targets, room
+    def attempt(order: Array) -> bool:
+        descends = np.zeros(images, np.int64)
+        args = (*losses[:-1], order, descends), candidates, _options(*options), fitted, masks, targets, room
         for step, bounds in steps:
-            over_bounds(_after(copy, _take_steps) if step & WRITE else _take_steps, bounds, step, *args)
+            over_bounds(_after(copy, _reassign_images) if step & WRITE else _reassign_images, bounds, step, *args)
             if np.count_nonzero(descends):
-                return
+                return True
+        return False
 
-    in_order(attempt, losses)
+    in_order(attempt, anchor, losses[3].tolist())
     return room[-1], fitted, *masks
 
 
@@ -280,14 +342,14 @@ def _tensor_and_words(joined: Array, dtype: torch.dtype) -> tuple[Tensor, Array]
 
 
 def _targets(
-    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor], num_classes: int
-) -> tuple[tuple[Tensor, ...], Copy | None, tuple[Any, ...]]:
-    """Copies of the targets: the tensors, what fills those of some images, and what `_write_images` takes."""
+    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Copy | None, tuple[Array, ...]]:
+    """Copies of the targets: the tensors, what fills those of some images, and what `_write_images` writes into."""
     (labels, *joined), copy = _joined((label, label_weight, bbox_weight))
     weights, weight_bytes = _tensor_and_words(joined[0], label_weight[0].dtype)
     box_weights, box_weight_words = _tensor_and_words(joined[1], bbox_weight[0].dtype)
     tensors = torch.from_numpy(labels), weights, box_weights
-    return tensors, copy, (offsets(lengths(label)), num_classes, labels, weight_bytes, box_weight_words)
+    return tensors, copy, (labels, weight_bytes, box_weight_words)
 
 
 def paa_reassign(
@@ -306,9 +368,15 @@ def paa_reassign(
     if num_gt is None:
         gts = view(pos_gt_inds)
         num_gt = max(gts.item(gts.argmax()) + 1, 0) if len(gts) else 0
-    losses = flatten([pos_losses], [pos_inds], [pos_gt_inds], level_sizes, [num_gt], topk)
-    tensors, copy, targets = _targets([label], [label_weight], [bbox_weight], num_classes)
-    return *tensors, torch.from_numpy(_reassign(losses, copy, targets, *options)[0])
+    columns = [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds]
+    level_bounds, most, width = limits(level_sizes, lengths(columns[0]), topk)
+    if topk > INSERTION_LIMIT or len(equal_bounds(num_gt, _of_row(width))) > 2:
+        return paa_reassign_batch(*columns, level_sizes, [num_gt], num_classes, topk, *options)[:4]
+    image, num_pos = values([pos_losses], [pos_inds], [pos_gt_inds]), np.empty(1, np.int64)
+    tensors, _, targets = _targets(*columns[1:4])
+    given = num_gt, level_bounds, most, width, _options(*options), _EMPTY[options[-1]], num_classes, targets, num_pos
+    in_order(lambda order: _reassign_image(image, order, *given), image[1], [0, len(image[1])])
+    return *tensors, torch.from_numpy(num_pos)
 
 
 def paa_reassign_batch(
@@ -325,7 +393,8 @@ def paa_reassign_batch(
     *options: str,
 ) -> tuple[Tensor, ...]:
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    tensors, copy, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    tensors, copy, written = _targets(label, label_weight, bbox_weight)
+    targets: tuple[Any, ...] = (offsets(lengths(label)), num_classes, *written)
     num_pos, fitted, *masks = _reassign(losses, copy, targets, *options)
     return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(num_gts, losses[4]), *masks))
 
@@ -360,7 +429,8 @@ def write_targets(
     masks = np.zeros(sum(lengths(pos_inds)), bool), np.zeros(sum(lengths(pos_inds)), bool)
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
-    tensors, copy, targets = _targets(label, label_weight, bbox_weight, num_classes)
+    tensors, copy, written = _targets(label, label_weight, bbox_weight)
+    targets: tuple[Any, ...] = (offsets(lengths(label)), num_classes, *written)
     pos_offset, anchors = offsets(lengths(pos_inds)), flat(pos_inds, np.int64)
     room = _room(targets, len(label), len(anchors))
     bounds = shared_bounds(_writing(pos_offset, targets[0]))

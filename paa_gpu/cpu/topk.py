@@ -46,13 +46,12 @@ def _ordered_key(loss: Any) -> Any:
 _GIVEN = np.empty(0, np.int64)
 
 
-def anchor_order(anchor: Array, pos_offset: Array) -> Array:
+def anchor_order(anchor: Array, pos_offset: Sequence[int]) -> Array:
     """The positions [P] in the order of each image's anchors.
 
     numpy sorts, not a compiled loop: to compile a sort takes as long as the rest of the selection.
     """
-    images = itertools.pairwise(pos_offset.tolist())
-    return np.concatenate([begin + anchor[begin:end].argsort(kind="stable") for begin, end in images])
+    return np.concatenate([begin + anchor[begin:end].argsort(kind="stable") for begin, end in itertools.pairwise(pos_offset)])
 
 
 @inner
@@ -90,8 +89,8 @@ def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, 
 
 @inner
 def keep_smallest(
-    first: int, last: int, loss: Any, anchor: Any, gt: Any, order: Any, descends: Any, pos_offset: Any, gt_offset: Any,
-    level_bounds: Any, topk: int, row_loss: Any, row_index: Any, row_count: Any,
+    first: int, last: int, loss: Any, anchor: Any, gt: Any, pos_offset: Any, gt_offset: Any, level_bounds: Any, topk: int,
+    order: Any, descends: Any, row_loss: Any, row_index: Any, row_count: Any,
 ) -> None:  # fmt: skip
     """The candidates of the rows of some images. Each group keeps its `topk` smallest losses so far, in order.
 
@@ -192,34 +191,29 @@ def sort_candidates(losses: tuple[Any, ...], candidates: tuple[Array, ...]) -> N
     loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, _ = losses
     place = pos_offset, gt_offset, level_bounds, topk, *candidates
     bounds = shared_bounds(SORTING * pos_offset)
-    over_bounds(_sort_groups, bounds, loss, anchor, gt, anchor_order(anchor, pos_offset), *place)
+    over_bounds(_sort_groups, bounds, loss, anchor, gt, anchor_order(anchor, pos_offset.tolist()), *place)
 
 
-def in_order(attempt: Callable[[tuple[Any, ...], Array], None], losses: tuple[Any, ...]) -> None:
-    """Call `attempt(given, descends)` in the order of the losses. Where anchors descend, call it again in that of the anchors.
-
-    `given` is what `keep_smallest` takes before the candidates.
-    """
-    loss, anchor, gt, pos_offset, *others, _ = losses
-    descends = np.zeros(len(pos_offset) - 1, np.int64)
-    attempt((loss, anchor, gt, _GIVEN, descends, pos_offset, *others), descends)
-    if np.count_nonzero(descends):  # faster than `any`
-        descends[:] = 0
-        attempt((loss, anchor, gt, anchor_order(anchor, pos_offset), descends, pos_offset, *others), descends)
+def in_order(attempt: Callable[[Array], Any], anchor: Array, pos_offset: Sequence[int]) -> None:
+    """Call `attempt(order)` for the order in which losses are given. If it says that anchors descend, call it for their order."""
+    if attempt(_GIVEN):
+        attempt(anchor_order(anchor, pos_offset))
 
 
 def select(losses: tuple[Any, ...]) -> tuple[Array, ...]:
     """loss, index [G, K] and count [G] of what `flatten` gives."""
-    loss, *_, gt_offset, _, topk, width = losses
+    loss, anchor, _, pos_offset, gt_offset, _, topk, width = losses
     candidates = empty_candidates(int(gt_offset[-1]), width, loss.dtype)
     if topk > INSERTION_LIMIT:
         sort_candidates(losses, candidates)
         return candidates
 
-    def attempt(given: tuple[Any, ...], _: Array) -> None:
-        over_bounds(_select_images, shared_bounds(SELECTING * losses[3]), given, candidates)
+    def attempt(order: Array) -> Any:
+        descends = np.zeros(len(pos_offset) - 1, np.int64)
+        over_bounds(_select_images, shared_bounds(SELECTING * pos_offset), (*losses[:-1], order, descends), candidates)
+        return np.count_nonzero(descends)  # faster than `any`
 
-    in_order(attempt, losses)
+    in_order(attempt, anchor, pos_offset.tolist())
     return candidates
 
 
@@ -233,6 +227,20 @@ def _levels(level_sizes: tuple[int, ...], images: int, topk: int) -> tuple[Array
     return bounds, [sum(min(topk, size) for size in image) for image in sizes]
 
 
+def values(pos_losses: Sequence[Tensor], pos_inds: Sequence[Tensor], pos_gt_inds: Sequence[Tensor]) -> tuple[Array, ...]:
+    """Loss, anchor and ground truth of all images in one array each; half-precision losses as float32, which holds them in the
+    same order."""
+    real = np.float64 if pos_losses[0].dtype == torch.float64 else np.float32
+    return flat(pos_losses, real), flat(pos_inds, np.int64), flat(pos_gt_inds, np.int64)
+
+
+def limits(level_sizes: Sequence[int], sizes: Sequence[int], topk: int) -> tuple[Array, int, int]:
+    """What `flatten` gives behind the offsets, for images with so many potential positives."""
+    level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
+    # Groups have a last place, also where nothing is in them.
+    return level_bounds, max(min(topk, sum(sizes)), 1), max(map(min, sizes, room))
+
+
 def flatten(
     pos_losses: Sequence[Tensor],
     pos_inds: Sequence[Tensor],
@@ -241,19 +249,10 @@ def flatten(
     num_gts: Sequence[int],
     topk: int,
 ) -> tuple[Any, ...]:
-    """What `select` takes: all images in one array; half-precision losses as float32, which holds them in the same order."""
+    """What `select` takes."""
     sizes = lengths(pos_inds)
-    level_bounds, room = _levels(tuple(level_sizes), len(sizes), topk)
-    return (
-        flat(pos_losses, np.float64 if pos_losses[0].dtype == torch.float64 else np.float32),
-        flat(pos_inds, np.int64),
-        flat(pos_gt_inds, np.int64),
-        offsets(sizes),
-        offsets(num_gts),
-        level_bounds,
-        max(min(topk, sum(sizes)), 1),  # groups have a last place, also where nothing is in them
-        max(map(min, sizes, room)),
-    )
+    flat_values = values(pos_losses, pos_inds, pos_gt_inds)
+    return *flat_values, offsets(sizes), offsets(num_gts), *limits(level_sizes, sizes, topk)
 
 
 def select_candidates(
