@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .cpu._arrays import Array, view
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -137,8 +140,11 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
     return sizes
 
 
-def _first(wrong: Tensor) -> int:
-    return int(wrong.int().argmax())
+def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at position {}") -> None:
+    """An error if any of `wrong` [N] is true. `value` has a row for each, or one for all."""
+    if wrong.any():
+        row = int(wrong.argmax()) % len(value)
+        raise ValueError(f"`{name}` must {must}, got {value[row].tolist()} {where.format(row)}")
 
 
 def check_values(
@@ -151,21 +157,14 @@ def check_values(
     num_classes: int,
 ) -> None:
     """The values of one image. Reading them waits for the device. In messages, `image` follows an argument's name."""
-
-    def refuse(wrong: Tensor, name: str, value: Tensor, must: str, where: str = "") -> None:
-        if bool(wrong.any()):
-            position = _first(wrong)
-            raise ValueError(f"`{name}{image}` must {must}, got {value[position].item()} at position {position}{where}")
-
-    anchors = label.shape[0]
-    refuse((label < 0) | (label > num_classes), "label", label, f"be in [0, {num_classes}]")
-    refuse((pos_inds < 0) | (pos_inds >= anchors), "pos_inds", pos_inds, f"be in [0, {anchors})")
-    seen = torch.full((anchors,), -1, dtype=torch.int64, device=label.device)
-    position = torch.arange(pos_inds.shape[0], device=label.device)
-    seen[pos_inds.long()] = position
-    refuse(seen[pos_inds.long()] != position, "pos_inds", pos_inds, "not repeat an index")
-    refuse((pos_gt_inds < 0) | (pos_gt_inds >= num_gt), "pos_gt_inds", pos_gt_inds, f"be in [0, {num_gt})")
-    infinite = ~torch.isfinite(pos_losses)
-    if bool(infinite.any()):
-        gt = int(pos_gt_inds[_first(infinite)])
-        refuse(infinite, "pos_losses", pos_losses, "be finite", f", ground truth {gt}")
+    losses, labels, inds, gts = (view(tensor.cpu()) for tensor in (pos_losses, label, pos_inds, pos_gt_inds))
+    anchors = len(labels)
+    refuse((labels < 0) | (labels > num_classes), f"label{image}", labels, f"be in [0, {num_classes}]")
+    refuse((inds < 0) | (inds >= anchors), f"pos_inds{image}", inds, f"be in [0, {anchors})")
+    seen, position = np.full(anchors, -1), np.arange(len(inds))
+    seen[inds] = position
+    refuse(seen[inds] != position, f"pos_inds{image}", inds, "not repeat an index")
+    refuse((gts < 0) | (gts >= num_gt), f"pos_gt_inds{image}", gts, f"be in [0, {num_gt})")
+    infinite = ~np.isfinite(losses)
+    gt = gts[infinite.argmax()] if len(gts) else 0
+    refuse(infinite, f"pos_losses{image}", losses, "be finite", f"at position {{}}, ground truth {gt}")

@@ -80,9 +80,9 @@ class Operator:
         self.overload = getattr(torch.ops.paa_gpu, self.name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # before the arguments are looked at: a compiler would trace that
             return self.overload(*args)
-        device = _device_alone(self._tensors(args))
+        device = device_alone(self._tensors(args))
         return self.overload(*args) if device is None else self._run(device, args)
 
     def _tensors(self, args: tuple[Any, ...]) -> list[Tensor]:
@@ -109,7 +109,7 @@ def kernels_on_cpu() -> Iterator[None]:
         _PACKAGES["cpu"] = before
 
 
-def _device_alone(tensors: list[Tensor]) -> str | None:
+def device_alone(tensors: list[Tensor]) -> str | None:
     """The device of the tensors, if the dispatcher would only call its implementation; else None."""
     if not tensors or _watched() or has_torch_function(tensors):  # which asks for function modes too
         return None

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import Operator
+from ._dispatch import Operator, device_alone
+from .cpu._arrays import join, largest
 
 #: The dtype of the results of a fit. "auto" is "mixed" on devices where float64 is slow, and "float64" elsewhere. Compiled loops
 #: for CPU tensors fit in float64 where kernels mix.
@@ -47,11 +48,26 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
     )
 
 
-def count_gts(pos_gt_inds: Sequence[Tensor]) -> list[int]:
+def _on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether numpy may take the tensors, without their graphs, in the place of torch: see `cpu/_arrays.py`."""
+    return not torch.compiler.is_compiling() and device_alone(tensors) == "cpu"
+
+
+def count_gts(pos_gt_inds: list[Tensor]) -> list[int]:
     """The largest index of each image plus one. Reading it waits for the device once."""
-    largest = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
-    found = iter([largest[0].item()] if len(largest) == 1 else torch.stack(largest).tolist() if largest else ())
+    if _on_cpu(pos_gt_inds):
+        return [largest(inds) + 1 for inds in pos_gt_inds]
+    most = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
+    found = iter([most[0].item()] if len(most) == 1 else torch.stack(most).tolist() if most else ())
     return [max(int(next(found)) + 1, 0) if inds.shape[0] else 0 for inds in pos_gt_inds]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one after the other, without their graphs. A single one stays where it is."""
+    parts = detached(tensors)
+    if len(parts) == 1:
+        return parts[0]
+    return join(parts) if _on_cpu(parts) else torch.cat(parts)
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:

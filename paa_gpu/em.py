@@ -6,11 +6,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor
+from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor, refuse
+from .cpu._arrays import Array, view
 from .mixture import GaussianMixture1D, flatten_rows
 
 __all__ = ["COVARIANCE_TYPES", "GaussianMixture1D", "fit_gmm_1d"]
@@ -144,20 +146,14 @@ def _check_initial(weights: Tensor | None, means: Tensor | None, precisions: Ten
     given = [value for value in (weights, means, precisions) if value is not None]
     if not given or not given[0].is_cpu or torch.compiler.is_compiling():
         return
-    finite = functools.reduce(torch.logical_and, [value.isfinite().all(1) for value in given])
+    rows: list[Any] = [view(value) for value in given]
+    finite: Array = functools.reduce(np.logical_and, [np.isfinite(value).all(1) for value in rows])
     if weights is not None:
-        _refuse("weights_init", "not be negative", weights, (weights < 0).any(1) & finite)
-        wrong = (weights.double().sum(1) - 1).abs() > _ops.sum_tolerance(weights)
-        _refuse("weights_init", "sum to 1", weights, wrong & finite)
+        wrong: Array = abs(rows[0].sum(1, dtype=np.float64) - 1) > _ops.sum_tolerance(weights)
+        refuse((rows[0] < 0).any(1) & finite, "weights_init", rows[0], "not be negative", "in row {}")
+        refuse(wrong & finite, "weights_init", rows[0], "sum to 1", "in row {}")
     if precisions is not None:
-        _refuse("precisions_init", "be positive", precisions, (precisions <= 0).any(1) & finite)
-
-
-def _refuse(name: str, must: str, value: Tensor, wrong: Tensor) -> None:
-    if bool(wrong.any()):
-        # Where one tensor is for all rows and another one is not, `wrong` has more rows.
-        row = int(wrong.int().argmax()) % value.shape[0]
-        raise ValueError(f"`{name}` must {must}, got {value[row].tolist()} in row {row}")
+        refuse((rows[-1] <= 0).any(1) & finite, "precisions_init", rows[-1], "be positive", "in row {}")
 
 
 def _seed(generator: torch.Generator | int | None, needed: bool) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _ops
@@ -101,7 +100,7 @@ def weighted_boxes_fusion(
     check_option("conf_type", conf_type, CONF_TYPES)
     check_bool("allows_overflow", allows_overflow)
     lengths = [part.shape[0] for part in columns[0]]
-    box, score, label = (torch.cat(column).detach() for column in columns)
+    box, score, label = map(_ops.joined, columns)
     options = iou_thr, skip_box_thr, conf_type, allows_overflow
     return FusedBoxes(*_ops.weighted_boxes_fusion(box, score, label, lengths, weights, *options))
 

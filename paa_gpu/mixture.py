@@ -136,4 +136,4 @@ def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tu
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else device)
     if count is not None:
         raise ValueError(f"`count` must be None where `x` is a list, got {type(count).__name__}")
-    return x[0] if len(x) == 1 else torch.cat(list(x)), RowShape(None, [row.shape[0] for row in x])
+    return _ops.joined(x), RowShape(None, [row.shape[0] for row in x])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _ops
@@ -104,7 +103,7 @@ def batched_nms(
     if isinstance(boxes, LIST):
         columns = _check_lists(boxes, scores, labels)
         lengths = [image.shape[0] for image in columns[0]]
-        box, score, *label = (torch.cat(column) for column in columns)
+        box, score, *label = map(_ops.joined, columns)
     else:
         box, score, *label = _check_image("", (boxes, scores, labels), (None, None), None)
     if label:

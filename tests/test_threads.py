@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paa_gpu
 from bench import threads as bench
 from bench.threads import calls
-from paa_gpu import testing
+from paa_gpu import _dispatch, testing
 from paa_gpu.cpu import _loops, em, fusion, losses, nms, reassign, voting
 
 
@@ -195,6 +196,68 @@ def test_a_child_process_after_first_use(method):
         child.join(60)
         assert child.exitcode == 0
     assert bits(batch) == wanted
+
+
+def other_calls():
+    """Calls with what `calls` leaves out."""
+    batch, row = testing.make_batch([3, 4], np.random.default_rng(0)), torch.arange(9.0)
+    image, boxes = [column[0] for column in batch[:6]], torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 3)
+    weights, spread = torch.tensor([0.5, 0.5]), torch.ones(2)
+    sizes = batch.anchors if isinstance(batch.anchors[0], int) else batch.anchors[0]
+    return {
+        "paa_reassign": lambda: paa_gpu.paa_reassign(*image, sizes, num_classes=80),
+        "paa_reassign_batch, validate": lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, validate=True),
+        "select_candidates": lambda: paa_gpu.select_candidates(image[0], *image[4:], sizes, num_gt=3),
+        "fit_gmm_1d, a list": lambda: paa_gpu.fit_gmm_1d([row, row], weights_init=weights, precisions_init=spread),
+        "assign_max_iou": lambda: paa_gpu.assign_max_iou([boxes], [boxes, boxes], [boxes, boxes]),
+    }
+
+
+# They make no numbers.
+IDLE = {"detach", "lift_fresh", "split_with_sizes", "unsqueeze", "slice", "new_empty", "_local_scalar_dense"}
+
+
+class Watch(TorchDispatchMode):
+    """What torch computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*(name for name in OPERATIONS if "callable" not in name), *other_calls()])
+def test_torch_computes_nothing_on_the_cpu(name, monkeypatch):
+    """It would use its own threads for large tensors. A forked child does not have them, and waits for ever."""
+    call = {**calls(2, 60), **other_calls()}[name]
+    monkeypatch.setattr(_dispatch, "_watched", lambda: False)  # the implementations run here, where they are seen
+    with Watch() as watch:
+        call()
+    assert watch.found - IDLE == set()
+
+
+def test_a_forked_child_with_large_tensors(two_threads):
+    """So large that torch would share them among its threads."""
+    inds = torch.arange(40_000)
+    columns = [[inds.double()], [inds % 4], [torch.zeros(40_000)], [torch.zeros(40_000, 4)], [inds], [inds % 7]]
+    boxes, scores, labels = [torch.rand(20_000, 4)] * 2, [torch.rand(20_000)] * 2, [inds[:20_000] % 2] * 2
+
+    def call():
+        paa_gpu.paa_reassign_batch(*columns, [40_000], num_classes=3, validate=True)
+        paa_gpu.batched_nms(boxes, scores, labels, 0.5, score_thr=0.99)
+
+    call()
+    inds.max()  # torch's threads are there now
+    child = multiprocessing.get_context("fork").Process(target=call)
+    child.start()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    child.join()
+    assert not hangs and child.exitcode == 0
 
 
 class _Targets(torch.utils.data.Dataset):

@@ -1,7 +1,7 @@
 """Tensors as numpy arrays, and arrays as tensors.
 
-The compiled loops work on arrays. So does all copying around them, because torch's own operations run on OpenMP threads. A forked
-child would wait for these threads for ever.
+The compiled loops work on arrays. So does all copying and checking around them, because torch's own operations run on OpenMP
+threads. A forked child would wait for these threads for ever.
 """
 
 from __future__ import annotations
@@ -23,6 +23,23 @@ def view(tensor: Tensor) -> Array:
         return tensor.numpy()
     # bfloat16 is the upper half of a float32.
     return (tensor.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+
+
+def numbers(tensor: Tensor) -> Array:
+    """The values of a tensor, without a copy; the bits of 2 bytes as int16, because numpy has no bfloat16."""
+    return (tensor.view(torch.int16) if tensor.dtype.itemsize == 2 else tensor).numpy()
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` of tensors that have one dtype."""
+    tensor, dtype = torch.from_numpy(np.concatenate([*map(numbers, tensors)])), tensors[0].dtype
+    return tensor.view(dtype) if dtype.itemsize == 2 else tensor
+
+
+def largest(indices: Tensor) -> int:
+    """The largest index, but at least -1, which is that of none."""
+    values = view(indices)
+    return max(values.item(values.argmax()), -1) if len(values) else -1
 
 
 def array(tensor: Tensor, dtype: Any) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
-from ._arrays import Array, flat, lengths, offsets, tensor, view
+from ._arrays import Array, flat, largest, lengths, numbers, offsets, tensor, view
 from ._loops import HANDING_OVER, compiled, duration, equal_bounds, inner, over_bounds, shared_bounds
 from ._mixtures import VECTOR
 from .em import REALS, assign, empty_fit, fit, fit_options, fit_row
@@ -300,17 +300,12 @@ def _reassign(
     return room[-1], fitted, *masks
 
 
-def _numbers(image: Tensor) -> Array:
-    """An image's targets as numpy has them: of 2 bytes as int16, because numpy has no bfloat16."""
-    return (image.view(torch.int16) if image.dtype.itemsize == 2 else image).numpy()
-
-
 def _joined(columns: Sequence[Sequence[Tensor]]) -> tuple[list[Array], Copy | None]:
     """Room for the images of each column one after the other, where the numbers of an anchor are neighbours; and what copies some
     of the images there. A single image is there already."""
     if len(columns[0]) == 1:
-        return [_numbers(image).copy() for (image,) in columns], None
-    images = [[*map(_numbers, column)] for column in columns]
+        return [numbers(image).copy() for (image,) in columns], None
+    images = [[*map(numbers, column)] for column in columns]
     start = offsets(lengths(columns[0]))
     joined = [np.empty((start[-1], *column[0].shape[1:]), column[0].dtype) for column in images]
 
@@ -365,9 +360,7 @@ def paa_reassign(
     topk: int,
     *options: str,
 ) -> tuple[Tensor, ...]:
-    if num_gt is None:
-        gts = view(pos_gt_inds)
-        num_gt = max(gts.item(gts.argmax()) + 1, 0) if len(gts) else 0
+    num_gt = largest(pos_gt_inds) + 1 if num_gt is None else num_gt
     columns = [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds]
     level_bounds, most, width = limits(level_sizes, lengths(columns[0]), topk)
     if topk > INSERTION_LIMIT or len(equal_bounds(num_gt, _of_row(width))) > 2:
