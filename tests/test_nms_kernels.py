@@ -148,11 +148,13 @@ def test_any_schedule_gives_the_same_bits(rng):
 @compiled_only
 @pytest.mark.parametrize("images", [1, 16])
 def test_device_operations(images, rng):
-    """Two launches whatever the images, classes and boxes, one more where `nms_pre` limits; lists cost a concatenation each, and a copy."""
+    """Two launches whatever the images, classes and boxes, one more where `nms_pre` limits. Lists cost a copy, and a concatenation
+    each if they hold several images."""
     boxes, scores = torch.rand(images, 40, 4), torch.rand(images, 40, 3)
+    of_lists = ("stage",) if images == 1 else ("cat", "cat", "stage")
     calls = {
         (): lambda: paa_gpu.batched_nms(boxes, scores, None, 0.5, max_per_img=3),
-        ("cat", "cat", "stage"): lambda: paa_gpu.batched_nms(list(boxes), list(scores), None, 0.5, max_per_img=3, nms_pre=5),
+        of_lists: lambda: paa_gpu.batched_nms(list(boxes), list(scores), None, 0.5, max_per_img=3, nms_pre=5),
     }
     for expected, call in calls.items():
         operations, launches = profiled(call)
