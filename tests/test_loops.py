@@ -60,8 +60,6 @@ def test_a_first_call_compiles_few_functions(tmp_path):
 
 NOTICE = """
 import time, torch, paa_gpu
-from paa_gpu.cpu import _notice
-from numba.core import event
 {setup}
 started = time.monotonic()
 paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]))
@@ -77,6 +75,32 @@ def test_whoever_waits_for_the_compiler_is_told_once(tmp_path):
     assert first.stderr.count("paa_gpu is compiling its loops") == 1
     assert str(tmp_path / "cache") in first.stderr
     assert not run(NOTICE.format(setup=""), tmp_path).stderr
+
+
+COLLECTIONS = """
+import gc, numba, torch, paa_gpu
+from paa_gpu.cpu import em
+
+numba.njit(lambda: 0)()  # numba imports the rest of itself
+
+def collections():
+    return sum(generation["collections"] for generation in gc.get_stats())
+
+rows, before = torch.tensor([[0.0, 0.5, 1.0, 1.5]]), collections()
+paa_gpu.fit_gmm_1d(rows)
+print(collections() - before, gc.isenabled())
+gc.disable()
+paa_gpu.fit_gmm_1d(rows, precision="float32")
+print(sum(em.fit_rows.stats.cache_misses.values()), gc.isenabled())
+"""
+
+
+@pytest.mark.slow
+def test_no_garbage_is_collected_while_a_loop_is_compiled(tmp_path):
+    """Before and after, garbage is collected or not, as the process has it. One collection may come between two loops."""
+    number, on, compiled, still_on = run(COLLECTIONS, tmp_path).stdout.split()
+    assert int(number) < 3 and on == "True"
+    assert compiled == "2" and still_on == "False"
 
 
 @pytest.mark.long

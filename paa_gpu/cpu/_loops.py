@@ -21,7 +21,7 @@ import torch
 from numba import config, njit
 from numba.extending import register_jitable
 
-from . import _notice  # noqa: F401  # registers itself with numba
+from . import _compilation  # noqa: F401  # registers itself with numba
 from ._arrays import Array
 
 # The loops need numba's arithmetic. In plain Python a sum of np.uint64 and np.int64, for example, is no integer.

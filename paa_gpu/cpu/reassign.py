@@ -114,10 +114,10 @@ def _write_images(
             background[found] = start + anchor
             found += np.uint64(not own[anchor])
         for i in range(begin, found):
-            label[background[i]] = num_classes
+            label[np.uint64(background[i])] = num_classes
         for word in range(np.uint64(bbox_weight.shape[1])):
             for i in range(begin, found):
-                bbox_weight[background[i], word] = 0
+                bbox_weight[np.uint64(background[i]), word] = 0
         if ignoreds > 0:
             _ignore(begin, end, pos_inds, ignored, start, label_weight, np.uint64(len(label_weight) // len(label)))
 
@@ -139,23 +139,18 @@ SELECT, FIT, WRITE = 1, 2, 4
 
 
 @inner
-def _space(width: int, real: Any) -> tuple[Any, Any, Any]:
-    """What the fit of a row of `width` candidates needs for itself, its scores and its assignment."""
-    space = np.empty((4, width + VECTOR), real)
-    return space[:3], space[3], np.empty(width + VECTOR, np.bool_)
-
-
-@inner
 def _fit_rows(first: int, last: int, candidates: Any, options: Any, fitted: Any, masks: Any) -> None:
     """Fit and separate some rows."""
     loss, index, count = candidates
     fit_options, rule, keep_singleton, tolerance = options
     weights, means, variances, _, _, _, valid = fitted
     positive, ignored = masks
-    space, score, assignment = _space(loss.shape[1], weights.dtype)
+    room = loss.shape[1] + VECTOR
+    space, assignment = np.empty((4, room), weights.dtype), np.empty(room, np.bool_)
+    score = space[3]
     for row in range(first, last):
         n, mean = count[row], means[row]
-        smallest, y, r0, r1 = fit_row(row, loss[row][:n], space, *fit_options, *fitted)
+        smallest, y, r0, r1 = fit_row(row, loss[row][:n], space[:3], *fit_options, *fitted)
         if valid[row]:
             assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
             _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
@@ -189,19 +184,25 @@ def _reassign_images(
 
 
 @inner
-def _offset(size: int) -> Any:
-    """Where the part of a single image begins and ends. Not `np.zeros`, here and below: it takes numba a quarter of a second."""
-    ends = np.empty(2, np.int64)
-    ends[0], ends[1] = 0, size
-    return ends
+def _image_room(potential: int, num_gt: int, anchors: int, width: int, loss: Any, real: Any) -> Any:
+    """What `_reassign_image` needs for itself: where the parts of its only image begin and end, the candidates, the fit, the
+    masks, and what `_write_images` needs for itself.
 
-
-@inner
-def _nowhere(size: int) -> Any:
-    mask = np.empty(size, np.bool_)
-    for i in range(size):
-        mask[i] = False
-    return mask
+    numba compiles `np.empty` once for each kind of array and of caller, and `np.zeros` too. So there are few kinds, in one place.
+    """
+    shape, ends = (num_gt, 2), np.empty((4, 2), np.int64)
+    for i in range(4):
+        ends[i, 0], ends[i, 1] = 0, (potential, num_gt, anchors, 0)[i]
+    candidates = np.empty((num_gt, width), loss.dtype), np.empty((num_gt, width), np.int64), np.empty(num_gt, np.int64)
+    weights, means, variances = np.empty(shape, real.dtype), np.empty(shape, real.dtype), np.empty(shape, real.dtype)
+    lower_bound, n_iter = np.empty((1, num_gt), real.dtype)[0], np.empty(num_gt, np.int64)
+    fitted = weights, means, variances, lower_bound, n_iter, np.empty(num_gt, np.bool_), np.empty(num_gt, np.bool_)
+    masks, kept = (np.empty(potential, np.bool_), np.empty(potential, np.bool_)), np.empty(anchors + 1, np.bool_)
+    for p in range(potential):
+        masks[0][p] = masks[1][p] = False
+    for i in range(len(kept)):
+        kept[i] = False
+    return ends, candidates, fitted, masks, (kept, np.empty(potential, np.int64))
 
 
 @compiled
@@ -214,20 +215,16 @@ def _reassign_image(
     real: one of `_EMPTY`. Returns whether the anchors descend. Then nothing is written.
     """
     (loss, anchor, gt), (label, label_weight, bbox_weight) = values, targets
-    potential, dtype, descends = len(anchor), real.dtype, _offset(0)
-    pos_offset, gt_offset, anchor_offset = _offset(potential), _offset(num_gt), _offset(len(label))
-    candidates = np.empty((num_gt, width), loss.dtype), np.empty((num_gt, width), np.int64), np.empty(num_gt, np.int64)
+    room = _image_room(len(anchor), num_gt, len(label), width, loss, real)
+    ends, candidates, fitted, (positive, ignored), (kept, background) = room
+    pos_offset, gt_offset, anchor_offset, descends = ends[0], ends[1], ends[2], ends[3]
     keep_smallest(0, 1, loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, order, descends, *candidates)
     if descends[0]:
         return True
-    weights, means, variances = np.empty((num_gt, 2), dtype), np.empty((num_gt, 2), dtype), np.empty((num_gt, 2), dtype)
-    lower_bound, n_iter = np.empty(num_gt, dtype), np.empty(num_gt, np.int64)
-    fitted = weights, means, variances, lower_bound, n_iter, np.empty(num_gt, np.bool_), np.empty(num_gt, np.bool_)
-    positive, ignored = _nowhere(potential), _nowhere(potential)
     _fit_rows(0, num_gt, candidates, options, fitted, (positive, ignored))
     _write_images(
         0, 1, anchor, pos_offset, positive, ignored, anchor_offset, num_classes,
-        label, label_weight, bbox_weight, _nowhere(len(label) + 1), np.empty(potential, np.uint64), num_pos,
+        label, label_weight, bbox_weight, kept, background, num_pos,
     )  # fmt: skip
     return False
 
@@ -240,7 +237,7 @@ def _number_rows(num_gts: Sequence[int], gt_offset: Array) -> tuple[Array, Array
 
 def _room(targets: tuple[Any, ...], images: int, potential: int) -> tuple[Array, Array, Array]:
     """What `_write_images` takes behind the targets: kept and background, which it needs only for itself, and num_pos."""
-    return np.zeros(len(targets[2]) + images, bool), np.empty(potential, np.uint64), np.empty(images, np.int64)
+    return np.zeros(len(targets[2]) + images, bool), np.empty(potential, np.int64), np.empty(images, np.int64)
 
 
 @functools.cache

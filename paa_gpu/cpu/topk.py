@@ -71,8 +71,7 @@ def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, 
     for level in range(len(group_start)):
         total += group_stop[level] - group_start[level]
     # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
-    total = min(total, width)
-    while count < total:
+    while count < total and count < width:
         best, smallest = -1, 0
         for level in range(len(group_start)):
             at = group_start[level]
@@ -98,8 +97,10 @@ def keep_smallest(
     """
     zero, one, levels, room = np.uint64(0), np.uint64(1), np.uint64(level_bounds.shape[1] - 1), np.uint64(topk)
     groups = np.uint64(gt_offset[last] - gt_offset[first]) * levels
-    group_start, group_stop = np.empty(groups, np.int64), np.empty(groups, np.int64)
-    member, key = np.empty(groups * room, np.int64), np.empty(groups * room, np.int64)
+    number, places = np.int64(groups), np.int64(groups * room)
+    group_start, group_stop, member, key = (
+        np.empty(number, np.int64), np.empty(number, np.int64), np.empty(places, np.int64), np.empty(places, np.int64)
+    )  # fmt: skip
     for g in range(groups):
         group_start[g] = group_stop[g] = g * room
         key[(g + one) * room - one] = NO_KEY

@@ -1,0 +1,99 @@
+"""What happens while loops are compiled: whoever waits is told once, and no garbage is collected."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from typing import Any
+
+from numba.core.event import Listener, register
+
+logger = logging.getLogger("paa_gpu")
+
+#: Seconds of compilation without a word. To load compiled loops from the disk takes less.
+PATIENCE = 2.0
+
+
+class CompilationListener(Listener):
+    """Does something when the compilation of a loop of this package begins, and when it ends.
+
+    numba tells when the compilation of a function begins and ends, under a lock of its own. Functions that call others nest; only
+    the outermost one counts.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def on_start(self, event: Any) -> None:
+        self._depth += 1
+        loop = event.data["dispatcher"]
+        if self._depth == 1 and loop.py_func.__module__.startswith("paa_gpu."):
+            self.begin(loop)
+
+    def on_end(self, event: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.end()
+
+    def begin(self, loop: Any) -> None:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Also called where nothing has begun."""
+        raise NotImplementedError
+
+
+class CompilationNotice(CompilationListener):
+    """Warns when loops have been compiled for `PATIENCE` seconds altogether, and still are: once in a process."""
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        super().__init__()
+        self._patience = patience
+        self._begun = 0.0
+        self._timer: threading.Timer | None = None
+        self._said = False
+
+    def begin(self, loop: Any) -> None:
+        if not self._said:
+            self._begun = time.monotonic()
+            self._timer = threading.Timer(max(self._patience, 0.0), self._say, [loop._cache.cache_path])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._patience -= time.monotonic() - self._begun
+
+    def _say(self, folder: str | None) -> None:
+        self._said = True
+        if folder is None:
+            kept = "Every process does this again, as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."
+        else:
+            kept = f"It happens once: the result is kept in {folder}."
+        logger.warning("paa_gpu is compiling its loops for this machine, which may take ten seconds. %s", kept)
+
+
+class NoCollection(CompilationListener):
+    """Pauses the collection of garbage, if it is on. The compiler makes many objects and little garbage. Python would look
+    through all objects of the process again and again, which takes an eighth of the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stopped = False
+
+    def begin(self, loop: Any) -> None:
+        self._stopped = gc.isenabled()
+        gc.disable()
+
+    def end(self) -> None:
+        if self._stopped:
+            self._stopped = False
+            gc.enable()
+
+
+for listener in (CompilationNotice(), NoCollection()):
+    register("numba:compile", listener)
