@@ -36,6 +36,9 @@ INITS = ("minmax", "quantile", "kmeans", "random")
 #: 5 to 20; each step is a launch for a long row.
 EXACT, LLOYD_PASSES = 64, 50
 
+#: So many numbers, and more, torch shares among its threads.
+SHARED = 32_768
+
 Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -48,14 +51,10 @@ def max_candidates(pos_inds: Sequence[Tensor], level_sizes: Sequence[int], topk:
     )
 
 
-def _on_cpu(tensors: list[Tensor]) -> bool:
-    """Whether numpy may take the tensors, without their graphs, in the place of torch: see `cpu/_arrays.py`."""
-    return not torch.compiler.is_compiling() and device_alone(tensors) == "cpu"
-
-
 def count_gts(pos_gt_inds: list[Tensor]) -> list[int]:
-    """The largest index of each image plus one. Reading it waits for the device once."""
-    if _on_cpu(pos_gt_inds):
+    """The largest index of each image plus one. Reading it waits for the device once. numpy finds it on the CPU: see
+    `cpu/_arrays.py`."""
+    if not torch.compiler.is_compiling() and device_alone(pos_gt_inds) == "cpu":
         return [largest(inds) + 1 for inds in pos_gt_inds]
     most = [inds.max() for inds in pos_gt_inds if inds.shape[0]]
     found = iter([most[0].item()] if len(most) == 1 else torch.stack(most).tolist() if most else ())
@@ -63,11 +62,13 @@ def count_gts(pos_gt_inds: list[Tensor]) -> list[int]:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other, without their graphs. A single one stays where it is."""
+    """The tensors one after the other, without their graphs. A single one stays where it is. numpy joins many numbers on the CPU:
+    see `cpu/_arrays.py`."""
     parts = detached(tensors)
     if len(parts) == 1:
         return parts[0]
-    return join(parts) if _on_cpu(parts) else torch.cat(parts)
+    small = torch.compiler.is_compiling() or sum(map(Tensor.numel, parts)) < SHARED
+    return torch.cat(parts) if small or device_alone(parts) != "cpu" else join(parts)
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:

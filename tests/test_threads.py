@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paa_gpu
 from bench import threads as bench
 from bench.threads import calls
-from paa_gpu import _dispatch, testing
+from paa_gpu import _dispatch, _ops, testing
 from paa_gpu.cpu import _loops, em, fusion, losses, nms, reassign, voting
 
 
@@ -234,6 +234,7 @@ def test_torch_computes_nothing_on_the_cpu(name, monkeypatch):
     """It would use its own threads for large tensors. A forked child does not have them, and waits for ever."""
     call = {**calls(2, 60), **other_calls()}[name]
     monkeypatch.setattr(_dispatch, "_watched", lambda: False)  # the implementations run here, where they are seen
+    monkeypatch.setattr(_ops, "SHARED", 0)
     with Watch() as watch:
         call()
     assert watch.found - IDLE == set()
