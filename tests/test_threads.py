@@ -203,7 +203,7 @@ def other_calls():
     batch, row = testing.make_batch([3, 4], np.random.default_rng(0)), torch.arange(9.0)
     image, boxes = [column[0] for column in batch[:6]], torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 3)
     weights, spread = torch.tensor([0.5, 0.5]), torch.ones(2)
-    sizes = batch.anchors if isinstance(batch.anchors[0], int) else batch.anchors[0]
+    sizes = batch.anchors[0]
     return {
         "paa_reassign": lambda: paa_gpu.paa_reassign(*image, sizes, num_classes=80),
         "paa_reassign_batch, validate": lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, validate=True),

@@ -78,8 +78,8 @@ class CompilationNotice(CompilationListener):
 
 
 class NoCollection(CompilationListener):
-    """Pauses the collection of garbage, if it is on. The compiler makes many objects and little garbage. Python would look
-    through all objects of the process again and again, which takes an eighth of the time."""
+    """Pauses the collection of garbage, if it is on. The compiler makes many objects and little garbage, and Python would look
+    through all objects of the process again and again."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -210,7 +210,7 @@ def _reassign_image(
     values: Any, order: Any, num_gt: int, level_bounds: Any, topk: int, width: int, options: Any, real: Any, num_classes: int,
     targets: Any, num_pos: Any,
 ) -> bool:  # fmt: skip
-    """All steps for a single image, with room of its own: numpy takes as long to make it as the fit of ten rows.
+    """All steps for a single image, with room of its own: numpy would take longer to make it than a small image takes.
 
     real: one of `_EMPTY`. Returns whether the anchors descend. Then nothing is written.
     """
