@@ -14,6 +14,15 @@ from paa_gpu._ops import Fit
 from paa_gpu.kernels._launch import compile_options
 from paa_gpu.separation import tie_tolerance
 
+#: Values of a row at most. A position is an int32, and the programs of a long row may end a few tiles behind it.
+MOST_VALUES = 2**31 - 2**16
+
+
+def check_width(width: int) -> None:
+    """Refuse rows that are too long."""
+    if width > MOST_VALUES:
+        raise ValueError(f"`x` must have at most {MOST_VALUES} values in a row on a GPU, got {width}")
+
 
 @triton.jit
 def locate(source, width, g):

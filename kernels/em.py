@@ -33,7 +33,7 @@ from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
 from paa_gpu.kernels._numeric import only_if
-from paa_gpu.kernels._rows import choose_best, given_are_finite, locate, strided, take_given
+from paa_gpu.kernels._rows import check_width, choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
 from paa_gpu.kernels.em_k import launch_components
@@ -403,6 +403,7 @@ def fit_gmm_1d(
     fit = empty_fit(x, rows, precision, n_components)
     if rows == 0:
         return fit
+    check_width(width)
     programs = rows * n_init
     tried = fit if n_init == 1 else empty_fit(x, programs, precision, n_components)
     with device_guard(x):

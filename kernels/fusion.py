@@ -46,6 +46,13 @@ def _ordered_and_clipped(low, high):
     return tl.where(first > 1, 1.0, first), tl.where(second > 1, 1.0, second)
 
 
+@triton.jit
+def _image_and_tile(room, SIZE: tl.constexpr):
+    """Which tile of which row a program has. All programs are in one dimension: a grid takes only 65,535 in another."""
+    tiles = tl.cdiv(room, SIZE)
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+
+
 @triton.jit(do_not_specialize=["n_parts", "n_models", "room"])
 def _prepare_kernel(
     box_ptr,  # Tensor[T, 4], contiguous like all others
@@ -62,10 +69,10 @@ def _prepare_kernel(
     model_ptr,  # int32
     BLOCK: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
+    image, tile = _image_and_tile(room, BLOCK)
     begin = tl.load(table_ptr + image * n_models)
     end = tl.load(table_ptr + (image + 1) * n_models)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    number = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     entry = begin + number
     inside = entry < end
     model = tl.zeros([BLOCK], tl.int32)
@@ -132,8 +139,8 @@ def _order_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * room
-    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    image, tile = _image_and_tile(room, ROWS)
+    row, place = image * room, tile * ROWS + tl.arange(0, ROWS)
     inside = place < room
     score = tl.load(weighted_ptr + row + place, mask=inside, other=0.0)
     label = tl.load(labels_ptr + row + place, mask=inside, other=0)
@@ -311,9 +318,8 @@ def _finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image = tl.program_id(0).to(tl.int64)
-    row = image * room
-    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    image, tile = _image_and_tile(room, ROWS)
+    row, place = image * room, tile * ROWS + tl.arange(0, ROWS)
     inside = place < room
     score = tl.load(score_ptr + row + place, mask=inside, other=float("-inf"))
     rank = tl.load(rank_ptr + row + place, mask=inside, other=0)
@@ -326,7 +332,7 @@ def _finish_kernel(
     for side in tl.static_range(4):
         corner = tl.load(fused_ptr + (row + place) * 4 + side, mask=there, other=0.0)
         tl.store(boxes_ptr + out * 4 + side, narrow(corner, boxes_ptr), mask=inside)
-    tl.store(count_ptr + image, count.to(tl.int64), mask=tl.program_id(1) == 0)
+    tl.store(count_ptr + image, count.to(tl.int64), mask=tile == 0)
 
 
 def cluster_rule() -> dict[str, int | bool]:
@@ -381,8 +387,8 @@ def weighted_boxes_fusion(
     fused, score, rank = rows(real, 4), rows(real), rows(torch.int64)
     order, by_label = rows(torch.int32), rows(torch.int64)
     with device_guard(boxes):
-        rule, grid = prepare_rule(), (images, triton.cdiv(room, order_rule()["ROWS"]))
-        _prepare_kernel[(images, triton.cdiv(room, rule["BLOCK"]))](
+        rule, grid = prepare_rule(), (images * triton.cdiv(room, order_rule()["ROWS"]),)
+        _prepare_kernel[(images * triton.cdiv(room, rule["BLOCK"]),)](
             boxes.contiguous(), scores.contiguous(), labels.contiguous(), table, parts, models, room, skip_box_thr,
             box, weighted, label, model, **rule,
         )  # fmt: skip

@@ -177,7 +177,7 @@ def _weakened(key, iou, iou_limit, slope, min_score, METHOD: tl.constexpr):
     return weakened
 
 
-@triton.jit(do_not_specialize=["n_boxes", "room", "capacity"])
+@triton.jit(do_not_specialize=["n_boxes", "most", "capacity"])
 def _suppress_kernel(
     box_ptr,  # Tensor[B, K, 4]
     box_stride,
@@ -189,7 +189,7 @@ def _suppress_kernel(
     limit_ptr,  # Tensor[B, 2], or None
     n_boxes,
     n_classes,
-    room,
+    most,  # picks of a list
     capacity,
     iou_threshold: tl.float64,
     score_thr: tl.float64,
@@ -197,7 +197,7 @@ def _suppress_kernel(
     slope: tl.float64,  # -1 / sigma
     key_ptr,  # Tensor[lists, capacity], scratch like the next
     entry_ptr,
-    picked_key_ptr,  # Tensor[lists, room]
+    picked_key_ptr,  # Tensor[lists, most]
     picked_entry_ptr,
     count_ptr,  # Tensor[lists]
     METHOD: tl.constexpr,
@@ -224,12 +224,12 @@ def _suppress_kernel(
     gone = smallest_integer(KEY)
     iou_limit, rate = tl.full((), iou_threshold, REAL), tl.full((), slope, REAL)
     picks = 0
-    while (picks < room) & (best_key != gone):
+    while (picks < most) & (best_key != gone):
         tl.debug_barrier()  # what the threads wrote, each for itself, others read
         own_entry = tl.load(entry_ptr + best_at)
         own_box = begin + own_entry // n_classes
-        tl.store(picked_key_ptr + group * room + picks, best_key)
-        tl.store(picked_entry_ptr + group * room + picks, own_entry)
+        tl.store(picked_key_ptr + group * most + picks, best_key)
+        tl.store(picked_entry_ptr + group * most + picks, own_entry)
         picks += 1
         own = _load_boxes(box_ptr, box_stride, image, own_box, own_box >= 0, REAL)
         next_key = tl.zeros([BLOCK], KEY) + gone
@@ -246,6 +246,9 @@ def _suppress_kernel(
                 label = tl.load(label_row + box * label_stride[1], mask=there, other=0)
                 weakened = tl.where(label == tl.load(label_row + own_box * label_stride[1]), weakened, key)
             key = tl.where(there & (at != best_at), weakened, gone)
+            if METHOD != "hard" and tl.int64 == KEY:
+                # Where a warp has 64 threads, two of different warps may have the same candidate. It is weakened once.
+                tl.debug_barrier()
             tl.store(key_ptr + at, key, mask=there)
             higher = key > next_key
             next_key, next_at = tl.where(higher, key, next_key), tl.where(higher, at, next_at)
@@ -254,13 +257,15 @@ def _suppress_kernel(
 
 
 @triton.jit
-def _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, room, KEY: tl.constexpr, LISTS: tl.constexpr):
+def _merge_lists(
+    picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most, room, KEY: tl.constexpr, LISTS: tl.constexpr
+):  # fmt: skip
     """Write, in order, where the picks of the image are; their number."""
     gone = smallest_integer(KEY)
     lists = tl.arange(0, LISTS)
     inside = lists < n_lists
     count = tl.load(count_ptr + lists, mask=inside, other=0)
-    at = lists.to(tl.int64) * room
+    at = lists.to(tl.int64) * most
     end = at + count
     total = tl.minimum(tl.sum(count.to(tl.int64), 0), room)
     for n in range(total):
@@ -274,7 +279,7 @@ def _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_list
     return total
 
 
-@triton.jit(do_not_specialize=["n_boxes", "n_lists", "room"])
+@triton.jit(do_not_specialize=["n_boxes", "n_lists", "most", "room"])
 def _merge_kernel(
     box_ptr,
     box_stride,
@@ -286,8 +291,9 @@ def _merge_kernel(
     n_boxes,
     n_classes,
     n_lists,  # of an image
+    most,  # picks of a list
     room,
-    picked_key_ptr,  # Tensor[B, lists, room]
+    picked_key_ptr,  # Tensor[B, lists, most]
     picked_entry_ptr,
     count_ptr,  # Tensor[B, lists]
     choice_ptr,  # Tensor[B, room], scratch; None with one list
@@ -303,12 +309,12 @@ def _merge_kernel(
 ):
     KEY: tl.constexpr = tl.int64 if REAL.primitive_bitwidth == 64 else tl.int32
     image = tl.program_id(0).to(tl.int64)
-    picked_key_ptr += image * n_lists * room
-    picked_entry_ptr += image * n_lists * room
+    picked_key_ptr += image * n_lists * most
+    picked_entry_ptr += image * n_lists * most
     count_ptr += image * n_lists
     if choice_ptr is not None:
         choice_ptr += image * room
-        total = _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, room, KEY, LISTS)
+        total = _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most, room, KEY, LISTS)
         tl.debug_barrier()  # one thread wrote what another reads
     else:
         total = tl.load(count_ptr).to(tl.int64)
@@ -409,6 +415,7 @@ def batched_nms(
     if results[0].numel() == 0 or entries == 0:
         return _nothing(results)
     capacity, key = min(entries, nms_pre) if nms_pre else entries, torch.int64 if wide else torch.int32
+    picks = min(room, capacity)  # of a list
     layout = scores, scores.stride(), starts, most, classes
     soft, score_thr, threshold = method != "hard", score_thr or 0.0, score_thr is not None
     rule = launch_rule(capacity, wide)
@@ -420,7 +427,7 @@ def batched_nms(
             _limit_kernel[(images,)](
                 *layout, nms_pre, score_thr, min_score, limits, THRESHOLD=threshold, SOFT=soft, REAL=real, **limit_rule()
             )
-        scratch = (boxes.new_empty((images * lists, n), dtype=dtype) for n in (capacity, room) for dtype in (key, torch.int32))
+        scratch = (boxes.new_empty((images * lists, n), dtype=dtype) for n in (capacity, picks) for dtype in (key, torch.int32))
         keys, entry, picked_key, picked_entry = scratch
         count = boxes.new_empty(images * lists, dtype=torch.int32)
         label_stride = (0, 0) if labels is None else labels.stride()
@@ -435,7 +442,7 @@ def batched_nms(
             limits,
             most,
             classes,
-            room,
+            picks,
             capacity,
             _at_most(iou_threshold, wide),
             score_thr,
@@ -463,6 +470,7 @@ def batched_nms(
             most,
             classes,
             lists,
+            picks,
             room,
             picked_key,
             picked_entry,

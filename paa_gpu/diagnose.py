@@ -203,25 +203,30 @@ class Cuda:
 
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """The result of a captured call, and what replays it."""
-        stream = _cuda.Stream(self.device)
-        stream.wait_stream(_cuda.current_stream(self.device))
-        with _cuda.stream(stream):
-            call()
-        _cuda.current_stream(self.device).wait_stream(stream)
-        graph = _cuda.CUDAGraph()
-        with _cuda.graph(graph):
-            result = call()
+        with _cuda.device(self.device):  # a graph captures a stream of the current device
+            stream = _cuda.Stream()
+            stream.wait_stream(_cuda.current_stream())
+            with _cuda.stream(stream):
+                call()
+            _cuda.current_stream().wait_stream(stream)
+            graph = _cuda.CUDAGraph()
+            with _cuda.graph(graph):
+                result = call()
         return result, graph.replay
 
-    def beside_a_busy_stream(self, call: Callable[[], Any], prepare: Callable[[], None]) -> Any:
-        """The call's result on a separate, busy stream. `prepare` is the last work on the stream before the call."""
+    def beside_a_busy_stream(self, call: Callable[[], Any], prepare: Callable[[], None]) -> tuple[Any, bool]:
+        """The call's result on a separate, busy stream, and whether the stream still was busy when the call had returned.
+
+        `prepare` is the last work on the stream before the call.
+        """
         stream = _cuda.Stream(self.device)
         with _cuda.stream(stream):
-            _cuda._sleep(200_000_000)
+            _cuda._sleep(500_000_000)
             prepare()
             result = call()
+        busy = not stream.query()
         stream.synchronize()
-        return result
+        return result, busy
 
     def seconds(self, call: Callable[[], Any], repeats: int = 30) -> tuple[float, float]:
         """Medians of a warm call's time between two events on the device, and on the host that launches it.
@@ -229,6 +234,10 @@ class Cuda:
         Before each call, the device is kept busy for longer than the host needs. So it does not wait for the host. Its writes in
         this time push the inputs out of its caches.
         """
+        with _cuda.device(self.device):
+            return self._seconds(call, repeats)
+
+    def _seconds(self, call: Callable[[], Any], repeats: int) -> tuple[float, float]:
         on_device, on_host = [], [self._host_seconds(call) for _ in range(3)][1:]
         large = torch.empty(L2_BYTES, dtype=torch.uint8, device=self.device)
         for _ in range(repeats):
@@ -313,14 +322,14 @@ class DeviceChecks:
 
     def __init__(self, operation: Operation, other: Operation, cuda: Any) -> None:
         self.operation, self.other, self.cuda = operation, other, cuda
-        self.inputs = cuda.move(operation.arguments)
+        self.inputs, self.others = cuda.move(operation.arguments), cuda.move(other.arguments)
 
     def _changed(self) -> Any:
         return self.other.run(*self.other.arguments)
 
     def _change(self) -> None:
-        """Write the values of the other operation into the inputs, in place."""
-        for tensor, source in zip(leaves(self.inputs), leaves(self.cuda.move(self.other.arguments)), strict=True):
+        """Write the values of the other operation into the inputs, in place. Nothing waits: they are on the device already."""
+        for tensor, source in zip(leaves(self.inputs), leaves(self.others), strict=True):
             tensor.copy_(source)
 
     def results(self) -> str | None:
@@ -354,7 +363,9 @@ class DeviceChecks:
         """The call sees the earlier work of its stream."""
         self.inputs = self.cuda.move(self.operation.arguments)
         self.cuda.wait()
-        got = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*self.inputs), self._change)
+        got, busy = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*self.inputs), self._change)
+        if not busy:
+            return "the stream was not busy long enough to show anything"
         return difference(got, self._changed(), self.operation)
 
 

@@ -31,13 +31,14 @@ from ._checks import (
     check_tensor,
 )
 from ._ops import PRECISIONS
+from ._staging import on_device
 from .boxes import decode, focal_loss
 from .distributed import reduce_mean
 from .em import COVARIANCE_TYPES
 from .nms import batched_nms
 from .reassign import SINGLETONS, Separation
 from .separation import SCHEMES
-from .targets import Kept, Targets, assign_targets, flatten_levels, on_device, positive_losses
+from .targets import Kept, Targets, assign_targets, flatten_levels, positive_losses
 from .voting import score_voting_batch
 
 __all__ = ["PAAHead", "levels_to_images"]

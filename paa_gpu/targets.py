@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ._staging import on_device
 from .assign import assign_max_iou, assignment_of
 from .boxes import corners, iou_and_giou_loss
 from .losses import candidate_losses, check_maps, losses_of
 from .reassign import check_options, paa_reassign_batch, reassignment_of
 
-__all__ = ["Kept", "Targets", "assign_targets", "flatten_levels", "on_device", "positive_losses"]
+__all__ = ["Kept", "Targets", "assign_targets", "flatten_levels", "positive_losses"]
 
 
 Made = TypeVar("Made")
@@ -184,8 +185,9 @@ class Kept:
             return make()
         stream = 0
         if first.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return make()
+            with torch.cuda.device(first.device):
+                if torch.cuda.is_current_stream_capturing():
+                    return make()
             stream = torch.cuda.current_stream(first.device).cuda_stream
         key = (*(level.shape[2:] for level in levels), first.device, stream)
         value: Made | None = self._values.get(key)
@@ -199,12 +201,3 @@ class Kept:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Kept, ()
-
-
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor of Python numbers. For a GPU it goes through pinned memory, so nothing waits for the copy.
-
-    A compiler has no pinned memory, and neither have fake tensors without a GPU.
-    """
-    pinned = device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling()
-    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)

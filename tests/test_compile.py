@@ -106,6 +106,9 @@ def compiling(target: GPUTarget) -> Iterator[list[Compiled]]:
 
     def run(kernel: Any, *args: Any, **options: Any) -> Any:
         assert "enable_fp_fusion" in options, f"{kernel.__name__} takes Triton's default, which changes with 3.10"
+        assert options["grid"][0] < 2**31 and max(options["grid"][1:], default=1) <= 65_535, (
+            f"{kernel.__name__}: {options['grid']}"
+        )
         assert "maxnreg" in options or target.backend == "hip", f"{kernel.__name__} leaves it to the assembler when to spill"
         return launch(kernel, *args, **options)
 
@@ -457,3 +460,24 @@ def spills(kernel: Compiled) -> dict[str, int]:
         at = kernel.binary.index(kind.encode()) + len(kind)
         found[kind] = kernel.binary[at]
     return found
+
+
+def test_a_grid_has_room_for_many_boxes() -> None:
+    """More tiles of boxes than a second dimension has room for."""
+    number = 65_536 * fusion.order_rule()["ROWS"]
+    boxes, scores, labels = torch.zeros(number, 4), torch.zeros(number), torch.zeros(number, dtype=torch.int64)
+    with compiling(TARGETS["sm_90"]) as compiled:
+        fusion.weighted_boxes_fusion(boxes, scores, labels, [number], [1.0], 0.5, 0.0, "avg", False)
+    assert len(compiled) == 4
+
+
+@pytest.mark.parametrize("source", ["rows", "flat"])
+def test_rows_whose_positions_have_no_number_are_refused(source: str) -> None:
+    """Memory that nobody touches costs nothing."""
+    x = torch.zeros(1).expand(2**31)
+    lengths = None if source == "rows" else [2**31]
+    with (
+        compiling(TARGETS["sm_90"]),
+        pytest.raises(ValueError, match="`x` must have at most 2147418112 values in a row on a GPU"),
+    ):
+        em.fit_gmm_1d(x if lengths else x[None], None, lengths, None, None, None, "diag", 1e-3, 1e-6, 1, "float64")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ class StandIn:
 
     def beside_a_busy_stream(self, call, prepare):
         prepare()
-        return call()
+        return call(), True
 
     def seconds(self, call, repeats=2):
         call()
@@ -87,12 +89,25 @@ class Overtakes(StandIn):
     def beside_a_busy_stream(self, call, prepare):
         result = call()
         prepare()
-        return result
+        return result, True
+
+
+class Waiting(StandIn):
+    """A call that returns when its stream has done everything."""
+
+    def beside_a_busy_stream(self, call, prepare):
+        return super().beside_a_busy_stream(call, prepare)[0], False
 
 
 @pytest.mark.parametrize(
     ("cuda", "broken"),
-    [(WrongValues, "results"), (Waits, "waiting"), (KeepsAddresses, "captured graph"), (Overtakes, "busy stream")],
+    [
+        (WrongValues, "results"),
+        (Waits, "waiting"),
+        (KeepsAddresses, "captured graph"),
+        (Overtakes, "busy stream"),
+        (Waiting, "busy stream"),
+    ],
 )
 def test_each_check_can_fail(two, cuda, broken):
     operation, other = two[0][4], two[1][4]
@@ -114,37 +129,108 @@ def test_layouts_that_differ(two):
     assert diagnose.check_layouts(careless).status == FAILED
 
 
-def test_a_time_on_the_device_begins_behind_work_and_a_flushed_cache(monkeypatch):
-    """The order of what a GPU is asked to do, on a stand-in for torch's part."""
-    done, memory = [], torch.empty(0)
+class Torch:
+    """A stand-in for `torch.cuda`, which writes down what the current device is asked to do."""
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def __init__(self):
+        self.done, self.current = [], "cuda:0"
 
-        def record(self):
-            done.append("event")
+    def get_device_name(self, device):
+        return str(device)
 
-        def synchronize(self):
-            done.append("wait")
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, str(device)
+        yield
+        self.current = before
 
-        def elapsed_time(self, end):
-            return 3.0
+    @contextlib.contextmanager
+    def stream(self, stream):
+        with self.device(stream.device):
+            yield
 
-    class Large:
-        def zero_(self):
-            done.append("flush")
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.ask("capture")
+        yield
 
-    cuda = type(
-        "cuda",
-        (),
-        {"Event": Event, "_sleep": lambda cycles: done.append("sleep" if cycles > 0 else "nothing"), "get_device_name": str},
-    )
+    def ask(self, what):
+        self.done.append((what, self.current))
+
+    def _sleep(self, cycles):
+        assert cycles > 0
+        self.ask("sleep")
+
+    def Stream(self, device=None):
+        return Stream(self, str(device or self.current))
+
+    def current_stream(self):
+        return Stream(self, self.current)
+
+    def CUDAGraph(self):
+        return Stream(self, self.current)
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        return Event(self)
+
+
+class Stream(NamedTuple):
+    """Also a graph."""
+
+    torch: Torch
+    device: str
+
+    def wait_stream(self, other):
+        assert self.device == other.device
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+    replay = synchronize
+
+
+class Event(NamedTuple):
+    torch: Torch
+
+    def record(self):
+        self.torch.ask("event")
+
+    def synchronize(self):
+        self.torch.ask("wait")
+
+    def elapsed_time(self, end):
+        return 3.0
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    cuda = Torch()
     monkeypatch.setattr(diagnose, "_cuda", cuda)
-    monkeypatch.setattr(diagnose.torch, "empty", lambda size, **_: Large() if size == diagnose.L2_BYTES else memory)
-    on_device, on_host = diagnose.Cuda("cuda:0").seconds(lambda: done.append("call"), repeats=2)
+    return cuda
+
+
+def test_a_time_on_the_device_begins_behind_work_and_a_flushed_cache(monkeypatch, stand_in):
+    """The order of what a GPU is asked to do. It need not be the current one."""
+    memory, flush = torch.empty(0), SimpleNamespace(zero_=lambda: stand_in.ask("flush"))
+    monkeypatch.setattr(diagnose.torch, "empty", lambda size, **_: flush if size == diagnose.L2_BYTES else memory)
+    on_device, on_host = diagnose.Cuda("cuda:1").seconds(lambda: stand_in.ask("call"), repeats=2)
     assert on_device == 3e-3 and 0 < on_host < 1e-2
-    assert done == ["call"] * 3 + ["sleep", "flush", "event", "call", "event", "wait"] * 2
+    wanted = ["call"] * 3 + ["sleep", "flush", "event", "call", "event", "wait"] * 2
+    assert stand_in.done == [(what, "cuda:1") for what in wanted]
+
+
+def test_graphs_and_streams_are_those_of_the_device(stand_in):
+    """Also where another device is the current one."""
+    cuda = diagnose.Cuda("cuda:1")
+    cuda.capture(lambda: stand_in.ask("call"))[1]()
+    _, busy = cuda.beside_a_busy_stream(lambda: stand_in.ask("call"), lambda: stand_in.ask("prepare"))
+    assert busy
+    assert stand_in.done == [(what, "cuda:1") for what in ("call", "capture", "call", "sleep", "prepare", "call")]
+    assert stand_in.current == "cuda:0"
 
 
 @pytest.mark.slow

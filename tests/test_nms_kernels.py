@@ -14,6 +14,7 @@ import paa_gpu
 from paa_gpu import _ops
 from paa_gpu._checks import FLOATS
 from paa_gpu.cpu import nms as cpu
+from paa_gpu.kernels import nms
 from paa_gpu.nms import METHODS
 
 #: The interpreter takes 0.1 s for a pass over a tile of candidates.
@@ -143,6 +144,33 @@ def test_any_schedule_gives_the_same_bits(rng):
             results.append(run(boxes, scores, None, None, *options()))
     for one, other in itertools.pairwise(results):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@compiled_only
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_several_threads_of_a_candidate_weaken_it_once(method, rng, monkeypatch):
+    """As on GPUs whose warps have 64 threads, of which two then have the same float64 candidate."""
+    boxes, _, _ = labelled(rng, boxes=600)
+    boxes[..., 2:] = boxes[..., :2] + 300  # so that a candidate is weakened again and again
+    scores = torch.from_numpy(rng.random((2, 600, 1)))
+    usual = nms.launch_rule
+    monkeypatch.setattr(nms, "launch_rule", lambda *args: {**usual(*args), "BLOCK": usual(*args)["BLOCK"] // 2})
+    for seed in (0, 1, 2):
+        with execute(90, seed=seed):
+            check(boxes.double(), scores, None, None, *options(method=method))
+
+
+def test_scratch_is_that_of_the_candidates(monkeypatch):
+    """A class has no more picks than boxes, however many detections an image may have."""
+    images, boxes, classes = 2, 12, 5
+    sizes, make = [], torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *shape, **of: sizes.append(*shape) or make(like, *shape, **of))
+    with execute("interpreter" if INTERPRETER else 90):
+        got = _ops.batched_nms(
+            torch.rand(images, boxes, 4), torch.rand(images, boxes, classes), None, None, *options(max_per_img=0)
+        )
+    assert got[0].shape == (images, boxes * classes, 4)
+    assert [shape for shape in sizes if shape == (images * classes, boxes)] == [(images * classes, boxes)] * 4
 
 
 @compiled_only

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._staging import on_device
 from ...assign import check_boxes
 from ...boxes import WH_RATIO_CLIP, focal_loss
-from ...targets import Kept, Targets, assign_targets, flatten_levels, on_device, positive_losses
+from ...targets import Kept, Targets, assign_targets, flatten_levels, positive_losses
 from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_location, prior_generator
 
 HALF = (torch.bfloat16, torch.float16)

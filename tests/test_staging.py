@@ -1,0 +1,115 @@
+"""Numbers of the host on a device: pinned memory, and the reserve of captured graphs."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from paa_gpu._staging import Reserve, on_device, to_device
+
+
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_the_reserve_gives_no_memory_twice():
+    """Parts keep their values while others are given out, also when another piece is begun."""
+    reserve = Reserve(pinned=False)
+    reserve.fill(integers(0, 0, 0))
+    parts = [reserve.take(integers(i, -i, 2**40)) for i in range(100)]
+    reserve.fill(torch.zeros(Reserve.PIECE, dtype=torch.uint8))
+    parts += [reserve.take(integers(*[i] * 5000)) for i in range(100)]
+    assert [part.tolist() for part in parts[:100]] == [[i, -i, 2**40] for i in range(100)]
+    assert all(bool((part == i).all()) for i, part in enumerate(parts[100:]))
+    memory = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(memory))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_the_reserve_takes_every_dtype_and_shape(dtype):
+    """What lies before it may end anywhere."""
+    reserve = Reserve(pinned=False)
+    for shape in ((3, 1, 2), (0, 4), (5,), ()):
+        values = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+        reserve.fill(values)
+        reserve.take(torch.ones(3, dtype=torch.bool))
+        part = reserve.take(values)
+        assert (part.dtype, part.shape) == (dtype, shape) and torch.equal(part, values)
+
+
+@pytest.mark.parametrize("size", [10, 3 * Reserve.PIECE])
+def test_the_reserve_suffices_for_many_captures_of_a_call(size):
+    reserve, values = Reserve(pinned=False), torch.zeros(size, dtype=torch.uint8)
+    reserve.fill(values)
+    for _ in range(Reserve.CALLS):
+        reserve.take(values)
+
+
+def test_a_capture_without_a_call_before_it_is_refused():
+    with pytest.raises(RuntimeError, match="make this call once outside of the capture"):
+        Reserve(pinned=False).take(integers(1))
+    assert Reserve(pinned=False).take(integers()).tolist() == []
+
+
+def test_a_reserve_of_inference_mode_serves_training():
+    reserve = Reserve(pinned=False)
+    with torch.inference_mode():
+        reserve.fill(integers(1))
+    assert reserve.take(integers(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("values", [[], [3], [[0, 2**40], [-1, 5]]])
+def test_python_numbers(values):
+    staged = on_device(values, torch.int64, torch.device("cpu"))
+    assert (staged.dtype, staged.tolist(), staged.device.type) == (torch.int64, values, "cpu")
+
+
+CUDA_TENSORS = """
+import torch
+from torch._subclasses import FakeTensorMode
+from paa_gpu._staging import RESERVE, on_device
+from paa_gpu.kernels._launch import stage
+
+with torch.device("meta"):
+    assert stage([], torch.empty(0, device="cpu")).device.type == "cpu"
+with FakeTensorMode():
+    staged = on_device([1.0, 2.0], torch.float32, torch.device("cuda:0"))
+    assert (staged.device.type, staged.shape) == ("cuda", (2,))
+assert len(RESERVE._pieces) == 1  # a fake tensor is no memory
+"""
+
+
+def test_fake_tensors_and_other_default_devices():
+    subprocess.run([sys.executable, "-c", CUDA_TENSORS], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", [0, -1])
+def test_staging_does_not_wait(place):
+    device = torch.device("cuda", range(torch.cuda.device_count())[place])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        staged = to_device(integers(1, 2, 3), device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert staged.device == device and staged.tolist() == [1, 2, 3]
+
+
+@pytest.mark.gpu
+def test_a_captured_copy_reads_its_own_numbers():
+    """Later calls, captured or not, do not change what a replay copies."""
+    device = torch.device("cuda:0")
+    on_device([0.0, 0.0], torch.float32, device)
+    graphs, copies = [torch.cuda.CUDAGraph() for _ in range(3)], []
+    for i, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            copies.append(on_device([float(i), 0.5], torch.float32, device))
+    for _ in range(3):
+        on_device([7.0, 7.0], torch.float32, device)
+        for graph in graphs:
+            graph.replay()
+    assert [copy.tolist() for copy in copies] == [[float(i), 0.5] for i in range(3)]
