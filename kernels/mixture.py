@@ -37,13 +37,13 @@ def _log_p(x, component, weights_ptr, means_ptr, variances_ptr):
 
 @triton.jit
 def _best(x, first, parameters, N_COMPONENTS: tl.constexpr):
-    """The largest log p and its first component; -inf and -1 where none has a density."""
+    """The largest log p and its first component; -inf and 0 where none has a density, -inf and -1 where they are no numbers."""
     best = tl.full(x.shape, float("-inf"), x.dtype)
     label = tl.full(x.shape, -1, tl.int32)
     # Two at a time: the terms of eight components at once would take 100 registers.
     for k in tl.range(N_COMPONENTS, loop_unroll_factor=2):
         log_p = _log_p(x, first + k, *parameters)
-        label = tl.where(log_p > best, k, label)
+        label = tl.where((log_p > best) | ((k == 0) & (log_p == best)), k, label)
         best = tl.where(log_p > best, log_p, best)
     return best, label
 
@@ -129,6 +129,7 @@ def _read_kernel(
     place = answer_ptr + begin + position
     if WHAT == "predict":
         _, label = _best(x, first, parameters, N_COMPONENTS)
+        label = tl.where(tl.abs(x) < float("inf"), label, -1)
         tl.store(place, label.to(tl.int64), mask=exists)
     elif WHAT == "predict_proba":
         place = answer_ptr + (begin + position) * N_COMPONENTS

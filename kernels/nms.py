@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paa_gpu.cpu._arrays import at_most
 from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow, ordered_key, smallest_integer
 
@@ -377,12 +378,6 @@ def _nothing(results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Te
     return results
 
 
-def _at_most(number: float, wide: bool) -> float:
-    """The largest number of the dtype up to this one: what exceeds the one exceeds the other."""
-    nearest = np.float64(number) if wide else np.float32(number)
-    return float(nearest if float(nearest) <= number else np.nextafter(nearest, np.float32(-np.inf)))
-
-
 def batched_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -444,7 +439,7 @@ def batched_nms(
             classes,
             picks,
             capacity,
-            _at_most(iou_threshold, wide),
+            at_most(iou_threshold, np.float64 if wide else np.float32),
             score_thr,
             min_score,
             -1 / sigma,

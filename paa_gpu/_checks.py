@@ -1,7 +1,7 @@
 """Checks of arguments, and the wording of their errors: "`<argument>` must ..., got ...".
 
 Checks come in the order rank, shape, layout, dtype, device, values. All come before any work. Only the checks of `validate=True`
-read tensors, and `check_classes`, which reads tensors of the CPU only.
+read tensors, and those that ask `has_values` first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._dispatch import device_alone
 from .cpu._arrays import Array, view
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,9 +114,15 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values can be read at once: on a device they would have to be waited for, and a compiler, a transform and a
+    fake tensor have none."""
+    return not torch.compiler.is_compiling() and device_alone([tensor]) == "cpu"
+
+
 def check_classes(name: str, labels: Tensor, num_classes: int) -> None:
-    """Labels in [0, num_classes), checked on the CPU only. Others would have to be waited for, and a compiler has no values."""
-    if labels.is_cpu and not torch.compiler.is_compiling():
+    """Labels in [0, num_classes), if they can be read."""
+    if has_values(labels):
         values = labels.numpy()
         (wrong,) = ((values < 0) | (values >= num_classes)).nonzero()
         if len(wrong):
@@ -138,6 +145,44 @@ def level_sizes_of(name: str, levels: Any) -> list[int]:
             check_int(f"{name}[{i}]", level, 0)
             sizes.append(level)
     return sizes
+
+
+def check_levels(name: str, levels: Sequence[Tensor], channels: int | None, floating: bool = True) -> None:
+    """Maps [N, channels, any, any] of one N, number of channels, dtype and device."""
+    shape: tuple[int | None, ...] = (None, channels, None, None)
+    first = levels[0]
+    dtypes = FLOATS if floating or not isinstance(first, Tensor) else (first.dtype,)
+    for level, tensor in enumerate(levels):
+        check_tensor(f"{name}[{level}]", tensor, shape, dtypes, first.device if level else None)
+        shape, dtypes = (*first.shape[:2], None, None), (first.dtype,)
+
+
+def check_image_sizes(image_sizes: Any, num_images: int) -> None:
+    """(height, width) of each image, or Tensor[N, 2]."""
+    if isinstance(image_sizes, Tensor):
+        check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES))
+        return
+    check_list("image_sizes", image_sizes, length=num_images, like="the batch")
+    for i, size in enumerate(image_sizes):
+        _check_pair(f"image_sizes[{i}]", size, "(height, width)")
+
+
+def check_scale_factors(scale_factors: Any, num_images: int) -> None:
+    """A positive number or (in x, in y) for each image."""
+    check_list("scale_factors", scale_factors, length=num_images, like="`image_sizes`")
+    for i, factor in enumerate(scale_factors):
+        name = f"scale_factors[{i}]"
+        if isinstance(factor, LIST):
+            _check_pair(name, factor, "a number or (in x, in y)")
+        for number in factor if isinstance(factor, LIST) else (factor,):
+            check_positive(name, number)
+
+
+def _check_pair(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, LIST) or len(value) != 2:
+        raise ValueError(f"`{name}` must be {what}, got {value!r}")
+    for number in value:
+        check_float(name, number)
 
 
 def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at position {}") -> None:

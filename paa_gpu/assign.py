@@ -73,7 +73,8 @@ def assign_max_iou(
         TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
             threshold or `eps`; an unknown `low_quality`.
 
-    With these options, the matches equal torchvision's to the bit. Its -1 is 0 here, its -2 is -1, and its i is i + 1::
+    With these options, the matches equal torchvision's to the bit, unless both an anchor and a ground truth have no area. Then
+    its IoU is 0 / 0. Its -1 is 0 here, its -2 is -1, and its i is i + 1::
 
         Matcher(high, low, True)   pos_iou_thr=high, neg_iou_thr=low, low_quality="anchor", eps=0
         Matcher(high, low, False)  pos_iou_thr=high, neg_iou_thr=low, match_low_quality=False, eps=0

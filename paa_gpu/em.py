@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor, refuse
+from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor, has_values, refuse
 from .cpu._arrays import Array, view
 from .mixture import GaussianMixture1D, flatten_rows
 
@@ -137,14 +137,14 @@ def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) 
         return None
     one_for_all = isinstance(value, Tensor) and value.dim() == 1
     check_tensor(name, value, (size,) if one_for_all else (rows, size), FLOATS, device)
-    detached: Tensor = value.detach()
+    detached: Tensor = value.detach().resolve_neg()
     return detached[None] if one_for_all else detached
 
 
 def _check_initial(weights: Tensor | None, means: Tensor | None, precisions: Tensor | None) -> None:
-    """Refuse initial values that make no mixture. Rows with values that are not finite ignore theirs. CPU only."""
+    """Refuse initial values that make no mixture, if they can be read. Rows with values that are not finite ignore theirs."""
     given = [value for value in (weights, means, precisions) if value is not None]
-    if not given or not given[0].is_cpu or torch.compiler.is_compiling():
+    if not given or not all(map(has_values, given)):
         return
     rows: list[Any] = [view(value) for value in given]
     finite: Array = functools.reduce(np.logical_and, [np.isfinite(value).all(1) for value in rows])
@@ -165,7 +165,7 @@ def _seed(generator: torch.Generator | int | None, needed: bool) -> int:
             offset = generator.get_offset()
             generator.set_offset(offset + 4)  # CUDA's own counts in steps of four
             return (generator.initial_seed() + 0x9E3779B97F4A7C15 * offset) % 2**63
-        return int(torch.randint(2**63 - 1, (), generator=generator))
+        return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu"))
     if isinstance(generator, bool) or not isinstance(generator, int):
         raise TypeError(f"`generator` must be a torch.Generator, an int or None, got {type(generator).__name__}")
     if not 0 <= generator < 2**63:

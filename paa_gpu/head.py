@@ -23,11 +23,14 @@ from ._checks import (
     check_bool,
     check_classes,
     check_float,
+    check_image_sizes,
     check_int,
+    check_levels,
     check_list,
     check_non_negative,
     check_option,
     check_positive,
+    check_scale_factors,
     check_tensor,
 )
 from ._ops import PRECISIONS
@@ -55,7 +58,7 @@ def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
     """Turn one tensor for each pyramid level into one tensor for each image, with the levels one after the other.
 
     Args:
-        mlvl_tensor: Tensor[N, C, H_l, W_l] for each level, of one dtype.
+        mlvl_tensor: Tensor[N, C, H_l, W_l] for each level, of one dtype, whichever it is.
 
     Returns:
         N tensors Tensor[sum of H_l * W_l, C]. They are contiguous views of one tensor. Cells come row after row.
@@ -66,7 +69,7 @@ def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
     Source: the function of the same name in mmdetection's `mmdet.models.utils`.
     """
     check_list("mlvl_tensor", mlvl_tensor, "level")
-    _check_levels("mlvl_tensor", mlvl_tensor, None)
+    check_levels("mlvl_tensor", mlvl_tensor, None, floating=False)
     return list(flatten_levels(mlvl_tensor).unbind())
 
 
@@ -216,7 +219,7 @@ class PAAHead(nn.Module):
             TypeError, ValueError: not one tensor per stride; a level of another rank, N or number of channels.
         """
         check_list("features", features, "level", length=len(self.strides), like="`strides`")
-        _check_levels("features", features, self.in_channels)
+        check_levels("features", features, self.in_channels)
         cls_scores, bbox_preds, iou_preds = [], [], []
         for level, scale in zip(features, self.scales, strict=True):
             cls_feature, reg_feature = level, level
@@ -230,7 +233,7 @@ class PAAHead(nn.Module):
         return cls_scores, bbox_preds, iou_preds
 
     def loss(
-        self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], image_sizes: Sequence[Size] | None = None
+        self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], image_sizes: Sizes | None = None
     ) -> dict[str, Tensor]:
         """The losses of a batch. Train with their sum. They are float32, also under autocast. Nothing waits for the device.
 
@@ -239,8 +242,8 @@ class PAAHead(nn.Module):
             targets: a dictionary for each image, as for torchvision's detectors. `boxes`: Tensor[G, 4] floating. `labels`:
                 Tensor[G] int64 or int32 in [0, C). Optional `ignored_boxes`: Tensor[I, 4] (see `ignore_iof_thr`). G and I may be
                 0.
-            image_sizes: (height, width) of each image within the batch. The cells beyond are not trained. mmdetection passes the
-                size padded to a multiple of 32, its `pad_shape`. None: each image fills the batch.
+            image_sizes: (height, width) of each image within the batch, or Tensor[N, 2]. The cells beyond are not trained.
+                mmdetection passes the size padded to a multiple of 32, its `pad_shape`. None: each image fills the batch.
 
         Returns:
             `{"loss_cls", "loss_bbox", "loss_iou"}`, three scalars. In a batch without positives, the last two are 0. If
@@ -248,9 +251,9 @@ class PAAHead(nn.Module):
             which DistributedDataParallel takes, equals the gradient of the joined batch.
 
         Raises:
-            TypeError, ValueError: as `forward`; a list without N entries; a target without `boxes` or `labels`, or of the wrong
-                shape, dtype or device; no `image_sizes` although `allowed_border` is not negative; on the CPU also a label
-                outside [0, C).
+            TypeError, ValueError: as `forward`; a batch without images; a list without N entries; a target without `boxes` or
+                `labels`, or of the wrong shape, dtype or device; no `image_sizes` although `allowed_border` is not negative; on
+                the CPU also a label outside [0, C).
 
         On a GPU, a box with a label outside [0, C) belongs to no class. An error would have to wait for the device. An image
         without an anchor inside it contributes nothing (mmdetection raises an error). Losses that are not finite: see
@@ -318,13 +321,14 @@ class PAAHead(nn.Module):
             Tensor[N, M], and `count` Tensor[N] int64, the numbers k. The rest of a row is zeros, and -1 for labels.
 
         Raises:
-            TypeError, ValueError: as `forward`; a list without N entries.
+            TypeError, ValueError: as `forward`; a list without N entries; a size or a factor that is no number or pair of
+                numbers; a factor that is not positive.
 
         NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
-        _check_sizes(image_sizes, _num_images(features))
+        check_image_sizes(image_sizes, _num_images(features))
         if scale_factors is not None:
-            check_list("scale_factors", scale_factors, length=len(image_sizes), like="`image_sizes`")
+            check_scale_factors(scale_factors, len(image_sizes))
         check_bool("padded", padded)
         cls_scores, bbox_preds, iou_preds = self(features)
         mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
@@ -344,7 +348,7 @@ class PAAHead(nn.Module):
 
     def _anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         """Tensor[A_l, 4] of each level, and Tensor[A, 4], made from Python numbers, so nothing waits."""
-        return self._kept.of(levels, lambda: self._make_anchors(levels))
+        return self._kept.of(levels, lambda: self._make_anchors(levels), self.strides, self.anchor_scale)
 
     def _make_anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         anchors = []
@@ -378,12 +382,10 @@ class PAAHead(nn.Module):
             reassignment=self.reassignment,
         )  # fmt: skip
 
-    def _inside(self, anchors: Tensor, image_sizes: Sequence[Size]) -> Tensor:
+    def _inside(self, anchors: Tensor, image_sizes: Sizes) -> Tensor:
         """BoolTensor[N, A]: anchors whose cell is within the image, and that reach at most `allowed_border` pixels beyond it."""
         x1, y1, x2, y2 = anchors.unbind(1)
-        sizes = on_device([[width, height] for height, width in image_sizes], anchors.dtype, anchors.device)
-        width, height = sizes.unbind(1)
-        width, height = width[:, None], height[:, None]
+        width, height, _, _ = _limits(image_sizes, anchors).unbind(2)
         inside = (x1 + x2 < 2 * width) & (y1 + y2 < 2 * height)
         if self.allowed_border >= 0:
             border = self.allowed_border
@@ -395,10 +397,7 @@ class PAAHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Boxes [N, K, 4] and scores [N, K, C] of the best `nms_pre` of each level."""
         anchors, _ = self._anchors(cls_scores)
-        if isinstance(image_sizes, Tensor):
-            limits = image_sizes.to(anchors[0].dtype).flip(1).repeat(1, 2)[:, None]
-        else:
-            limits = _pairs([(width, height) for height, width in image_sizes], anchors[0])
+        limits = _limits(image_sizes, anchors[0])
         boxes, scores = [], []
         for *outputs, priors in zip(cls_scores, bbox_preds, iou_preds, anchors, strict=True):
             cls_score, bbox_pred, iou_pred = (flatten_levels([level.float()]) for level in outputs)
@@ -418,12 +417,14 @@ class PAAHead(nn.Module):
     def _check_targets(
         self,
         targets: Sequence[Mapping[str, Tensor]],
-        image_sizes: Sequence[Size] | None,
+        image_sizes: Sizes | None,
         num_images: int,
         device: torch.device,
     ) -> None:
-        check_list("targets", targets, length=num_images, like="the batch")
+        check_list("targets", targets, length=num_images or None, like="the batch")
         for i, target in enumerate(targets):
+            if not isinstance(target, Mapping):
+                raise TypeError(f"`targets[{i}]` must be a dictionary, got {type(target).__name__}")
             for key in ("boxes", "labels"):
                 if key not in target:
                     raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
@@ -433,7 +434,7 @@ class PAAHead(nn.Module):
             if "ignored_boxes" in target:
                 check_tensor(f"targets[{i}]['ignored_boxes']", target["ignored_boxes"], (None, 4), FLOATS, device)
         if image_sizes is not None:
-            _check_sizes(image_sizes, num_images)
+            check_image_sizes(image_sizes, num_images)
         elif self.allowed_border >= 0:
             raise ValueError(f"`image_sizes` must be given with an `allowed_border` of {self.allowed_border}, got None")
 
@@ -466,29 +467,16 @@ def _tower(in_channels: int, feat_channels: int, stacked_convs: int, groups: int
 def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:
     """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`."""
     pairs = [value if isinstance(value, LIST) else (value, value) for value in values]
-    return on_device([[[x, y, x, y]] for x, y in pairs], like.dtype, like.device)
+    return on_device([[x, y, x, y] for x, y in pairs], like.dtype, like.device).view(-1, 1, 4)
+
+
+def _limits(image_sizes: Sizes, like: Tensor) -> Tensor:
+    """Tensor[N, 1, 4] of width, height, width, height of each image, on the device of `like`."""
+    if isinstance(image_sizes, Tensor):
+        return image_sizes.to(like.dtype).flip(1).repeat(1, 2)[:, None]
+    return _pairs([(width, height) for height, width in image_sizes], like)
 
 
 def _num_images(features: Any) -> int:
     check_list("features", features, "level")
     return features[0].shape[0] if isinstance(features[0], Tensor) and features[0].dim() else 0
-
-
-def _check_levels(name: str, levels: Sequence[Tensor], channels: int | None) -> None:
-    """Maps [N, channels, any, any] of one N, number of channels, dtype and device."""
-    shape: tuple[int | None, ...] = (None, channels, None, None)
-    for level, tensor in enumerate(levels):
-        first = levels[0] if level else None
-        dtypes = FLOATS if first is None else (first.dtype,)
-        check_tensor(f"{name}[{level}]", tensor, shape, dtypes, None if first is None else first.device)
-        shape = (*tensor.shape[:2], None, None)
-
-
-def _check_sizes(image_sizes: Any, num_images: int) -> None:
-    if isinstance(image_sizes, Tensor):
-        check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES))
-        return
-    check_list("image_sizes", image_sizes, length=num_images, like="the batch")
-    for i, size in enumerate(image_sizes):
-        if not isinstance(size, LIST) or len(size) != 2:
-            raise ValueError(f"`image_sizes[{i}]` must be (height, width), got {size!r}")

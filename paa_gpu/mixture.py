@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import FLOATS, INDICES, check_list, check_tensor
+from ._staging import on_device
 
 __all__ = ["GaussianMixture1D"]
 
@@ -109,7 +110,7 @@ class RowShape:
     def size(self, values: Tensor) -> Tensor:
         """Values of each row."""
         if self.lengths is not None:
-            return torch.tensor(self.lengths, device=values.device)
+            return on_device(self.lengths, torch.int64, values.device)
         if self.count is not None:
             return self.count.clamp(0, values.shape[1]).long()
         return torch.full((values.shape[0],), values.shape[1], device=values.device)
@@ -136,4 +137,6 @@ def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tu
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else device)
     if count is not None:
         raise ValueError(f"`count` must be None where `x` is a list, got {type(count).__name__}")
-    return _ops.joined(x), RowShape(None, [row.shape[0] for row in x])
+    # Without rows there is a fit, which has none.
+    values = _ops.joined(x) if len(x) or fit is None else fit.new_empty(0)
+    return values, RowShape(None, [row.shape[0] for row in x])

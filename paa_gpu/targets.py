@@ -167,7 +167,7 @@ def _converted(images: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 class Kept:
-    """What depends on the sizes of the maps alone, for the last sizes. It is neither copied nor pickled.
+    """What depends on the sizes of the maps and on settings alone, for the last sizes. It is neither copied nor pickled.
 
     Nothing is kept that ends with a compiler's trace, with fake tensors or with the memory of a CUDA graph. Each stream has its
     own, because nothing else says when the work of another stream is done.
@@ -178,8 +178,8 @@ class Kept:
     def __init__(self) -> None:
         self._values: dict[Any, Any] = {}
 
-    def of(self, levels: Sequence[Tensor], make: Callable[[], Made]) -> Made:
-        """What `make` returns for the sizes of these maps, Tensor[N, channels, H_l, W_l]."""
+    def of(self, levels: Sequence[Tensor], make: Callable[[], Made], *settings: Any) -> Made:
+        """What `make` returns for the sizes of these maps, Tensor[N, channels, H_l, W_l], and for these settings."""
         first = levels[0]
         if torch.compiler.is_compiling() or type(first) is not Tensor or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return make()
@@ -189,7 +189,7 @@ class Kept:
                 if torch.cuda.is_current_stream_capturing():
                     return make()
             stream = torch.cuda.current_stream(first.device).cuda_stream
-        key = (*(level.shape[2:] for level in levels), first.device, stream)
+        key = (*(level.shape[2:] for level in levels), first.device, stream, *settings)
         value: Made | None = self._values.get(key)
         if value is None:
             with torch.inference_mode(False):

@@ -2,9 +2,9 @@
 
 Two modes see it: what reads a value, or has a shape that depends on one, is dispatched as an operation; what copies between host
 and device (`cpu`, `tolist`, `numpy`, `new_tensor`, `torch.tensor`, `from_numpy`) does nothing on a CPU and is seen as a call of
-Python only. Not seen: `.to(device)`, which on a CPU is no copy. Not counted, since a device does not do it: the checks of `one_hot`,
-and the check of labels, both on the CPU only; and the inside of this library's operators, whose CPU implementation reads what it
-likes. That the kernels behind them do not wait is counted by `device_operations`.
+Python only. Not seen: `.to(device)`, which on a CPU is no copy. Not counted, since a device does not do it: the checks of `one_hot`
+on the CPU; and the inside of this library's operators, whose CPU implementation reads what it likes. That the kernels behind them
+do not wait is counted by `device_operations`.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ class Synchronisations(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(TORCH):
             frame = frame.f_back
-        path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if not self.quiet and (path.name, function) != ("_checks.py", "check_classes"):
-            self.by["/".join(path.parts[-2:]), function] += 1
+        if not self.quiet:
+            self.by["/".join(Path(frame.f_code.co_filename).parts[-2:]), frame.f_code.co_name] += 1
 
 
 def waits(name, args, kwargs) -> bool:
@@ -101,7 +100,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        on_host = str(kwargs.get("device", "")) == "cpu"  # says that it wants no other
+        on_host = isinstance(kwargs.get("device"), str)  # "cpu"; the device of a tensor is no host elsewhere
         if func in self.METHODS or (func in self.MAKERS and not on_host):
             self.mode.ask()
         if func in (torch.nn.functional.one_hot, torch._C._nn.one_hot):

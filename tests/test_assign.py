@@ -168,7 +168,9 @@ def test_valid_flags_take_anchors_away():
 def test_images_without_ground_truths(numbers, rng):
     boxes, ignored, valid = draw(rng, numbers, [2] * len(numbers))
     for flags in (None, valid):
-        check(testing.make_anchors(SHAPES), boxes, ignored, flags, ignore_iof_thr=0.3)
+        for low_quality, neg_iou_thr in itertools.product(("gt", "anchor"), (0.0, 0.4)):
+            options = {"low_quality": low_quality, "neg_iou_thr": neg_iou_thr, "ignore_iof_thr": 0.3}
+            check(testing.make_anchors(SHAPES), boxes, ignored, flags, **options)
 
 
 def test_thousands_of_ground_truths(rng):

@@ -6,6 +6,7 @@ The tables below are `docs/errors.md` too: `python tests/test_checks.py` writes 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,27 @@ def page() -> str:
         text += f"\n## {title}\n\n| error | message |\n|---|---|\n"
         text += "".join(f"| {error.__name__} | {message.replace('|', '&#124;')} |\n" for _, error, message in rows)
     return text
+
+
+BOX, HUGE = torch.tensor([[0.0, 0, 6e4, 6e4]]), torch.rand(3, 9, dtype=torch.float64) * 1e300
+TOO_LARGE = {
+    "a voted box": lambda: paa_gpu.score_voting(torch.cat([BOX, BOX[:, :1]], 1).half(), Z[:1], BOX * 1.5, BOX[:, :1] + 1, 0.05),
+    "a threshold": lambda: paa_gpu.score_voting(torch.cat([BOX, BOX[:, :1]], 1), Z[:1], BOX, BOX[:, :1], 1e300),
+    "thresholds": lambda: paa_gpu.batched_nms(BOX[None], BOX[None, :, :2], None, 1e300, score_thr=1e300),
+    "thresholds of matches": lambda: paa_gpu.assign_max_iou([BOX], [BOX], pos_iou_thr=1e300),
+    "boxes": lambda: paa_gpu.assign_max_iou([BOX.double() * 1e300], [BOX, BOX]),
+    "rows": lambda: paa_gpu.fit_gmm_1d(HUGE, precision="float32"),
+    "lists of rows": lambda: paa_gpu.fit_gmm_1d(list(HUGE), precision="float32"),
+    "what is read": lambda: paa_gpu.fit_gmm_1d(torch.rand(3, 9), precision="float32").predict_proba(HUGE),
+    "fused boxes": lambda: paa_gpu.weighted_boxes_fusion([[BOX.half()]], [[BOX[0, 3:]]], [[Z[:1]]]),
+}
+
+
+@pytest.mark.parametrize("call", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_numbers_too_large_for_their_dtype_are_infinite_without_a_warning(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
 
 
 def test_the_page_lists_every_error():

@@ -5,6 +5,7 @@ That the losses and detections are the published ones is shown in tests/mmdet.
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -104,8 +105,9 @@ def test_every_anchor_is_a_potential_positive(boxes):
         assert loss > 0
 
 
-def test_levels_to_images():
-    levels = make_features(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)
+def test_levels_to_images(dtype):
+    levels = [level.to(dtype) for level in make_features(2)]
     for image, got in enumerate(paa_gpu.levels_to_images(levels)):
         assert got.is_contiguous()
         assert torch.equal(got, torch.cat([level[image].flatten(1).T for level in levels]))
@@ -159,7 +161,7 @@ WAITS = [
     (lambda x, mask: bool(mask.any()), 1), (lambda x, mask: x.tolist(), 1), (lambda x, mask: x.cpu(), 1),
     (lambda x, mask: x.numpy(), 1), (lambda x, mask: x.new_tensor([1, 2]), 1), (lambda x, mask: torch.tensor([1, 2]), 1),
     (lambda x, mask: x.index_put_((mask,), torch.zeros_like(x)[:2]), 1), (lambda x, mask: x.unique(), 1), (lambda x, mask: x.repeat_interleave(x), 1),
-    (lambda x, mask: list(range(x[0])), 1),
+    (lambda x, mask: list(range(x[0])), 1), (lambda x, mask: torch.tensor([1, 2], device=x.device), 1),
     # what does not wait
     (lambda x, mask: nn.functional.one_hot(x, 4), 0), (lambda x, mask: x.masked_fill(mask, 7), 0),
     (lambda x, mask: x.__setitem__(mask, 7), 0), (lambda x, mask: torch.where(mask, x, 0), 0),
@@ -268,6 +270,7 @@ INPUTS = [
     (make_features(1), boxes_of(boxes=torch.zeros(2, 4, device="meta")), None, "`targets[0]['boxes']` must be on cpu as the other tensors are, got meta"),
     (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
+    (make_features(1), make_targets([2]), torch.zeros(2, 2), "`image_sizes` must have shape [1, 2], got [2, 2]"),
 ]  # fmt: skip
 
 
@@ -276,6 +279,38 @@ def test_wrong_inputs(features, targets, sizes, message):
     with pytest.raises(ValueError) as error:
         make_head().loss(features, targets, sizes)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("target", [torch.rand(2, 4), None, ["boxes", "labels"]], ids=["boxes alone", "nothing", "a list"])
+def test_targets_that_are_no_dictionaries(target):
+    with pytest.raises(TypeError, match=rf"`targets\[0\]` must be a dictionary, got {type(target).__name__}"):
+        make_head().loss(make_features(1), [target])
+
+
+def test_a_batch_without_images():
+    head, features = make_head(), make_features(0)
+    for sizes in (None, []):
+        with pytest.raises(ValueError, match="`targets` must have at least one entry, got an empty list"):
+            head.loss(features, [], sizes)
+
+
+def test_settings_that_change_after_a_call():
+    """What is kept for the sizes of the maps belongs to the settings."""
+    head, batch = make_head(), (make_features(1), make_targets([2]))
+    before = head.loss(*batch)["loss_bbox"]
+    head.anchor_scale /= 4
+    changed = head.loss(*batch)["loss_bbox"]
+    assert changed == copy.deepcopy(head).loss(*batch)["loss_bbox"] != before
+
+
+def test_gradients_of_a_function():
+    """`torch.func.grad` gives those of `backward`: a transform has no values, so labels are not checked."""
+    model, batch = Loss(), (make_features(1), make_targets([2]))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    got = torch.func.grad(lambda parameters: torch.func.functional_call(model, parameters, batch))(parameters)
+    model(*batch).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad)
 
 
 def test_a_border_needs_sizes():

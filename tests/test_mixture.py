@@ -9,6 +9,7 @@ import pytest
 import torch
 from extended_em import REAL, log_densities
 from sklearn.mixture import GaussianMixture
+from synchronisations import Synchronisations
 
 import paa_gpu
 from paa_gpu.mixture import GaussianMixture1D
@@ -147,7 +148,8 @@ def test_values_that_are_not_finite_belong_to_nobody(rng):
     for components in COMPONENTS:
         gmm = mixtures(rng, 1, components)
         x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1e200, 0.0]], dtype=torch.float64)
-        assert gmm.predict(x)[0, :4].tolist() == [-1] * 4 and gmm.predict(x)[0, 4] >= 0
+        # 1e200 is finite: its label is the first component, as scikit-learn's is.
+        assert gmm.predict(x)[0, :4].tolist() == [-1, -1, -1, 0] and gmm.predict(x)[0, 4] >= 0
         assert gmm.predict_proba(x)[0, :4].isnan().all() and gmm.low_probability(x)[0, :4].isnan().all()
         score = gmm.score_samples(x)[0].tolist()
         assert score[:2] == [-torch.inf] * 2 and np.isnan(score[2]) and score[3] == -torch.inf and np.isfinite(score[4])
@@ -182,6 +184,18 @@ def test_far_values_keep_their_small_probabilities(rng):
     np.testing.assert_allclose(gmm.predict_proba(x)[0, :, 1].numpy(), want[::-1].astype(float), rtol=1e-12)
     single = gmm._replace(**{name: getattr(gmm, name).float() for name in ("weights", "means", "variances")})
     np.testing.assert_allclose(single.low_probability(x[:, 1:4])[0].numpy(), want[1:4].astype(float), rtol=1e-4)
+
+
+@pytest.mark.parametrize("components", COMPONENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_label_of_a_value_far_away(components, dtype, rng):
+    """All densities are zero there, so the first component is as likely as the others. It has a label, but no probability."""
+    gmm = mixtures(rng, 2, components)
+    gmm = gmm._replace(**{name: getattr(gmm, name).to(dtype) for name in ("weights", "means", "variances")})
+    gmm.weights[1], gmm.means[1], gmm.variances[1] = torch.nan, torch.nan, torch.nan
+    x = torch.tensor([[torch.finfo(dtype).max ** 0.75, torch.inf, -torch.inf, torch.nan]] * 2, dtype=dtype)
+    assert gmm.predict(x).tolist() == [[0, -1, -1, -1], [-1, -1, -1, -1]]
+    assert gmm.predict_proba(x).isnan().all()
 
 
 def test_a_component_of_weight_zero(rng):
@@ -251,6 +265,17 @@ def test_nothing_to_read(rng):
         assert [len(row) for row in getattr(gmm, name)([torch.zeros(0)] * 2)] == [0, 0]
     none = mixtures(rng, 0, 2)
     assert none.predict(torch.zeros(0, 5)).shape == (0, 5) and none.bic(torch.zeros(0, 5)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["predict", "predict_proba", "low_probability", "score_samples", "score", "bic", "aic"])
+def test_nothing_waits(name, rng):
+    gmm = mixtures(rng, 3, 2)
+    rows = [torch.from_numpy(rng.normal(size=number)) for number in (4, 1, 9)]
+    table, count = torch.stack([rows[2]] * 3), torch.tensor([4, 1, 9])
+    with Synchronisations() as waits:
+        getattr(gmm, name)(rows)
+        getattr(gmm, name)(table, count)
+    assert waits.count == 0
 
 
 def test_no_graph(rng):

@@ -101,6 +101,7 @@ def test_values_and_rows_that_are_not_finite(session, components, rng):
     answers = read(gmm, x)
     for row in range(3):
         check(gmm, answers, row, x[row].numpy(), row)
+    assert answers["predict"][0, :4].tolist() == [-1, -1, -1, 0]
     assert (answers["predict"][2] == -1).all() and answers["log_likelihood"].isfinite().logical_not().all()
 
 

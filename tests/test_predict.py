@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from synchronisations import Synchronisations
@@ -101,6 +102,32 @@ def test_prediction_compiles_whole():
 
     got, wanted = torch.compile(predict, fullgraph=True, backend="aot_eager")(features), predict(features)
     assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
+
+
+@pytest.mark.parametrize("sizes", [[], torch.empty(0, 2)], ids=["list", "tensor"])
+def test_a_batch_without_images(sizes):
+    head, features = make_head(**OPTIONS), make_features(0)
+    assert head.predict(features, sizes) == []
+    assert head.predict(features, sizes, padded=True)["boxes"].shape == (0, 20, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factors", "error", "message"),
+    [
+        ([SIZE], [(1, 2, 3)], ValueError, "`scale_factors[0]` must be a number or (in x, in y), got (1, 2, 3)"),
+        ([SIZE], [np.ones(2)], TypeError, "`scale_factors[0]` must be a float, got numpy.ndarray"),
+        ([SIZE], [(1.0, None)], TypeError, "`scale_factors[0]` must be a float, got NoneType"),
+        ([SIZE], [0], ValueError, "`scale_factors[0]` must be positive, got 0"),
+        ([SIZE], [(2.0, -1.0)], ValueError, "`scale_factors[0]` must not be negative, got -1.0"),
+        ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entries as `image_sizes` has, got 2"),
+        ([(None, 3)], None, TypeError, "`image_sizes[0]` must be a float, got NoneType"),
+    ],
+    ids=str,
+)
+def test_wrong_sizes(sizes, factors, error, message):
+    with pytest.raises(error) as raised:
+        make_head().predict(make_features(1), sizes, factors)
+    assert str(raised.value) == message
 
 
 def test_wrong_inputs():

@@ -215,6 +215,26 @@ def test_attributes_that_somebody_sets(rng):
     np.testing.assert_allclose(ours.score_samples(x), theirs.score_samples(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda values: values[::-1].copy()[::-1], lambda values: values.astype(">f8")], ids=["reversed", "byte order"]
+)
+def test_arrays_of_any_layout(change, rng):
+    """Initial values, and attributes that somebody sets."""
+    x, start = two_clusters(rng), np.array([[0.0], [4.0]])
+    wanted, got = GaussianMixture(2, means_init=start).fit(x), GaussianMixture(2, means_init=change(start)).fit(x)
+    for name in ("weights_", "means_", "precisions_cholesky_"):
+        setattr(got, name, change(getattr(got, name)))
+    np.testing.assert_array_equal(got.predict_proba(x), wanted.predict_proba(x))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_label_of_a_value_far_away(dtype, rng):
+    """No component has a density there."""
+    x, far = two_clusters(rng).astype(dtype), np.array([[np.sqrt(np.finfo(dtype).max) * 10], [0.0]], dtype)
+    ours, theirs = (kind(2, means_init=[[0], [4]]).fit(x) for kind in (GaussianMixture, mixture.GaussianMixture))
+    assert ours.predict(far).tolist() == theirs.predict(far).tolist()
+
+
 @pytest.mark.filterwarnings("ignore:Best performing")
 @pytest.mark.parametrize("covariance_type", ["diag", "tied"])
 def test_warm_start(covariance_type, rng):

@@ -12,6 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from test_em import assert_close, pad
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paa_gpu
 from paa_gpu import testing
@@ -293,6 +294,34 @@ def test_predict_of_what_is_not_finite():
     x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.2]])
     assert fit.predict(x).tolist() == [[-1, -1, -1, 0]]
     assert fit.predict_proba(x).isnan().all(-1).tolist() == [[True, True, True, False]]
+
+
+def test_random_starts_under_another_default_device():
+    """They are drawn on the CPU, from torch's generator or a given one."""
+    wanted = paa_gpu.fit_gmm_1d(CLUSTERS, init="random", generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    with torch.device("meta"):
+        got = paa_gpu.fit_gmm_1d(CLUSTERS, init="random", generator=generator)
+        assert paa_gpu.fit_gmm_1d(CLUSTERS, init="random").valid.all()
+    assert torch.equal(got.means, wanted.means)
+
+
+def test_initial_values_that_cannot_be_read():
+    """Under a transform, and without values, they are not checked. A view with the negative bit has values."""
+    start = torch.complex(torch.zeros(2), torch.tensor([-0.1, -0.9])).conj().imag
+    assert start.is_neg()
+    wanted = paa_gpu.fit_gmm_1d(CLUSTERS, means_init=start.clone().resolve_neg())
+    assert torch.equal(paa_gpu.fit_gmm_1d(CLUSTERS, means_init=start).means, wanted.means)
+    x, start = CLUSTERS.clone(), start.resolve_neg()
+    torch.func.grad(lambda x: x.sum() + paa_gpu.fit_gmm_1d(x, means_init=start).means.detach().sum())(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert paa_gpu.fit_gmm_1d(torch.empty(2, 9), means_init=torch.empty(2)).means.shape == (2, 2)
+
+
+def test_a_fit_without_rows_reads_a_list_without_rows():
+    fit = paa_gpu.fit_gmm_1d(torch.empty(0, 5))
+    assert fit.predict([]) == fit.predict_proba([]) == []
+    assert fit.score([]).shape == fit.bic([]).shape == (0,)
 
 
 def test_one_row_alone():

@@ -42,16 +42,25 @@ def largest(indices: Tensor) -> int:
     return max(values.item(values.argmax()), -1) if len(values) else -1
 
 
+def cast(values: Array, dtype: Any) -> Array:
+    """The values, contiguous; without a copy where they are and have this dtype. What is too large for it is infinite."""
+    if values.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return np.ascontiguousarray(values, dtype)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype)
+
+
 def array(tensor: Tensor, dtype: Any) -> Array:
-    """The values, contiguous; without a copy where they are and have this dtype."""
-    return np.ascontiguousarray(view(tensor), dtype)
+    """`cast` for the values of a tensor."""
+    return cast(view(tensor), dtype)
 
 
 def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
     """The images' values one after the other, contiguous; without a copy where there is one image of this dtype."""
     if len(tensors) == 1:
         return array(tensors[0], dtype)
-    return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
+    with np.errstate(over="ignore"):
+        return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
 
 
 def part(tensor: Tensor, begin: int, end: int, dtype: Any) -> Array:
@@ -65,7 +74,7 @@ def part(tensor: Tensor, begin: int, end: int, dtype: Any) -> Array:
 def tensor(values: Array, dtype: torch.dtype) -> Tensor:
     """A tensor of the values, rounded to `dtype` where they are float32; without a copy where they have it."""
     if dtype == torch.float16:
-        return torch.from_numpy(values.astype(np.float16))
+        return torch.from_numpy(cast(values, np.float16))
     if dtype == torch.bfloat16:
         bits = values.view(np.int32)
         # The upper half, to nearest, ties to even.
@@ -75,7 +84,17 @@ def tensor(values: Array, dtype: torch.dtype) -> Tensor:
 
 def rounded(number: float, dtype: torch.dtype) -> float:
     """A number as torch rounds it before it compares a tensor of this dtype with it; of the usual one without a tensor."""
-    return float(np.float32(number)) if dtype == torch.float32 else torch.tensor(number, dtype=dtype).item()
+    if dtype != torch.float32:
+        return torch.tensor(number, dtype=dtype, device="cpu").item()
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
+
+
+def at_most(number: float, dtype: Any) -> float:
+    """The largest number of a numpy dtype up to this one: what exceeds the one exceeds the other."""
+    with np.errstate(over="ignore"):
+        nearest = dtype(number)
+    return float(nearest if float(nearest) <= number else np.nextafter(nearest, dtype(-np.inf)))
 
 
 def offsets(sizes: Sequence[int]) -> Array:

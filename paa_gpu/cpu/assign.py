@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, flat, lengths, offsets
+from ._arrays import Array, cast, flat, lengths, offsets
 from ._loops import compiled, inner, over_slices
 
 # Anchors of a row: many enough to fill vector registers, few enough to lie together; of an image with many anchors, more, so that
@@ -216,6 +216,8 @@ def _second_pass(
     room, room_own, room_counts = np.empty(widest, np.float32), np.empty(widest, np.int64), np.empty(widest, np.bool_)
     for row in range(first, last):
         image, place, low, high, source = rows[row]
+        if box_offset[image] == box_offset[image + 1]:
+            continue  # all is background, as the first pass has said
         size, inds, most = high - low, gt_inds[low:high], overlaps[low:high]
         side, area = _row(sides, source, source + size), areas[source : source + size]
         iou, own, counts = room[:size], room_own[:size], room_counts[:size]
@@ -270,14 +272,14 @@ def assign_max_iou(
     gt_inds, overlaps = np.empty(sum(sizes), np.int64), np.empty(sum(sizes), np.float32)
     rows, boxes, box_offset = _rows(sizes, not per_image), _boxes(gt_bboxes), offsets(lengths(gt_bboxes))
     if len(rows):
+        numbers = cast(np.array([pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr, eps]), np.float32)
         # The least union is no zero, which would make an IoU of 0 not a number.
-        least = max(np.float32(eps), np.finfo(np.float32).smallest_subnormal)
-        numbers = (*map(np.float32, (pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr)), least)
+        numbers[4] = max(numbers[4], np.finfo(np.float32).smallest_subnormal)
         keep_owner = match_low_quality and low_quality == "anchor"
         best = np.full((rows[:, 1].max() + 1, len(boxes)), np.float32(-1))
         some = _boxes(gt_bboxes_ignore), offsets(lengths(gt_bboxes_ignore) or [0] * images)
         flags = flat(valid, np.bool_) if valid else np.empty(0, np.bool_)
-        common = (rows, sides, areas, boxes, box_offset, numbers, keep_owner)
+        common = (rows, sides, areas, boxes, box_offset, tuple(numbers), keep_owner)
         serial_below = len(rows) + 1 if len(gt_inds) < SERIAL_ANCHORS else 0
         over_slices(_first_pass, len(rows), serial_below, *common, *some, flags, best, gt_inds, overlaps)
         if match_low_quality:

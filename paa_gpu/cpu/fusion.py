@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, offsets, rounded, tensor, view
+from ._arrays import Array, array, cast, offsets, rounded, tensor, view
 from ._loops import compiled, inner, over_bounds, shared_bounds
 
 CHUNK = 32
@@ -229,4 +229,4 @@ def weighted_boxes_fusion(
 
 
 def _rounded(values: Array, dtype: torch.dtype) -> Tensor:
-    return tensor(values if dtype == torch.float64 else values.astype(np.float32), dtype)
+    return tensor(values if dtype == torch.float64 else cast(values, np.float32), dtype)

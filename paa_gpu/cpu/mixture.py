@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._ops import READOUTS
-from ._arrays import Array, array, offsets, part, view
+from ._arrays import Array, array, cast, offsets, part, view
 from ._loops import compiled, inner, inner_fused, inner_with_sums, over_slices
 from ._numeric import PER_LOG2, STOP, STOP_SINGLE, log1p_of_part, negative_exp2
 
@@ -123,10 +123,14 @@ def _low_probabilities(log_p: Any, low: Any, best: Any, total: Any, answer: Any)
 
 
 @inner
-def _labels(log_p: Any, best: Any, answer: Any) -> None:
-    """The first of the likeliest components, [BLOCK, 1]; -1 where none has a density."""
+def _labels(x: Any, log_p: Any, best: Any, answer: Any) -> None:
+    """The first of the likeliest components, [BLOCK, 1]; -1 where x or the parameters are not finite.
+
+    All densities of a value far away are zero. Then the first component is as likely as the others.
+    """
     best[:] = -np.inf
-    answer[:] = -1
+    for i in range(len(best)):
+        answer[i, 0] = 0 if np.isfinite(x[i]) and log_p[0, i] == log_p[0, i] else -1
     for k in range(len(log_p)):
         for i in range(len(best)):
             if log_p[k, i] > best[i]:
@@ -190,7 +194,7 @@ def read_span(
             best, total = best_block[: last - first], total_block[: last - first]
             _log_p(x[first:last], row, weights, means, variances, log_p)
             if what == PREDICT:
-                _labels(log_p, best, answer[first:last])
+                _labels(x[first:last], log_p, best, answer[first:last])
             elif what == PREDICT_PROBA:
                 _probabilities(log_p, best, total, answer[first:last])
             elif what == LOW_PROBABILITY:
@@ -248,5 +252,5 @@ def read_mixture(
     pieces = np.zeros(spans + rows if summed else 0)
     over_slices(_read_spans, spans, SERIAL_SPANS, wanted, x, start, size, parameters, answer, pieces)
     if summed:
-        return torch.from_numpy(_sums(start, pieces).astype(real))
+        return torch.from_numpy(cast(_sums(start, pieces), real))
     return torch.from_numpy(answer.reshape(*x.shape, components) if proba else answer.reshape(x.shape))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, offsets, rounded, tensor, view
+from ._arrays import Array, array, at_most, offsets, rounded, tensor, view
 from ._loops import compiled, cumulated, inner, over_bounds, shared_bounds
 
 CHUNK = 32
@@ -199,12 +199,6 @@ def _soften(
     return n
 
 
-def _at_most(number: float, dtype: Any) -> float:
-    """The largest number of the dtype up to this one: what exceeds the one exceeds the other."""
-    nearest = dtype(number)
-    return float(nearest if float(nearest) <= number else np.nextafter(nearest, dtype(-np.inf)))
-
-
 def _image(
     boxes: Array,
     scores: Array,
@@ -268,7 +262,7 @@ def batched_nms(
     label = None if labels is None else view(labels).reshape(-1)
     threshold = None if score_thr is None else rounded(score_thr, scores.dtype)
     options = threshold, nms_pre, method, class_agnostic
-    rule = float(method == "gaussian"), _at_most(iou_threshold, real), sigma, min_score
+    rule = float(method == "gaussian"), at_most(iou_threshold, real), sigma, min_score
     entry, score = np.zeros((images, room), np.int64), np.zeros((images, room), real)
     count = np.zeros(images, np.int64)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, rounded, tensor, view
+from ._arrays import Array, array, cast, rounded, tensor, view
 from ._loops import compiled, cumulated, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._numeric import negative_exp2
 
@@ -388,7 +388,7 @@ def _from_pools(
     candidates: tuple[list[Array], list[Array]] = [], []
     for box, score, weight in zip(boxes, scores, weights, strict=True):
         own = array(score, dtype)[:, classes]
-        above = own > dtype(threshold)
+        above = own > threshold
         found = above.any(1)
         candidates[0].append(array(box, dtype)[found])
         candidates[1].append(np.where(above[found], own[found] * dtype(weight), dtype(-np.inf)))
@@ -449,7 +449,7 @@ def score_voting(
         over_bounds(vote_images, shared_bounds(cumulated(costs), IN_PYTHON))
         voted, labels = map(np.concatenate, zip(*results, strict=True))
     if wide and dtype != torch.float64:
-        voted = voted.astype(np.float32)
+        voted = cast(voted, np.float32)
     return tensor(voted, dtype), torch.from_numpy(labels)
 
 

@@ -13,6 +13,8 @@ import torch
 from onnx import numpy_helper
 from onnxscript import opset18
 
+from ..cpu._arrays import at_most
+
 __all__ = ["translations"]
 
 op: Any = opset18  # whose annotations take tensors alone, not the numbers that it takes too
@@ -123,7 +125,11 @@ def _suppress(boxes: Any, flat: Any, classes: Any, labels: Any, room: Any, iou_t
             lists = op.Where(_one_hot(labels), lists, nothing)
     lowest = op.Constant(value_float=float(np.finfo(np.float32).min))
     picked = op.NonMaxSuppression(
-        op.Cast(rows, to=FLOAT), op.Cast(lists, to=FLOAT), room, op.Constant(value_float=_at_most(iou_threshold)), lowest
+        op.Cast(rows, to=FLOAT),
+        op.Cast(lists, to=FLOAT),
+        room,
+        op.Constant(value_float=at_most(iou_threshold, np.float32)),
+        lowest,
     )
     kept = op.ScatterND(op.Expand(nothing, op.Shape(lists)), picked, op.GatherND(lists, picked))
     if by_class:
@@ -138,12 +144,6 @@ def _one_hot(labels: Any) -> Any:
     number = op.Reshape(number, op.Shape(labels))
     which = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(different)), op.Constant(value_int=1))
     return op.Equal(op.Unsqueeze(number, _ints(1)), op.Unsqueeze(which, _ints(0, 2)))
-
-
-def _at_most(number: float) -> float:
-    """The largest float32 up to this one: what exceeds the one exceeds the other."""
-    nearest = np.float32(number)
-    return float(nearest if float(nearest) <= number else np.nextafter(nearest, np.float32(-np.inf)))
 
 
 def _score_voting(

@@ -47,6 +47,14 @@ ILL_DEFINED = (
 )
 
 
+def _tensor(values: Any, device: torch.device) -> Tensor:
+    """An argument or an attribute, which somebody may have set to an array of any strides and byte order."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    array = np.asarray(values)
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C")).to(device)
+
+
 class _Best(NamedTuple):
     """The best of the fits."""
 
@@ -186,7 +194,7 @@ class GaussianMixture(mixture.GaussianMixture):
     def _starts(self, x: Tensor) -> dict[str, Any]:
         """The start for `fit_gmm_1d`: a name and given values, or initial values [n_init, n_components]."""
         given = {
-            name: torch.tensor(np.asarray(getattr(self, name)).reshape(1, -1), dtype=torch.float64, device=x.device)
+            name: _tensor(getattr(self, name), x.device).to(torch.float64).reshape(1, -1)
             for name in INITIAL
             if getattr(self, name) is not None
         }
@@ -310,8 +318,7 @@ class GaussianMixture(mixture.GaussianMixture):
         """The attributes as a mixture of one row, on the device of x and in the wider dtype of the two."""
         check_is_fitted(self)
         weights, means, cholesky = (
-            values.to(x.device) if isinstance(values, Tensor) else torch.tensor(np.asarray(values), device=x.device)
-            for values in (self.weights_, self.means_, self.precisions_cholesky_)
+            _tensor(values, x.device) for values in (self.weights_, self.means_, self.precisions_cholesky_)
         )
         dtype = torch.promote_types(x.dtype, weights.dtype)
         weights, means, cholesky = (values.to(dtype).reshape(1, -1) for values in (weights, means, cholesky))

@@ -90,7 +90,8 @@ def _grid(head: Any, sizes: Sequence[tuple[int, int]], device: torch.device) -> 
 def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth: Truth) -> tuple[Tensor, Targets]:
     """The anchors of an image [A, 4], and the targets of the batch."""
     sizes = [(level.shape[-2], level.shape[-1]) for level in cls_scores]
-    grid = vars(head).setdefault("grids", Kept()).of(cls_scores, lambda: _grid(head, sizes, cls_scores[0].device))
+    kept, device = vars(head).setdefault("grids", Kept()), cls_scores[0].device
+    grid = kept.of(cls_scores, lambda: _grid(head, sizes, device), prior_generator(head))
     assigner, options = head.assigner, head.reassignment()
     names = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
     weight = head.train_cfg.pos_weight
