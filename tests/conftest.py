@@ -87,6 +87,15 @@ def global_seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread. Two workers of pytest with two threads each would wait for one another on two cores."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that a test draws alone: seeded with its name."""
     return np.random.default_rng(list(request.node.name.encode()))

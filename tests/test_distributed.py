@@ -10,6 +10,8 @@ from torch import distributed
 
 import paa_gpu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     ("dtype", "wanted"),

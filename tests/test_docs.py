@@ -12,6 +12,8 @@ import pytest
 import paa_gpu
 from paa_gpu import plot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOCS = pages.ROOT / "docs"
 PICTURES = (".png", ".jpg")
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]

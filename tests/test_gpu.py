@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,11 +28,21 @@ def make_gpu(*options: str) -> list[str]:
     return [sys.executable, *command[command.index("-m") :]]
 
 
+def main(*options: str) -> tuple[Any, str, str]:
+    """The exit status of the command that the Makefile runs, and what it prints. In this process: to import torch takes seconds."""
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with mock.patch.object(sys, "argv", make_gpu(*options)[2:]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            gpu.main()
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
 def dry() -> list[list[str]]:
     """The commands of a dry run."""
-    run = subprocess.run(make_gpu("GPU=--dry-run"), cwd=gpu.ROOT, check=True, capture_output=True, text=True)
-    return [line.split() for line in run.stdout.splitlines()]
+    return [line.split() for line in main("GPU=--dry-run")[1].splitlines()]
 
 
 def test_every_step_names_files_that_exist(dry):
@@ -38,13 +52,11 @@ def test_every_step_names_files_that_exist(dry):
 
 
 def test_every_step_can_be_chosen(dry):
-    chosen = subprocess.run(
-        make_gpu("GPU=--dry-run --steps profile check"), cwd=gpu.ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    chosen = main("GPU=--dry-run --steps profile check")[1].splitlines()
     assert [line.split() for line in chosen] == [command for command in dry if command[0] == "ncu" or "check" in command]
     assert len(chosen) == 2
-    refused = subprocess.run(make_gpu("GPU=--dry-run --steps chek"), cwd=gpu.ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "--steps: there is no chek; there are check, " in refused.stderr
+    status, _, error = main("GPU=--dry-run --steps chek")
+    assert status == 2 and "--steps: there is no chek; there are check, " in error
 
 
 def test_every_test_that_needs_a_gpu_runs_on_it(dry):
@@ -57,10 +69,12 @@ def test_every_test_that_needs_a_gpu_runs_on_it(dry):
 
 
 def test_with_a_gpu_every_kernel_is_among_those_tests():
-    code = "import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main(['--collect-only', '-qq', '-m', 'gpu', 'tests'])"
+    """To collect all other tests too would take long."""
+    wanted = {f"tests/{path.name}" for path in gpu.ROOT.glob("tests/test_*_kernels.py")} | {"tests/test_cuda.py"}
+    options = ["--collect-only", "-qq", "-m", "gpu", *sorted(wanted)]
+    code = f"import pytest, torch; torch.cuda.is_available = lambda: True; pytest.main({options})"
     run = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True, capture_output=True, text=True)
-    files = {line.partition(":")[0] for line in run.stdout.splitlines()}
-    assert files >= {f"tests/{path.name}" for path in gpu.ROOT.glob("tests/test_*_kernels.py")} | {"tests/test_cuda.py"}
+    assert {line.partition(":")[0] for line in run.stdout.splitlines()} >= wanted
 
 
 def test_what_is_skipped_for_want_of_a_gpu_is_marked():
@@ -78,8 +92,8 @@ def test_the_profiled_call_runs():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so():
-    process = subprocess.run(make_gpu(), cwd=gpu.ROOT, capture_output=True, text=True)
-    assert process.returncode == 1 and "there is no CUDA device here" in process.stderr
+    status, _, _ = main()
+    assert isinstance(status, str) and "there is no CUDA device here" in status  # Python prints it, and exits with 1
 
 
 def test_the_page_tells_what_became_of_each_step(tmp_path):

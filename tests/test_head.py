@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import paa_gpu
 from paa_gpu import PAAHead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STRIDES = (8, 16)
 SIZE = (64, 96)
 

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import paa_gpu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [SIZE, (50, 70), SIZE]
 #: Scores of a head of random weights are all near 0.07: half of them.
 OPTIONS = {"score_thr": 0.0707, "nms_pre": 40, "max_per_img": 20}

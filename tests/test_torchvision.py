@@ -20,6 +20,8 @@ from torchvision.ops import box_iou
 from paa_gpu.integrations import torchvision as integration
 from paa_gpu.integrations.torchvision import accelerate, restore, use_paa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def generator() -> torch.Generator:

@@ -17,6 +17,8 @@ from paa_gpu import reference
 from paa_gpu.integrations import torchvision as integration
 from paa_gpu.integrations.torchvision import PAAOptions, RetinaNetPAA, accelerate, restore, use_paa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 3
 
 
@@ -43,7 +45,7 @@ def recorded(model, batch, monkeypatch):
 
 
 def expected(target, logits, offsets, anchors, level_sizes, model, **options) -> torch.Tensor:
-    """The matches of one image: from the matrix of overlaps, torchvision's losses anchor by anchor, and scikit-learn."""
+    """The matches of one image: from the matrix of overlaps, torchvision's losses of each anchor, and scikit-learn."""
     if len(target["boxes"]) == 0:
         return torch.full((len(anchors),), -1)
     overlaps = box_iou(target["boxes"], anchors)
@@ -53,13 +55,13 @@ def expected(target, logits, offsets, anchors, level_sizes, model, **options) ->
         owner[row == row.max()] = i
     (inds,) = (owner >= 0).nonzero(as_tuple=True)
     coder, losses = model.head.regression_head.box_coder, []
-    for anchor in inds.tolist():
+    truth = nn.functional.one_hot(target["labels"][owner[inds]], CLASSES).double()
+    focal = sigmoid_focal_loss(logits[inds].double(), truth, reduction="none").sum(1)
+    for anchor, classification in zip(inds.tolist(), focal, strict=True):
         own, one = owner[anchor], slice(anchor, anchor + 1)
-        truth = nn.functional.one_hot(target["labels"][own], CLASSES).float()
-        focal = sigmoid_focal_loss(logits[anchor].double(), truth.double(), reduction="sum")
         boxes = target["boxes"][own][None].double()
         box = _box_loss(model.paa_options.box_loss, coder, anchors[one].double(), boxes, offsets[one].double())
-        losses.append(focal + box)
+        losses.append(classification + box)
     label = torch.full((len(anchors),), CLASSES)
     label[inds] = target["labels"][owner[inds]]
     new, weight, _, _ = reference.paa_reassign(
