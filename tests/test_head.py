@@ -6,6 +6,7 @@ That the losses and detections are the published ones is shown in tests/mmdet.
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -74,8 +75,46 @@ def test_inputs_are_not_modified():
     assert all(map(torch.equal, before, after))
 
 
-def test_the_options_reach_the_assignment():
-    """A caller's separation is asked; labels may be int32, boxes float64."""
+def test_every_option_reaches_the_assignment(monkeypatch):
+    """None of them has its default."""
+    assignment = {
+        "pos_iou_thr": 0.2, "neg_iou_thr": 0.15, "min_pos_iou": 0.05, "match_low_quality": False, "ignore_iof_thr": 0.3
+    }  # fmt: skip
+    reassignment = {
+        "topk": 4, "covariance_type": "tied", "separation": "paper", "singleton": "positive", "precision": "float32"
+    }  # fmt: skip
+    weights = {"gamma": 1.5, "alpha": 0.3, "bbox_loss_weight": 1.7, "target_stds": (0.2, 0.3, 0.4, 0.5)}
+    head, seen = make_head(**assignment, **reassignment, **weights), []
+    original = paa_gpu.head.assign_targets
+    monkeypatch.setattr(
+        paa_gpu.head, "assign_targets", lambda *args, **options: seen.append((args, options)) or original(*args, **options)
+    )
+    targets = make_targets([3, 1])
+    targets[1]["ignored_boxes"] = torch.tensor([[0.0, 0, 30, 30]])
+    head.loss(make_features(2), targets)
+    ((arguments, options),) = seen
+    assert options["num_classes"] == head.num_classes
+    assert (options["assignment"], options["reassignment"]) == (assignment, reassignment)
+    assert options["losses"] == {"gamma": 1.5, "alpha": 0.3, "loss_bbox_weight": 1.7, "stds": (0.2, 0.3, 0.4, 0.5)}
+    assert [boxes.tolist() for boxes in arguments[5]] == [[], [[0.0, 0, 30, 30]]]
+    defaults = inspect.signature(paa_gpu.PAAHead).parameters
+    assert all(defaults[name].default != value for name, value in {**assignment, **reassignment, **weights}.items())
+
+
+@pytest.mark.parametrize(("option", "loss"), [("bbox_loss_weight", "loss_bbox"), ("iou_loss_weight", "loss_iou")])
+def test_weights_of_losses(option, loss):
+    """They are factors. All potential positives are positive, because the weight of a box loss also decides which are."""
+    batch = make_features(1), make_targets([1])
+    head = make_head(topk=1000, separation=lambda assignment, score, loss, mask: (mask, torch.zeros_like(mask)))
+    before = head.loss(*batch)
+    setattr(head, option, 2.5 * getattr(head, option))
+    after = head.loss(*batch)
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name] * (2.5 if name == loss else 1))
+
+
+def test_a_callers_separation_is_asked():
+    """Labels may be int32, boxes float64."""
     seen = []
 
     def separation(assignment, score, loss, mask):
@@ -102,9 +141,13 @@ def test_image_sizes_leave_out_what_is_beyond():
 @pytest.mark.parametrize("boxes", [1, 10_000])
 def test_every_anchor_is_a_potential_positive(boxes):
     """Of one box, and of many more boxes than anchors."""
-    for loss in make_head(pos_iou_thr=0.0).loss(make_features(1), make_targets([boxes])).values():
+    head, seen = make_head(pos_iou_thr=0.0), []
+    original = head._assign
+    head._assign = lambda *args: seen.append(original(*args)) or seen[0]
+    for loss in head.loss(make_features(1), make_targets([boxes])).values():
         assert loss.isfinite()
         assert loss > 0
+    assert (seen[0].gt_inds > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool], ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -112,7 +114,7 @@ def test_images_without_boxes(numbers, method, with_labels, rng):
 
 
 def test_many_of_one_class(rng):
-    """More than one chunk of what is kept, and images shared among threads."""
+    """More than one chunk of what is kept."""
     check([make_image(600, 1, rng, extent=3000) for _ in range(3)])
 
 
@@ -217,7 +219,8 @@ def soften(boxes, scores, labels, method, iou_threshold, sigma=0.5, min_score=1e
                 low, high = np.maximum(boxes[i, :2], boxes[best[1], :2]), np.minimum(boxes[i, 2:], boxes[best[1], 2:])
                 overlap = np.prod(np.maximum(high - low, 0))
                 areas = [np.prod(box[2:] - box[:2]) for box in (boxes[i], boxes[best[1]])]
-                iou = overlap / (sum(areas) - overlap)
+                with np.errstate(invalid="ignore"):  # 0 / 0 where both have no area
+                    iou = overlap / (sum(areas) - overlap)
                 weight = np.exp(-(iou**2) / sigma) if method == "gaussian" else 1 - iou if iou > iou_threshold else 1
                 decayed.append((score * weight, i))
             left = [pair for pair in decayed if pair[0] > min_score]
@@ -227,9 +230,11 @@ def soften(boxes, scores, labels, method, iou_threshold, sigma=0.5, min_score=1e
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
 @pytest.mark.parametrize("class_agnostic", [False, True])
 def test_the_soft_forms(method, class_agnostic, rng):
-    """Order and decayed scores of the definition, with room for all and for some."""
-    for classes, options in ((1, {}), (3, {"sigma": 0.1, "min_score": 0.2}), (3, {"max_per_img": 11})):
-        boxes, scores, labels = (part.double() for part in make_image(80, classes, rng, extent=150))
+    """Order and decayed scores of the definition, with room for all and for some. Of equal scores, the first comes first; those that
+    exponentials have made are equal but for their last bit."""
+    usual = ((1, {}), (3, {"sigma": 0.1, "min_score": 0.2}), (3, {"max_per_img": 11}))
+    for (classes, options), ties in itertools.product(usual, {False, method == "linear"}):
+        boxes, scores, labels = (part.double() for part in make_image(80, classes, rng, ties=ties, extent=150))
         got = paa_gpu.batched_nms(
             [boxes], [scores], [labels.long()], 0.3, method=method, class_agnostic=class_agnostic, **options
         )
@@ -262,6 +267,14 @@ def test_soft_forms_of_what_decays_or_does_not():
         assert got.index[0, : got.count[0]].tolist() == [0, 2, 3]
     got = paa_gpu.batched_nms([boxes], [scores * torch.nan], [torch.zeros(5).long()], 0.3, method="linear")
     assert got.count.item() == 0
+
+
+def test_the_linear_form_at_its_threshold():
+    """An IoU of exactly the threshold weakens nothing here, and in mmcv it does."""
+    boxes, scores = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]), torch.tensor([0.9, 0.8])
+    for iou_threshold, second in ((0.5, 0.8), (0.49, 0.4)):
+        got = paa_gpu.batched_nms([boxes], [scores], [torch.zeros(2).long()], iou_threshold, method="linear")
+        torch.testing.assert_close(got.scores[0], torch.tensor([0.9, second]))
 
 
 def test_soft_forms_take_the_best_first(rng):

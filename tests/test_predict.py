@@ -54,6 +54,38 @@ def test_detections(options):
         assert (padded["labels"][i, number:] == -1).all()
 
 
+def published_boxes(head, features, size):
+    """The boxes and scores of one image before NMS, level by level, as mmdetection's `_predict_by_feat_single` and
+    `DeltaXYWHBBoxCoder` have them."""
+    found = []
+    for stride, cls_score, delta, iou in zip(head.strides, *head(features), strict=True):
+        channels = [level[0].permute(1, 2, 0).flatten(0, 1) for level in (cls_score, delta, iou)]
+        score = (channels[0].sigmoid() * channels[2].sigmoid()).sqrt()
+        height, width = cls_score.shape[2:]
+        y, x = (axis.flatten() * stride for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        dx, dy, dw, dh = (channels[1] * torch.tensor(head.target_stds)).unbind(1)
+        side, most = stride * head.anchor_scale, abs(np.log(16 / 1000))
+        centre_x, centre_y = x + dx * side, y + dy * side
+        half_w, half_h = side * dw.clamp(-most, most).exp() / 2, side * dh.clamp(-most, most).exp() / 2
+        boxes = torch.stack([centre_x - half_w, centre_y - half_h, centre_x + half_w, centre_y + half_h], 1)
+        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([size[1], size[0], size[1], size[0]]))
+        best = score.max(1).values.topk(min(head.nms_pre, len(score))).indices if head.nms_pre else torch.arange(len(score))
+        found.append((boxes[best], score[best]))
+    return (torch.cat(part) for part in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("nms_pre", [0, 7])
+@torch.no_grad()
+def test_boxes_are_decoded_and_clipped_and_the_best_taken(nms_pre):
+    head, features = make_head(**{**OPTIONS, "nms_pre": nms_pre}), make_features(1)
+    size = (SIZE[0] - 20, SIZE[1] - 30)
+    boxes, scores = published_boxes(head, features, size)
+    assert (boxes[:, 2] == size[1]).any() and (boxes[:, 3] == size[0]).any() and (boxes[:, :2] == 0).any()
+    got_boxes, got_scores = head._decode(*head(features), [size])
+    torch.testing.assert_close(got_boxes[0], boxes, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(got_scores[0], scores)
+
+
 def test_padded_nothing_waits():
     head, features = make_head(**OPTIONS), make_features(3)
     with Synchronisations() as mode:

@@ -6,6 +6,7 @@ import itertools
 import warnings
 
 import extended_em
+import numba
 import numpy as np
 import pytest
 import torch
@@ -138,13 +139,15 @@ def test_given_values_override_the_start_one_by_one(rng):
 
 
 def test_philox_has_its_published_values():
-    """Random123's known answers: key and counter all zeros, and all ones."""
-    assert starts.philox(0, 0, 0, 0) == 0x6627E8D5
+    """Random123's known answers: key and counter all zeros, and all ones. The library's counter ends in a zero."""
+    assert starts.philox(0, 0, 0, 0) == philox(0, 0, 0, 0) == 0x6627E8D5
+    ones = 2**32 - 1
+    assert philox(2**64 - 1, ones, ones, ones, ones) == 0x408F276D
     assert starts.philox(2**63 - 1, 7, 8, 9) == philox(2**63 - 1, 7, 8, 9)
 
 
-def philox(seed, c0, c1, c2):
-    counter, key = [c0, c1, c2, 0], [seed % 2**32, seed >> 32]
+def philox(seed, c0, c1, c2, c3=0):
+    counter, key = [c0, c1, c2, c3], [seed % 2**32, seed >> 32]
     for _ in range(10):
         a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [(b >> 32) ^ counter[1] ^ key[0], b % 2**32, (a >> 32) ^ counter[3] ^ key[1], a % 2**32]
@@ -162,10 +165,19 @@ def positions(seed, row, attempt, size, k):
     return chosen
 
 
+@numba.njit
+def drawn_positions(seed, row, attempt, size, k):
+    """Those of the library."""
+    chosen = np.empty(k, np.int64)
+    starts.draw(seed, row, attempt, size, chosen)
+    return chosen
+
+
 def test_drawn_positions_are_distinct_and_fair():
     seen = np.zeros(5)
     for row in range(2000):
-        drawn = positions(3, row, 0, 5, 3)
+        drawn = drawn_positions(3, row, 0, 5, 3)
+        assert drawn.tolist() == positions(3, row, 0, 5, 3)
         assert len(set(drawn)) == 3 and min(drawn) >= 0 and max(drawn) < 5
         seen[drawn] += 1
     assert abs(seen - 1200).max() < 6 * np.sqrt(2000 * 0.6 * 0.4)
@@ -182,6 +194,23 @@ def test_the_best_of_random_starts(k, rng):
         fits = [extended_em.fit(row, **initial) for initial in begin]
         highest = max(fit.lower_bound for fit in fits)
         assert_close(got, next(fit for fit in fits if fit.lower_bound >= highest - 1e-9), i)
+
+
+def test_of_equally_good_starts_the_first_is_kept(rng):
+    """They end within 1e-9 of one another, after different numbers of iterations."""
+    options, later = {"tol": 1e-11, "max_iter": 5000}, 0
+    for shape in SHAPES:
+        row = testing.make_losses(shape, 30, rng)
+        got = paa_gpu.fit_gmm_1d(torch.from_numpy(row)[None], init="random", n_init=6, generator=3, **options)
+        drawn = [np.array(positions(3, 0, attempt, 30, 2)) for attempt in range(6)]
+        fits = [
+            extended_em.fit(row, **options, **extended_em.start(row, extended_em.centres(row, 2, "random", p))) for p in drawn
+        ]
+        best = [fit for fit in fits if fit.lower_bound >= max(fit.lower_bound for fit in fits) - 1e-9]
+        highest = max(best, key=lambda fit: fit.lower_bound)
+        later += highest.n_iter != best[0].n_iter
+        assert got.n_iter.tolist() == [best[0].n_iter]
+    assert later
 
 
 def test_seeds(rng):

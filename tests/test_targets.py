@@ -22,7 +22,7 @@ from paa_gpu.boxes import decode, focal_loss
 from paa_gpu.targets import Kept, assign_targets, flatten_levels
 
 SHAPES = ((12, 16), (6, 8), (3, 4))
-CLASSES = 5
+CLASSES, ANCHORS = 5, sum(height * width for height, width in SHAPES)
 
 
 def draw(rng, num_gts, dtype=torch.float32):
@@ -54,7 +54,8 @@ def published(anchors, cls_scores, bbox_preds, boxes, labels, valid=None, pos_we
     return *map(torch.cat, zip(*columns, strict=True)), counts
 
 
-def check(got, wanted):
+def check(got, wanted, most):
+    """`most`: S, the entries of what lists the positives."""
     label, label_weight, bbox_target, counts = wanted
     assert torch.equal(got.label, label)
     assert torch.equal(got.label_weight, label_weight)
@@ -63,6 +64,7 @@ def check(got, wanted):
     assert torch.equal(got.positive[got.found], (label < CLASSES).nonzero().flatten())
     assert got.found.tolist() == sorted(got.found.tolist(), reverse=True)
     assert not got.positive[~got.found].any()
+    assert len(got.positive) == len(got.found) == most
 
 
 @pytest.mark.parametrize("num_gts", [[0], [0, 0], [1], [3, 0, 12, 1], [60]], ids=str)
@@ -70,7 +72,7 @@ def check(got, wanted):
 def test_as_the_published_steps(num_gts, pos_weight, rng):
     inputs = draw(rng, num_gts)
     got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=pos_weight)
-    check(got, published(*inputs, pos_weight=pos_weight))
+    check(got, published(*inputs, pos_weight=pos_weight), min(27 * sum(num_gts), ANCHORS * len(num_gts)))
     assert bool(got.found.any()) == any(num_gts)
 
 
@@ -78,15 +80,14 @@ def test_part_of_the_anchors(rng):
     inputs = draw(rng, [4, 0, 6])
     valid = [torch.from_numpy(rng.random(sum(map(len, inputs[0]))) < share) for share in (0.5, 1.0, 0.0)]
     got = assign_targets(*inputs, valid=valid, num_classes=CLASSES)
-    check(got, published(*inputs, valid=valid))
+    check(got, published(*inputs, valid=valid), 27 * 10)
     assert not got.label_weight.view(3, -1)[2].any()
 
 
 def test_options_reach_the_three_functions(rng):
     inputs = draw(rng, [20])
     got = assign_targets(*inputs, num_classes=CLASSES, reassignment={"topk": 2})
-    check(got, published(*inputs, topk=2))
-    assert len(got.positive) == 20 * 2 * 3
+    check(got, published(*inputs, topk=2), 2 * 3 * 20)
     strict = assign_targets(*inputs, num_classes=CLASSES, assignment={"pos_iou_thr": 0.9, "match_low_quality": False})
     assert (strict.gt_inds > 0).sum() < (got.gt_inds > 0).sum()
     only_boxes = assign_targets(*inputs, num_classes=CLASSES, losses={"loss_cls_weight": 0.0})
