@@ -44,13 +44,13 @@ def recorded(model, batch, monkeypatch):
     return *call, sizes[0]
 
 
-def expected(target, logits, offsets, anchors, level_sizes, model, **options) -> torch.Tensor:
+def expected(target, logits, offsets, anchors, level_sizes, model, pos_iou_thr=0.1, **options) -> torch.Tensor:
     """The matches of one image: from the matrix of overlaps, torchvision's losses of each anchor, and scikit-learn."""
     if len(target["boxes"]) == 0:
         return torch.full((len(anchors),), -1)
     overlaps = box_iou(target["boxes"], anchors)
     highest, owner = overlaps.max(0)
-    owner = torch.where(highest >= 0.1, owner, -1)
+    owner = torch.where(highest >= pos_iou_thr, owner, -1)
     for i, row in enumerate(overlaps):
         owner[row == row.max()] = i
     (inds,) = (owner >= 0).nonzero(as_tuple=True)
@@ -72,7 +72,16 @@ def expected(target, logits, offsets, anchors, level_sizes, model, **options) ->
 
 
 @pytest.mark.parametrize(("trained", "scored"), [("l1", {}), ("giou", {}), ("l1", {"box_loss": "l1"})], ids=str)
-@pytest.mark.parametrize("options", [{}, {"topk": 4, "separation": "d"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"topk": 4, "separation": "d"},
+        {"pos_iou_thr": 0.3, "covariance_type": "tied"},
+        {"pos_iou_thr": 0.6, "singleton": "positive"},
+    ],
+    ids=str,
+)
 def test_the_anchors_are_those_of_the_published_loop(trained, scored, options, generator, monkeypatch):
     """Whatever loss trains, GIoU sorts the candidates, unless the caller wants L1."""
     model = use_paa(models.retinanet(trained), **options, **scored)
@@ -83,10 +92,20 @@ def test_the_anchors_are_those_of_the_published_loop(trained, scored, options, g
     assert len(sizes) == 3
     assert sum(sizes) == len(anchors[0])
     assert sum(int((own >= 0).sum()) for own in matches) >= 10
-    assert not options or any((own == -2).any() for own in matches)
+    assert "separation" not in options or any((own == -2).any() for own in matches)
     for i, own in enumerate(matches):
         values = (targets[i], outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i], sizes, model)
         assert torch.equal(own, expected(*values, **options)), i
+
+
+def test_a_box_coder_of_ones_own(generator, monkeypatch):
+    """Its weights divide the offsets: their standard deviations are one over these."""
+    model, batch = use_paa(models.retinanet(), box_loss="l1"), models.batch(generator)
+    model.head.regression_head.box_coder.weights = (10.0, 10.0, 5.0, 5.0)
+    targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
+    for i, own in enumerate(matches):
+        values = (targets[i], outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i], sizes, model)
+        assert torch.equal(own, expected(*values)), i
 
 
 def test_it_learns(generator):
@@ -130,7 +149,7 @@ def test_a_batch_without_boxes(generator):
 
 def test_it_waits_less_than_torchvision_does(generator):
     batch = models.batch(generator, (7, 3, 5, 0))
-    counts = {}
+    counts, ours = {}, {}
     for name, change in (("torchvision", lambda model: model), ("accelerate", accelerate), ("use_paa", use_paa)):
         model = change(models.retinanet()).train()
         train(model, batch)
@@ -138,13 +157,23 @@ def test_it_waits_less_than_torchvision_does(generator):
         with Synchronisations() as waits:
             model(*copied)
         counts[name] = waits.count
+        ours[name] = {asked: number for asked, number in waits.by.items() if asked[0] == "integrations/torchvision.py"}
     print(counts)
+    # The boxes of all images are looked at once. torchvision looks at those of each image. Nothing else is ours.
+    assert ours == {"torchvision": {}, "accelerate": {}, "use_paa": {("integrations/torchvision.py", "_training_batch"): 1}}
     assert counts["use_paa"] < counts["torchvision"]
     assert counts["accelerate"] < counts["torchvision"]
 
 
-def test_half_precision(generator):
+def test_half_precision(generator, monkeypatch):
+    """Anchors and outputs are of half precision, and the losses of the candidates are computed from their values in float32."""
     model, batch = use_paa(models.retinanet()).train(), models.batch(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
+    assert outputs["cls_logits"].dtype == torch.bfloat16
+    for i, own in enumerate(matches):
+        values = (outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i].float(), sizes, model)
+        assert torch.equal(own, expected(targets[i], *values)), i
     with torch.autocast("cpu", torch.bfloat16):
         losses = train(model, batch)
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -209,6 +238,10 @@ def test_what_it_refuses(generator):
     message = "`model.net.anchor_generator` must be an AnchorGenerator of torchvision, got OwnGenerator"
     with pytest.raises(ValueError, match=re.escape(message)):
         use_paa(model)
+    two = nn.ModuleList([models.retinanet(), models.retinanet("smooth_l1")])
+    with pytest.raises(ValueError, match=r"`model.1.head.regression_head` must have the box loss"):
+        use_paa(two)
+    assert type(two[0]) is type(models.retinanet()) and "paa_options" not in vars(two[0])
     model = models.retinanet()
     for options, message in (
         ({"topk": 0}, "`topk` must be at least 1, got 0"),
