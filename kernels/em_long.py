@@ -75,12 +75,6 @@ def _store_state(ptr, part, value, KP: tl.constexpr):
 
 
 @triton.jit
-def _first(block, KP: tl.constexpr):
-    """Element 0 of [KP]."""
-    return tl.sum(tl.where(tl.arange(0, KP) == 0, block, 0), 0)
-
-
-@triton.jit
 def _middle(keys_ptr, KP: tl.constexpr):
     """Half way between what each quantile is at least and at most."""
     least, most = _load_state(keys_ptr, LOW, KP), _load_state(keys_ptr, HIGH, KP)

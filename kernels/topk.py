@@ -420,12 +420,6 @@ def gather_batch(
     )
 
 
-def image_starts(potential: Sequence[int], num_gts: Sequence[int], anchors: Sequence[int], block: int = BLOCK) -> list[list[int]]:
-    """First block, position, row and anchor of each image, and their totals."""
-    blocks = [-(-number // block) for number in potential]
-    return [[0, *itertools.accumulate(numbers)] for numbers in (blocks, potential, num_gts, anchors)]
-
-
 def concatenate(images: Sequence[Tensor]) -> Tensor:
     """The images' tensors one after the other; a single one as it is."""
     return images[0] if len(images) == 1 else torch.cat(list(images))

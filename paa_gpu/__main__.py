@@ -115,7 +115,8 @@ def demonstrate(recording: data.Recording, out: Path) -> None:
     else:
         from .plot import plot_recording
 
-        plot_recording(recording, move_to_cpu(result), move_to_cpu(candidates), out)
+        result, candidates = diagnose.map_tensors(torch.Tensor.cpu, [result, candidates])
+        plot_recording(recording, result, candidates, out)
         print(f"  picture: {out}")
 
 
@@ -132,7 +133,7 @@ def demonstrate_voting(recording: data.Recording, call: data.Voting, out: Path) 
         return result
 
     result, ours = median_time(vote, 20)
-    voted, labels = move_to_cpu(list(result))
+    voted, labels = diagnose.map_tensors(torch.Tensor.cpu, list(result))
     _, loop = median_time(lambda: reference.score_voting(*call.arguments, published=True), 3)
     oracle, _ = reference.score_voting(*call.arguments, keep_order=True)
     print(f"\nscore voting of image {recording.name} on {device}: {len(voted)} detections, {len(call.mlvl_bboxes)} boxes, "
@@ -155,15 +156,6 @@ def median_time(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
         call()
         times.append(time.perf_counter() - start)
     return result, statistics.median(times)
-
-
-def move_to_cpu(value: Any) -> Any:
-    """A tensor, or named tuples and lists of tensors, on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(move_to_cpu, value))
-    return [move_to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["LEAST_AREA", "WH_RATIO_CLIP", "corners", "decode", "focal_loss", "iou_and_giou_loss"]
+__all__ = ["LEAST_AREA", "LEAST_WEIGHT", "WH_RATIO_CLIP", "corners", "decode", "focal_loss", "iou_and_giou_loss"]
 
 LEAST_AREA = 1e-6  # the smallest union, and the smallest enclosing area, in square pixels
+LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 WH_RATIO_CLIP = 16 / 1000  # a box is at most 1 / 0.016 times as large as its anchor, and at least 0.016 times
 
 

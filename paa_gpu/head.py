@@ -28,25 +28,20 @@ from ._checks import (
     check_levels,
     check_list,
     check_non_negative,
-    check_option,
     check_positive,
     check_scale_factors,
     check_tensor,
 )
-from ._ops import PRECISIONS
 from ._staging import on_device
-from .boxes import decode, focal_loss
+from .boxes import LEAST_WEIGHT, decode, focal_loss
 from .distributed import reduce_mean
-from .em import COVARIANCE_TYPES
 from .nms import batched_nms
-from .reassign import SINGLETONS, Separation
-from .separation import SCHEMES
+from .reassign import Separation, check_options
 from .targets import Kept, Targets, assign_targets, flatten_levels, positive_losses
 from .voting import score_voting_batch
 
 __all__ = ["PAAHead", "levels_to_images"]
 
-LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 EPS = float(torch.finfo(torch.float32).eps)  # added to what losses are divided by, as published
 
 Size = tuple[int, int]
@@ -136,8 +131,8 @@ class PAAHead(nn.Module):
         score_voting: bool = True,
     ) -> None:
         for name, number, least in (
-            ("num_classes", num_classes, 1), ("in_channels", in_channels, 1), ("feat_channels", feat_channels, 1),
-            ("stacked_convs", stacked_convs, 0), ("norm_groups", norm_groups, 1), ("topk", topk, 1),
+            ("in_channels", in_channels, 1), ("feat_channels", feat_channels, 1),
+            ("stacked_convs", stacked_convs, 0), ("norm_groups", norm_groups, 1),
             ("nms_pre", nms_pre, 0), ("max_per_img", max_per_img, 0),
         ):  # fmt: skip
             check_int(name, number, least)
@@ -162,11 +157,7 @@ class PAAHead(nn.Module):
             check_float(name, value)
         check_bool("match_low_quality", match_low_quality)
         check_bool("score_voting", score_voting)
-        check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
-        if not callable(separation):
-            check_option("separation", separation, SCHEMES)
-        check_option("singleton", singleton, SINGLETONS)
-        check_option("precision", precision, PRECISIONS)
+        check_options(num_classes, topk, covariance_type, separation, singleton, precision)
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
         self.strides, self.anchor_scale, self.target_stds = tuple(strides), anchor_scale, tuple(target_stds)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_option, check_positive, check_tensor
+from .boxes import WH_RATIO_CLIP
 
 __all__ = ["candidate_losses"]
 
@@ -31,7 +32,7 @@ def candidate_losses(
     loss_cls_weight: float = 1.0,
     loss_bbox_weight: float = 1.3,
     stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
-    wh_ratio_clip: float = 16 / 1000,
+    wh_ratio_clip: float = WH_RATIO_CLIP,
     box_loss: str = "giou",
     convention: str = "mmdet",
 ) -> list[Tensor]:

@@ -327,9 +327,9 @@ def assign_max_iou(
         everything = torch.cat(list(levels)).float()
         exist = torch.ones_like(everything[:, 0], dtype=torch.bool) if valid is None else valid[image]
         priors = everything[exist]
-        overlaps = _overlaps(boxes.float(), priors, eps)
+        overlaps = _iou_or_iof(boxes.float(), priors, eps)
         if gt_bboxes_ignore is not None and ignore_iof_thr > 0 and len(gt_bboxes_ignore[image]):
-            iof = _overlaps(gt_bboxes_ignore[image].float(), priors, eps, of_prior=True)
+            iof = _iou_or_iof(gt_bboxes_ignore[image].float(), priors, eps, of_prior=True)
             overlaps[:, iof.amax(0) > ignore_iof_thr] = -1
         options = (pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, gt_max_assign_all, low_quality)
         for result, values in zip(results, _assign(overlaps, *options), strict=True):
@@ -337,7 +337,7 @@ def assign_max_iou(
     return results
 
 
-def _overlaps(boxes: Tensor, priors: Tensor, eps: float, of_prior: bool = False) -> Tensor:
+def _iou_or_iof(boxes: Tensor, priors: Tensor, eps: float, of_prior: bool = False) -> Tensor:
     """Tensor[G, A]: intersection over union, or over the area of the prior; -1 if the quotient is NaN."""
     size = torch.min(boxes[:, None, 2:], priors[:, 2:]) - torch.max(boxes[:, None, :2], priors[:, :2])
     overlap = size.clamp(min=0).prod(2)

@@ -222,10 +222,10 @@ def test_score_voting(generator):
 def test_what_it_refuses(generator):
     with pytest.raises(ValueError, match="`model` must be or contain a RetinaNet of torchvision, got FasterRCNN"):
         use_paa(models.faster_rcnn())
-    with pytest.raises(ValueError, match='`box_loss` must be "l1" or "giou", got \'iou\''):
+    with pytest.raises(ValueError, match='`box_loss` must be "giou" or "l1", got \'iou\''):
         use_paa(models.retinanet(), box_loss="iou")
     model = models.retinanet("smooth_l1")
-    message = '`model.head.regression_head` must have the box loss "l1" or "giou", got \'smooth_l1\''
+    message = '`model.head.regression_head` must have the box loss "giou" or "l1", got \'smooth_l1\''
     with pytest.raises(ValueError, match=re.escape(message)):
         use_paa(model)
 

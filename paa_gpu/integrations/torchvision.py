@@ -34,6 +34,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from .._checks import FLOATS, INDICES, check_bool, check_classes, check_int, check_non_negative, check_option, check_tensor
 from ..assign import assign_max_iou
 from ..em import COVARIANCE_TYPES
+from ..losses import BOX_LOSSES
 from ..reassign import SINGLETONS, Separation
 from ..separation import SCHEMES
 from ..targets import assign_targets
@@ -46,7 +47,6 @@ Model = TypeVar("Model", bound=nn.Module)
 Targets = Sequence[dict[str, Tensor]]
 
 LEVELS = "anchors_per_level"  # beside the outputs of a head, on their way from `forward` to `compute_loss`
-BOX_LOSSES = ("l1", "giou")
 
 
 class PAAOptions(NamedTuple):
@@ -399,7 +399,7 @@ def _check_head(name: str, model: Any) -> None:
         raise ValueError(f"`{name}.anchor_generator` must be an AnchorGenerator of torchvision, got {type(generator).__name__}")
     box_loss = getattr(getattr(model.head, "regression_head", None), "_loss_type", None)
     if box_loss not in BOX_LOSSES:
-        raise ValueError(f'`{name}.head.regression_head` must have the box loss "l1" or "giou", got {box_loss!r}')
+        raise ValueError(f'`{name}.head.regression_head` must have the box loss "giou" or "l1", got {box_loss!r}')
 
 
 def _check_options(options: PAAOptions) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -11,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import check_option
+from ...boxes import LEAST_WEIGHT
 from ...reassign import Reassignment, paa_reassign_batch
 from ...topk import select_candidates
 from ...voting import score_voting
+from .._classes import change_class, restore_class
 from .versions import (
     HEADS,
     IS_3X,
@@ -27,7 +27,7 @@ from .versions import (
     multi_apply,
     published_targets,
 )
-from .whole import LEAST_WEIGHT, LabelAssignment, assign, losses, obstacles, overrides
+from .whole import LabelAssignment, assign, losses, obstacles, overrides
 
 __all__ = ["PRESETS", "Explanation", "LADHeadGPU", "PAAHeadGPU", "accelerate", "explain", "restore"]
 
@@ -72,7 +72,7 @@ def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
         check_option("preset", preset, PRESETS)
     for _, head in _heads_of(model_or_head):
         if not isinstance(head, PAAHeadGPU):
-            head.__class__ = _accelerated(head.__class__)
+            change_class(head, _base_of(type(head)))
         if preset is not None:
             head.preset = preset
     return model_or_head
@@ -85,9 +85,9 @@ def restore(model_or_head: Model) -> Model:
     `accelerate`.
     """
     for _, head in _heads_of(model_or_head):
-        published = vars(type(head)).get("published")
-        if published is not None:
-            head.__class__ = published
+        accelerated = type(head)
+        restore_class(head)
+        if type(head) is not accelerated:
             for name in ("preset", "grids"):
                 vars(head).pop(name, None)
     return model_or_head
@@ -398,22 +398,3 @@ def _modules(prefix: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _base_of(head_class: type) -> Any:
     """The accelerated head that a class is, or becomes."""
     return LADHeadGPU if LADHead is not None and issubclass(head_class, LADHead) else PAAHeadGPU
-
-
-@functools.cache
-def _accelerated(published: Any) -> Any:
-    """The accelerated class of a published head or a subclass. The subclass's own methods come first."""
-    base = _base_of(published)
-    if published is base.published:
-        return base
-    members = {"published": published, "__module__": published.__module__, "__reduce_ex__": _reduce_accelerated}
-    return types.new_class(f"{published.__name__}GPU", (published, base), exec_body=lambda body: body.update(members))
-
-
-def _reduce_accelerated(head: Any, protocol: int) -> tuple[Any, ...]:
-    """For pickle and copy. They cannot find a class made by `_accelerated` by its name."""
-    return _new_accelerated, (head.published,), object.__reduce_ex__(head, 2)[2]
-
-
-def _new_accelerated(published: type) -> Any:
-    return object.__new__(_accelerated(published))

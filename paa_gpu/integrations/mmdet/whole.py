@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ..._staging import on_device
 from ...assign import check_boxes
-from ...boxes import WH_RATIO_CLIP, focal_loss
+from ...boxes import LEAST_WEIGHT, WH_RATIO_CLIP, focal_loss
 from ...targets import Kept, Targets, assign_targets, flatten_levels, positive_losses
 from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_location, prior_generator
 
 HALF = (torch.bfloat16, torch.float16)
-LEAST_WEIGHT = 1e-12  # of a box's GIoU loss, which its IoU weights
 METHODS = ("get_anchors", "get_targets", "_get_targets_single", "get_pos_loss", "gmm_separation_scheme")
 
 
