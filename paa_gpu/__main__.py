@@ -1,4 +1,4 @@
-"""`python -m paa_gpu`: what runs where on this machine, and the demonstration. `check` and `compile` are in `diagnose`."""
+"""`python -m paa_gpu`: what runs where on this machine, and the demonstration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
+from . import __version__, ahead, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
 from ._dispatch import OPERATORS
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
@@ -39,11 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument(
         "--repeats", type=int, default=1000, help="calls that must give equal bits on the GPU (default: %(default)s)"
     )
-    compile_all = commands.add_parser("compile", help="compile everything now, so that later calls start at once")
+    compile_all = commands.add_parser(
+        "compile", help="compile now what calls of every kind need, so that later ones start at once"
+    )
     compile_all.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "compile":
-        return diagnose.run_compile(options.device)
+        return ahead.run_compile(options.device)
     report_versions()
     if options.command == "check":
         print()

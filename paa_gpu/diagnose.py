@@ -1,4 +1,4 @@
-"""`python -m paa_gpu check` and `compile`: does everything work on this machine, and how long does it take?
+"""`python -m paa_gpu check`: does everything work on this machine, and how long does it take?
 
 `check` compares the CPU with the published loop, on the recordings of this machine. On a GPU, it compares every operation with
 the CPU, on random input of every dtype and layout. It checks that nothing waits for the device. It replays captured graphs with
@@ -429,15 +429,3 @@ def run_check(device: str | None = None, repeats: int = 1000) -> int:
     spent = time.perf_counter() - start
     print(f"\n{count[OK]} checks passed, {count[FAILED]} failed, {count[NOT_CHECKED]} could not be made here; {spent:.0f} s")
     return int(count[FAILED] > 0)
-
-
-def run_compile(device: str = "cpu") -> int:
-    """Compile everything that the operations need on a device, so that later calls need not. Print the time of each."""
-    cuda = None if device == "cpu" else Cuda(device)
-    for operation in operations():
-        start = time.perf_counter()
-        for dtype in DTYPES:
-            arguments = cast(operation.arguments, dtype)
-            operation.run(*(arguments if cuda is None else cuda.move(arguments)))
-        print(f"{operation.name:<20}{time.perf_counter() - start:8.1f} s")
-    return 0

@@ -101,7 +101,7 @@ def weighted_boxes_fusion(
     check_bool("allows_overflow", allows_overflow)
     lengths = [part.shape[0] for part in columns[0]]
     box, score, label = map(_ops.joined, columns)
-    options = iou_thr, skip_box_thr, conf_type, allows_overflow
+    options = float(iou_thr), float(skip_box_thr), conf_type, allows_overflow  # a loop would be compiled once more for an int
     return FusedBoxes(*_ops.weighted_boxes_fusion(box, score, label, lengths, weights, *options))
 
 

@@ -98,7 +98,7 @@ def batched_nms(
     forms: Soft-NMS (arXiv 1704.04503). Names are as in mmcv's `soft_nms`. mmcv's linear form also weakens at the threshold
     itself.
     """
-    _check_options(iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic)
+    options = _check_options(iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic)
     lengths = None
     if isinstance(boxes, LIST):
         columns = _check_lists(boxes, scores, labels)
@@ -108,7 +108,6 @@ def batched_nms(
         box, score, *label = _check_image("", (boxes, scores, labels), (None, None), None)
     if label:
         score = score.unsqueeze(-1)
-    options = iou_threshold, score_thr, nms_pre, max_per_img, method, sigma, min_score, class_agnostic
     return Detections(*_ops.batched_nms(box.detach(), score.detach(), label[0] if label else None, lengths, *options))
 
 
@@ -121,7 +120,8 @@ def _check_options(
     sigma: float,
     min_score: float,
     class_agnostic: bool,
-) -> None:
+) -> tuple[float, float | None, int, int, str, float, float, bool]:
+    """The options, with ints as floats: a loop or a kernel would be compiled once more for an int."""
     check_non_negative("iou_threshold", iou_threshold)
     if score_thr is not None:
         check_float("score_thr", score_thr)
@@ -131,6 +131,8 @@ def _check_options(
     check_positive("sigma", sigma)
     check_non_negative("min_score", min_score)
     check_bool("class_agnostic", class_agnostic)
+    score_thr = score_thr if score_thr is None else float(score_thr)
+    return float(iou_threshold), score_thr, nms_pre, max_per_img, method, float(sigma), float(min_score), class_agnostic
 
 
 def _check_lists(boxes: Any, scores: Any, labels: Any) -> list[list[Tensor]]:

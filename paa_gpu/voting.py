@@ -72,9 +72,9 @@ def score_voting(
     """
     image = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
     _check_image(image, _DTYPES, None, None, "", "")
-    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     columns = [[tensor] for tensor in _ops.detached(image)]
-    results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
+    results: tuple[Tensor, Tensor] = _ops.score_voting(*columns, *options)
     return results
 
 
@@ -130,9 +130,9 @@ def score_voting_batch(
         voted, labels = _vote_pools(columns, weights, score_thr, iou_thr, sigma, offset, keep_order)
     else:
         _check_tensors(columns, [(f"[{image}]",) * 2 for image in range(len(det_bboxes))])
-        _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+        options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
         columns = [_ops.detached(column) for column in columns]
-        voted, labels = _ops.score_voting(*columns, score_thr, iou_thr, sigma, offset, keep_order)
+        voted, labels = _ops.score_voting(*columns, *options)
     detections = [image.shape[0] for image in det_bboxes]
     return list(voted.split_with_sizes(detections)), list(labels.split_with_sizes(detections))
 
@@ -148,14 +148,14 @@ def _vote_padded(
     check_tensor("mlvl_nms_scores", mlvl_nms_scores, (images, mlvl_bboxes.shape[1], None), FLOATS, det_bboxes.device)
     if count is not None:
         check_tensor("count", count, (images,), INDICES, det_bboxes.device)
-    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     labels = det_labels
     if count is not None:
         # Of no class, and behind every other label.
         there = torch.arange(most, device=count.device) < count[:, None]
         labels = torch.where(there, det_labels.long(), torch.iinfo(torch.int64).max)
     tensors = det_bboxes.detach(), labels, mlvl_bboxes.detach(), mlvl_nms_scores.detach()
-    voted, labels = _ops.score_voting_padded(*tensors, score_thr, iou_thr, sigma, offset, keep_order)
+    voted, labels = _ops.score_voting_padded(*tensors, *options)
     return voted, labels if count is None else torch.where(there, labels.to(det_labels.dtype), det_labels)
 
 
@@ -181,11 +181,11 @@ def _vote_pools(
     check_list("weights", weights, "pool", pools, "`mlvl_bboxes[0]`")
     for pool, weight in enumerate(weights):
         check_positive(f"weights[{pool}]", weight)
-    _check_options(score_thr, iou_thr, sigma, offset, keep_order)
+    options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     det, label = map(_ops.detached, columns[:2])
     boxes, scores = (_ops.detached([entry[place] for entry in entries]) for place in (2, 3))
-    options = score_thr, iou_thr, sigma, offset, keep_order, [float(weight) for weight in weights]
-    results: tuple[Tensor, Tensor] = _ops.score_voting(det, label, boxes, scores, *options)
+    factors = [float(weight) for weight in weights]
+    results: tuple[Tensor, Tensor] = _ops.score_voting(det, label, boxes, scores, *options, factors)
     return results
 
 
@@ -217,7 +217,10 @@ def _check_image(
     check_tensor("mlvl_nms_scores" + pool, mlvl_nms_scores, (mlvl_bboxes.shape[0], classes), dtypes[3], device)
 
 
-def _check_options(score_thr: float, iou_thr: float, sigma: float, offset: float, keep_order: bool) -> None:
+def _check_options(
+    score_thr: float, iou_thr: float, sigma: float, offset: float, keep_order: bool
+) -> tuple[float, float, float, float, bool]:
+    """The options, with ints as floats: a loop or a kernel would be compiled once more for an int."""
     check_float("score_thr", score_thr)
     check_non_negative("iou_thr", iou_thr)
     check_positive("sigma", sigma)
@@ -225,3 +228,4 @@ def _check_options(score_thr: float, iou_thr: float, sigma: float, offset: float
     if offset not in (0, 1):
         raise ValueError(f"`offset` must be 0 or 1, got {offset}")
     check_bool("keep_order", keep_order)
+    return float(score_thr), float(iou_thr), float(sigma), float(offset), keep_order

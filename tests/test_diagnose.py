@@ -269,10 +269,3 @@ def test_a_device_in_the_report(monkeypatch, capsys):
         and "| stand-in | host that launches |" in printed
         and "| 100 us | 20 us |" in printed
     )
-
-
-def test_compile(capsys):
-    assert __main__.main(["compile"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        operation.name for operation in diagnose.operations()
-    ]

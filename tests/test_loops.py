@@ -135,10 +135,9 @@ def test_several_processes_compile_at_once(tmp_path):
 
 
 LAYOUTS = """
-import torch, paa_gpu
 from numba import types
 from numba.core.event import Listener, register
-from paa_gpu import diagnose
+from paa_gpu import ahead
 
 def arrays(type):
     return [type] if isinstance(type, types.Array) else [a for each in type for a in arrays(each)] if hasattr(type, "types") else []
@@ -154,9 +153,8 @@ class Compiled(Listener):
         pass
 
 register("numba:compile", Compiled())
-diagnose.run_compile()
-for rows in (torch.rand(2, 45), torch.rand(1, 20_000)):
-    paa_gpu.fit_gmm_1d(rows, init="kmeans")
+for call in ahead.calls():
+    call.run(*call.arguments)
 """
 
 

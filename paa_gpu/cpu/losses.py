@@ -14,7 +14,7 @@ Focal losses are in the dtype of the result, their sum over the classes and all 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numba
@@ -36,6 +36,9 @@ SPAN = 512
 
 # Threads share whole parts of so many potential positives. For one part, a second thread costs more than it saves.
 PART = 512
+
+# Levels of maps that a tuple has room for, or twice as many, and so on.
+LEVELS = 6
 
 #: Microseconds for an image between the compiled loops.
 IN_PYTHON = 25.0
@@ -286,6 +289,12 @@ def _by_level(inds: Any, images: Any, first: Any, order: Any, bounds: Any) -> No
                 start[stretch[p]] += 1
 
 
+def _filled(levels: Iterable[Array]) -> tuple[Array, ...]:
+    """The levels, and the first one again in the places that are left: numba compiles a loop for each length of a tuple."""
+    arrays = (*levels,)
+    return arrays + arrays[:1] * (-len(arrays) % LEVELS)
+
+
 def _memory(level: Tensor) -> Array:
     """A map from its first element to its last, whatever lies between; half precision as `_number` takes it."""
     if not level.is_contiguous():
@@ -323,7 +332,7 @@ def candidate_losses(
     _by_level(inds, images, first, order, bounds)
     real: Any = np.float64 if anchors[0].dtype == torch.float64 else np.float32
     levels = (
-        tuple(map(_memory, cls_scores)), tuple(map(_memory, bbox_preds)), tuple(array(level, real) for level in anchors),
+        _filled(map(_memory, cls_scores)), _filled(map(_memory, bbox_preds)), _filled(array(level, real) for level in anchors),
         np.array([
             (delta.shape[1] // 4, max(delta.shape[3], 1), *score.stride(), *delta.stride())
             for score, delta in zip(cls_scores, bbox_preds, strict=True)
