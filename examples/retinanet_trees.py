@@ -3,7 +3,7 @@
 The aerial photographs come from the package `deepforest`. The model trains on one site (YELL), and is tested on two others (OSBS
 and SOAP). Both arms of a seed start from the same weights. They see the same crops in the same order, for the same number of
 steps, at the same learning rate. Only the assignment differs. After each run, the example writes a JSON file with all numbers. At
-the end it draws a picture. You need `pip install paa-gpu[examples] deepforest pycocotools`, and half an hour of CPU time.
+the end it draws a picture. You need `pip install ".[examples]" deepforest pycocotools`, and half an hour of CPU time.
 """
 
 import argparse

@@ -404,7 +404,7 @@ def batched_nms(
     per_class = classes > 1 and not class_agnostic
     lists, entries = classes if per_class else 1, most if per_class else most * classes
     if most * classes >= 2**31:
-        raise ValueError(f"`scores` must have fewer than 2^31 of an image on a GPU, got {most * classes}")
+        raise ValueError(f"`scores` must have fewer than 2^31 scores per image on a GPU, got {most * classes}")
     room = max_per_img or most * classes
     results = _empty(boxes, scores, images, room)
     if results[0].numel() == 0 or entries == 0:

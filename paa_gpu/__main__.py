@@ -76,9 +76,10 @@ def report_implementations() -> None:
     triton = "Triton kernels" if importlib.util.find_spec("triton") else "none: Triton is not installed"
     if not torch.cuda.is_available():
         triton += " (no device here)"
-    print(f"\n{'operator':<20}{'CPU tensors':<24}CUDA tensors")
+    width = max(map(len, OPERATORS)) + 2
+    print(f"\n{'operator':<{width}}{'CPU tensors':<24}CUDA tensors")
     for name in OPERATORS:
-        print(f"{name:<20}{'numba loops':<24}{triton}")
+        print(f"{name:<{width}}{'numba loops':<24}{triton}")
 
 
 def demonstrate(recording: data.Recording, out: Path) -> None:
@@ -109,9 +110,9 @@ def demonstrate(recording: data.Recording, out: Path) -> None:
         print(f"  published loop       {loop * 1e3:10.2f} ms, {loop / ours:.0f} times as long ({published[3]} positives)")
         print(f"  against scikit-learn in float64: label {agreement[0]}, label_weight {agreement[1]}, bbox_weight {agreement[2]}")
     else:
-        print("  scikit-learn is not installed: neither compared nor timed (pip install paa-gpu[demo])")
+        print("  scikit-learn is not installed: neither compared nor timed (pip install scikit-learn)")
     if not importlib.util.find_spec("matplotlib") or not importlib.util.find_spec("PIL"):
-        print("  matplotlib or Pillow is not installed: no picture (pip install paa-gpu[demo])")
+        print("  matplotlib or Pillow is not installed: no picture (pip install matplotlib pillow)")
     elif recording.num_gt == 0:
         print("  no boxes: no picture")
     else:

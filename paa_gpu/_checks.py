@@ -34,7 +34,7 @@ def _sizes(shape: Iterable[int | None]) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
     """The name of the type. Some of numpy's are called as Python's or torch's are."""
     kind = type(value)
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
@@ -51,7 +51,7 @@ def check_tensor(
 ) -> None:
     """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: the CPU or any CUDA device)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a Tensor, got {_type(value)}")
+        raise TypeError(f"`{name}` must be a Tensor, got {type_name(value)}")
     sizes = value.shape
     if len(sizes) != len(shape):
         raise ValueError(f"`{name}` must have {len(shape)} dimension{'s' * (len(shape) != 1)}, got shape {_sizes(sizes)}")
@@ -71,11 +71,11 @@ def check_tensor(
 def check_list(name: str, value: Any, entry: str = "image", length: int | None = None, like: str = "`pos_losses`") -> None:
     """A list or tuple with an entry for each `entry`. It is not empty, or it has the length of `like`."""
     if not isinstance(value, LIST):
-        raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {_type(value)}")
+        raise TypeError(f"`{name}` must be a list with one entry per {entry}, got {type_name(value)}")
     if length is None and len(value) == 0:
         raise ValueError(f"`{name}` must have at least one entry, got an empty list")
     if length is not None and len(value) != length:
-        raise ValueError(f"`{name}` must have {length} entries as {like} has, got {len(value)}")
+        raise ValueError(f"`{name}` must have {length} {'entry' if length == 1 else 'entries'} as {like} has, got {len(value)}")
 
 
 def check_option(name: str, value: Any, options: Iterable[str]) -> None:
@@ -85,7 +85,7 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, INT):
-        raise TypeError(f"`{name}` must be an int, got {_type(value)}")
+        raise TypeError(f"`{name}` must be an int, got {type_name(value)}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:
@@ -94,12 +94,12 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
 
 def check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a bool, got {_type(value)}")
+        raise TypeError(f"`{name}` must be a bool, got {type_name(value)}")
 
 
 def check_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, REAL):
-        raise TypeError(f"`{name}` must be a float, got {_type(value)}")
+        raise TypeError(f"`{name}` must be a float, got {type_name(value)}")
 
 
 def check_non_negative(name: str, value: Any) -> None:
@@ -209,7 +209,8 @@ def check_values(
     seen, position = np.full(anchors, -1), np.arange(len(inds))
     seen[inds] = position
     refuse(seen[inds] != position, f"pos_inds{image}", inds, "not repeat an index")
-    refuse((gts < 0) | (gts >= num_gt), f"pos_gt_inds{image}", gts, f"be in [0, {num_gt})")
+    within = f"be in [0, {num_gt})" if num_gt else "be empty, because the image has no ground truth"
+    refuse((gts < 0) | (gts >= num_gt), f"pos_gt_inds{image}", gts, within)
     infinite = ~np.isfinite(losses)
     gt = gts[infinite.argmax()] if len(gts) else 0
     refuse(infinite, f"pos_losses{image}", losses, "be finite", f"at position {{}}, ground truth {gt}")

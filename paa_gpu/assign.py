@@ -58,7 +58,7 @@ def assign_max_iou(
         min_pos_iou: a ground truth has best anchors only if its best overlap reaches this. With 0, a ground truth without any
             overlap gets all anchors without an overlap, as published.
         ignore_iof_thr: an anchor becomes -1 and overlaps nothing, if a larger part of its area than this lies in a box to ignore.
-            This does not apply to images without ground truths. Zero or negative: nothing is ignored.
+            In an image without ground truths, nothing is ignored. Zero or negative: nothing is ignored.
         match_low_quality: give each ground truth its best anchors.
         gt_max_assign_all: True: all anchors that tie for the best overlap. False: the first of them.
         low_quality: the owner of an anchor that is the best of some ground truth. `"gt"`: this ground truth (mmdetection,
@@ -82,8 +82,8 @@ def assign_max_iou(
 
     Ties: an anchor with equal overlaps belongs to the lower ground truth. An anchor that is the best of several ground truths
     belongs to the highest, as published. Overlaps are float32 for all dtypes. Each operation rounds as torch does, and thresholds
-    are rounded to float32. A box with a NaN overlaps nothing. If all ground truths are so, all anchors are -1. The function does
-    not modify its inputs, records no graph, and does not wait for the device.
+    are rounded to float32. A box with a NaN overlaps nothing. If every ground truth has a NaN, all anchors are -1. The function
+    does not modify its inputs, records no graph, and does not wait for the device.
 
     Source: mmdetection 3.3.0, `MaxIoUAssigner`; torchvision 0.29, `models/detection/_utils.py`; PAA (arXiv 2007.08103), section
     3.2.

@@ -73,7 +73,8 @@ def weighted_boxes_fusion(
         allows_overflow: with "avg", all boxes count, even if there are more than models. Then scores may exceed 1.
 
     Returns:
-        `FusedBoxes`, by score, descending. Nothing synchronises. M is the largest number of boxes of an image, over all models.
+        `FusedBoxes`, highest score first. Nothing waits for the device. M is the largest number of boxes of an image, over all
+        models.
 
     Raises:
         TypeError, ValueError: wrong type, rank, shape, dtype or device; a number out of range; an unknown `conf_type`; no model,

@@ -57,7 +57,7 @@ def candidate_losses(
         label: per image Tensor[A] int64, the class of each anchor. A label outside [0, C) is background.
         label_weight: per image Tensor[A], weight of the classification loss, dtype of `anchors`.
         bbox_target: per image Tensor[A, 4], the target box in pixels, dtype of `anchors`.
-        bbox_weight: per image Tensor[A, 4], weight of the box loss, dtype of `anchors`. Its mean counts.
+        bbox_weight: per image Tensor[A, 4], weight of the box loss, dtype of `anchors`. GIoU uses its mean.
         pos_inds: per image Tensor[P_n] int64 or int32, the potential positives, in any order; P_n may be 0.
         gamma, alpha: options of the focal loss.
         loss_cls_weight, loss_bbox_weight: weights of the two losses.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_list, check_tensor
+from ._checks import FLOATS, INDICES, LIST, check_list, check_tensor, type_name
 from ._staging import on_device
 
 __all__ = ["GaussianMixture1D"]
@@ -132,6 +132,8 @@ def flatten_rows(x: Rows, count: Tensor | None, fit: Tensor | None = None) -> tu
         if count is not None:
             check_tensor("count", count, (x.shape[0],), INDICES, x.device)
         return x, RowShape(count, None, alone)
+    if not isinstance(x, LIST):
+        raise TypeError(f"`x` must be a Tensor or a list of Tensors, got {type_name(x)}")
     check_list("x", x, "row", rows, "the fit")
     for i, row in enumerate(x):
         check_tensor(f"x[{i}]", row, (None,), FLOATS if i == 0 else (x[0].dtype,), x[0].device if i else device)

@@ -68,7 +68,7 @@ def batched_nms(
         labels: Tensor[N, K] of any integer dtype; or a list of Tensor[K_i]. None: the columns of the scores are the labels.
         iou_threshold: a better candidate of the same class suppresses a candidate if their IoU is above this; not negative.
         score_thr: the score of a candidate is above this, which is first rounded to the dtype of the scores. None: every box is
-            a candidate. A padding box has any score up to this.
+            a candidate. Give padding boxes a score of at most this.
         nms_pre: the best candidates of an image, over all classes, take part: this many at most. 0: all.
         max_per_img: M, the most detections of an image. 0: the most there can be: K, or K * C without labels.
         method: "hard", or a soft form. A soft form suppresses nothing, but multiplies scores: "linear" with 1 - IoU if the IoU is

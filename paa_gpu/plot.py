@@ -1,4 +1,4 @@
-"""Pictures of what reassignment and score voting do. Needs matplotlib and Pillow: `pip install paa-gpu[demo]`.
+"""Pictures of what reassignment and score voting do. Needs matplotlib and Pillow: `pip install matplotlib pillow`.
 
 `plot_fit`, `plot_mixture`, `plot_schemes` and `plot_anchors` draw into given axes. `plot_recording`, `plot_separation` and
 `plot_voting` write a whole picture, 1,800 pixels wide. Shown 700 pixels wide, as on a page, its text has at least 9 points.

@@ -79,7 +79,7 @@ def paa_reassign(
             its candidate is positive (the authors' repository).
         precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" decides as "float64" does. Kernels then fit in
             float32, and once more in float64 where float32 is not sure of a decision (`docs/options.md`). "auto" is "mixed" on
-            GPUs with slow float64, and "float64" elsewhere. Loops for CPU tensors fit in float64.
+            GPUs with slow float64, and "float64" elsewhere. For CPU tensors, both are "float64".
         num_gt: ground truths of the image. None: the largest of `pos_gt_inds` plus one. Reading it waits for the device.
         validate: check the values too. This waits for the device.
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_option
+
 __all__ = ["SCHEMES", "Scheme", "separate", "tie_tolerance"]
 
 
@@ -71,8 +73,12 @@ def separate(assignment: Tensor, score: Tensor, loss: Tensor, mask: Tensor, sche
     Returns:
         `(positive, ignored)`, two BoolTensor[G, K]. A candidate that is neither is negative.
 
+    Raises:
+        ValueError: an unknown scheme.
+
     Source: PAA, section 3.2 and figure 3.
     """
+    check_option("scheme", scheme, SCHEMES)
     rule = SCHEMES[scheme]
     if assignment.shape[1] == 0:
         return assignment & mask, assignment & mask

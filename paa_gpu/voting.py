@@ -67,8 +67,8 @@ def score_voting(
 
     Sums are float64 if any of the tensors is, else float32. A detection keeps its box if the weights sum to zero. This happens
     without voters, for a class without candidates, and for a label outside [0, C). mmdetection divides 0 by 0 there, or drops the
-    detection. A box with an infinity or NaN does not vote. A detection with one keeps its box. The function does not modify its
-    inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
+    detection. A box with an infinity or NaN does not vote. A detection with an infinity or NaN keeps its box. The function does
+    not modify its inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
     """
     image = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
     _check_image(image, _DTYPES, None, None, "", "")
@@ -102,8 +102,8 @@ def score_voting_batch(
         score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
         count: Tensor[N] int64 or int32, the number of detections of each image. Only with tensors. The rest of a row is padding,
             and stays as it is.
-        weights: of the pools, positive; None: 1 for each. A vote is multiplied by the weight of its pool. The threshold of the
-            scores knows no weights. Only with pools.
+        weights: of the pools, positive; None: 1 for each. A vote is multiplied by the weight of its pool. The weights do not
+            change the score threshold. Only with pools.
 
     Returns:
         `(det_bboxes, det_labels)`: lists if the inputs are lists, tensors if they are tensors. Nothing waits for the device.

@@ -102,7 +102,7 @@ VALIDATED = [
     (second("pos_inds", torch.tensor([0, 1, -1])), "`pos_inds[1]` must be in [0, 6), got -1 at position 2"),
     (second("pos_inds", torch.tensor([4, 1, 4])), "`pos_inds[1]` must not repeat an index, got 4 at position 0"),
     (second("pos_gt_inds", torch.tensor([0, 0, -1])), "`pos_gt_inds[1]` must be in [0, 1), got -1 at position 2"),
-    ({"num_gts": [1, 0]}, "`pos_gt_inds[1]` must be in [0, 0), got 0 at position 0"),
+    ({"num_gts": [1, 0]}, "`pos_gt_inds[1]` must be empty, because the image has no ground truth, got 0 at position 0"),
     (second("label", torch.tensor([0, 0, 0, 81, 80, 80])), "`label[1]` must be in [0, 80], got 81 at position 3"),
     (second("label", torch.tensor([0, 0, 0, 80, 80, -1])), "`label[1]` must be in [0, 80], got -1 at position 5"),
     (second("pos_losses", torch.tensor([1, np.nan, 3])), "`pos_losses[1]` must be finite, got nan at position 1, ground truth 0"),
@@ -146,7 +146,7 @@ def test_the_drop_in_names_its_arguments_without_an_image():
 
 
 FIT = [
-    ({"x": 3}, TypeError, "`x` must be a list with one entry per row, got int"),
+    ({"x": 3}, TypeError, "`x` must be a Tensor or a list of Tensors, got int"),
     ({"x": []}, ValueError, "`x` must have at least one entry, got an empty list"),
     ({"x": torch.zeros(2, 3, 1)}, ValueError, "`x` must have 2 dimensions, got shape [2, 3, 1]"),
     (

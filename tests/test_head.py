@@ -313,7 +313,7 @@ INPUTS = [
     (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
     ([*make_features(1)[:1], make_features(1)[1].to("meta")], make_targets([2]), None, "`features[1]` must be on cpu as the other tensors are, got meta"),
     (make_features(1), boxes_of(boxes=torch.zeros(2, 4, device="meta")), None, "`targets[0]['boxes']` must be on cpu as the other tensors are, got meta"),
-    (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entries as the batch has, got 2"),
+    (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entry as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
     (make_features(1), make_targets([2]), torch.zeros(2, 2), "`image_sizes` must have shape [1, 2], got [2, 2]"),
 ]  # fmt: skip

@@ -153,7 +153,7 @@ def test_a_batch_without_images(sizes):
         ([SIZE], [(1.0, None)], TypeError, "`scale_factors[0]` must be a float, got NoneType"),
         ([SIZE], [0], ValueError, "`scale_factors[0]` must be positive, got 0"),
         ([SIZE], [(2.0, -1.0)], ValueError, "`scale_factors[0]` must not be negative, got -1.0"),
-        ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entries as `image_sizes` has, got 2"),
+        ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entry as `image_sizes` has, got 2"),
         ([(None, 3)], None, TypeError, "`image_sizes[0]` must be a float, got NoneType"),
     ],
     ids=str,

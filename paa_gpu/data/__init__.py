@@ -75,8 +75,16 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     return stored, json.loads(str(stored["meta"]))
 
 
-def load_voting(path: Path = BUNDLED) -> list[Voting]:
-    """Read the calls of `score_voting` of a recording: at most three score thresholds and numbers of detections."""
+def load_voting(path: Path | str = BUNDLED) -> list[Voting]:
+    """Read the calls of `score_voting` of a recording: at most three score thresholds and numbers of detections.
+
+    Args:
+        path: one of `voting_paths()`. The default is the recording in the package.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no such file, or one that is no recording.
+    """
+    path = Path(path)
     stored, meta = _read(path)
     mlvl_bboxes = torch.from_numpy(stored["mlvl_bboxes"])
     background = np.zeros((len(mlvl_bboxes), 1), np.float32)
@@ -95,8 +103,16 @@ def load_voting(path: Path = BUNDLED) -> list[Voting]:
     return calls
 
 
-def load(path: Path = BUNDLED) -> Recording:
-    """Read a recording."""
+def load(path: Path | str = BUNDLED) -> Recording:
+    """Read a recording.
+
+    Args:
+        path: one of `paths()`. The default is the recording in the package.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no such file, or one that is no recording.
+    """
+    path = Path(path)
     stored, meta = _read(path)
     anchors = [_anchors(height, width, stride) for (height, width), stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
     pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))

@@ -1,4 +1,4 @@
-"""The operators of detection in ONNX, for `torch.onnx.export(dynamo=True)`: needs `pip install paa-gpu[onnx]`.
+"""The operators of detection in ONNX, for `torch.onnx.export(dynamo=True)`: needs `pip install onnx onnxscript`.
 
 The translations are made of standard operators of opset 18 alone. Shapes: N images, M detections, K boxes of each, C classes.
 """

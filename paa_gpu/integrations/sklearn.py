@@ -14,13 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn import get_config, mixture
-from sklearn.base import _fit_context
-from sklearn.cluster import kmeans_plusplus
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
+
+try:
+    from sklearn import get_config, mixture
+    from sklearn.base import _fit_context
+    from sklearn.cluster import kmeans_plusplus
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.utils import check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("paa_gpu.integrations.sklearn needs scikit-learn 1.7 or newer: pip install scikit-learn") from error
 
 from ..em import fit_gmm_1d
 from ..mixture import GaussianMixture1D

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 try:
     from torchvision.models.detection import RetinaNet
 except ImportError as error:
-    raise ImportError("paa_gpu.integrations.torchvision needs torchvision: pip install paa-gpu[head]") from error
+    raise ImportError("paa_gpu.integrations.torchvision needs torchvision: pip install torchvision") from error
 from torchvision.models.detection._utils import Matcher, SSDMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
