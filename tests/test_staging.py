@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from paa_gpu import _staging
 from paa_gpu._staging import Reserve, on_device, to_device
 
 
@@ -85,6 +87,22 @@ assert len(RESERVE._pieces) == 1  # a fake tensor is no memory
 
 def test_fake_tensors_and_other_default_devices():
     subprocess.run([sys.executable, "-c", CUDA_TENSORS], check=True)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_where_a_copy_reads(capturing, monkeypatch):
+    """In a capture, from the reserve that earlier calls have filled. Nothing is pinned then."""
+    reserve, pinned = Reserve(pinned=False), []
+    monkeypatch.setattr(_staging, "RESERVE", reserve)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    to_device(integers(1, 2), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    copied = to_device(integers(3, 4), torch.device("cpu"))
+    assert copied.tolist() == [3, 4] and len(pinned) == (1 if capturing else 2)
+    (_, piece) = reserve._pieces
+    assert (piece.data_ptr() <= copied.data_ptr() < piece.data_ptr() + piece.nbytes) == capturing
 
 
 @pytest.mark.gpu
