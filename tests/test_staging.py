@@ -57,11 +57,12 @@ def test_a_capture_without_a_call_before_it_is_refused():
     assert Reserve(pinned=False).take(integers()).tolist() == []
 
 
-def test_a_reserve_of_inference_mode_serves_training():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_a_reserve_of_inference_mode_serves_training(dtype):
     reserve = Reserve(pinned=False)
     with torch.inference_mode():
-        reserve.fill(integers(1))
-    assert reserve.take(integers(1)).tolist() == [1]
+        reserve.fill(integers(1).to(dtype))
+    assert reserve.take(integers(1).to(dtype)).tolist() == [1]
 
 
 @pytest.mark.parametrize("values", [[], [3], [[0, 2**40], [-1, 5]]])
