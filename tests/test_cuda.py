@@ -134,7 +134,9 @@ def test_work_on_a_busy_stream(batch):
     for column in on_device[:6]:
         for tensor in column:
             tensor.zero_()
-    paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)  # compiles
+    with torch.cuda.stream(stream):
+        # Compiles, and takes the memory that the stream needs: to get memory from the driver may wait.
+        paa_gpu.paa_reassign_batch(*on_device.arguments, **batch.options)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)
