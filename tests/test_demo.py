@@ -54,8 +54,6 @@ find = util.find_spec
 util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)
 sys.modules[{missing!r}] = None
 from paa_gpu.__main__ import main
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 main(["--out", {str(tmp_path / "picture.png")!r}])
 """
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
