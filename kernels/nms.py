@@ -178,7 +178,7 @@ def _weakened(key, iou, iou_limit, slope, min_score, METHOD: tl.constexpr):
     return weakened
 
 
-@triton.jit(do_not_specialize=["n_boxes", "most", "capacity"])
+@triton.jit(do_not_specialize=["n_boxes", "most_picks", "capacity"])
 def _suppress_kernel(
     box_ptr,  # Tensor[B, K, 4]
     box_stride,
@@ -190,7 +190,7 @@ def _suppress_kernel(
     limit_ptr,  # Tensor[B, 2], or None
     n_boxes,
     n_classes,
-    most,  # picks of a list
+    most_picks,  # of a list
     capacity,
     iou_threshold: tl.float64,
     score_thr: tl.float64,
@@ -198,7 +198,7 @@ def _suppress_kernel(
     slope: tl.float64,  # -1 / sigma
     key_ptr,  # Tensor[lists, capacity], scratch like the next
     entry_ptr,
-    picked_key_ptr,  # Tensor[lists, most]
+    picked_key_ptr,  # Tensor[lists, most_picks]
     picked_entry_ptr,
     count_ptr,  # Tensor[lists]
     METHOD: tl.constexpr,
@@ -225,12 +225,12 @@ def _suppress_kernel(
     gone = smallest_integer(KEY)
     iou_limit, rate = tl.full((), iou_threshold, REAL), tl.full((), slope, REAL)
     picks = 0
-    while (picks < most) & (best_key != gone):
+    while (picks < most_picks) & (best_key != gone):
         tl.debug_barrier()  # what the threads wrote, each for itself, others read
         own_entry = tl.load(entry_ptr + best_at)
         own_box = begin + own_entry // n_classes
-        tl.store(picked_key_ptr + group * most + picks, best_key)
-        tl.store(picked_entry_ptr + group * most + picks, own_entry)
+        tl.store(picked_key_ptr + group * most_picks + picks, best_key)
+        tl.store(picked_entry_ptr + group * most_picks + picks, own_entry)
         picks += 1
         own = _load_boxes(box_ptr, box_stride, image, own_box, own_box >= 0, REAL)
         next_key = tl.zeros([BLOCK], KEY) + gone
@@ -259,14 +259,14 @@ def _suppress_kernel(
 
 @triton.jit
 def _merge_lists(
-    picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most, room, KEY: tl.constexpr, LISTS: tl.constexpr
+    picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most_picks, room, KEY: tl.constexpr, LISTS: tl.constexpr
 ):  # fmt: skip
     """Write, in order, where the picks of the image are; their number."""
     gone = smallest_integer(KEY)
     lists = tl.arange(0, LISTS)
     inside = lists < n_lists
     count = tl.load(count_ptr + lists, mask=inside, other=0)
-    at = lists.to(tl.int64) * most
+    at = lists.to(tl.int64) * most_picks
     end = at + count
     total = tl.minimum(tl.sum(count.to(tl.int64), 0), room)
     for n in range(total):
@@ -280,7 +280,7 @@ def _merge_lists(
     return total
 
 
-@triton.jit(do_not_specialize=["n_boxes", "n_lists", "most", "room"])
+@triton.jit(do_not_specialize=["n_boxes", "n_lists", "most_picks", "room"])
 def _merge_kernel(
     box_ptr,
     box_stride,
@@ -292,9 +292,9 @@ def _merge_kernel(
     n_boxes,
     n_classes,
     n_lists,  # of an image
-    most,  # picks of a list
+    most_picks,  # of a list
     room,
-    picked_key_ptr,  # Tensor[B, lists, most]
+    picked_key_ptr,  # Tensor[B, lists, most_picks]
     picked_entry_ptr,
     count_ptr,  # Tensor[B, lists]
     choice_ptr,  # Tensor[B, room], scratch; None with one list
@@ -310,12 +310,12 @@ def _merge_kernel(
 ):
     KEY: tl.constexpr = tl.int64 if REAL.primitive_bitwidth == 64 else tl.int32
     image = tl.program_id(0).to(tl.int64)
-    picked_key_ptr += image * n_lists * most
-    picked_entry_ptr += image * n_lists * most
+    picked_key_ptr += image * n_lists * most_picks
+    picked_entry_ptr += image * n_lists * most_picks
     count_ptr += image * n_lists
     if choice_ptr is not None:
         choice_ptr += image * room
-        total = _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most, room, KEY, LISTS)
+        total = _merge_lists(picked_key_ptr, picked_entry_ptr, count_ptr, choice_ptr, n_lists, most_picks, room, KEY, LISTS)
         tl.debug_barrier()  # one thread wrote what another reads
     else:
         total = tl.load(count_ptr).to(tl.int64)

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     recordings = data.paths()
     parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("demo.png"),
+        "--out", type=_picture, default=Path("demo.png"),
         help="the picture to write (default: %(default)s); a second picture, of score voting, goes beside it",
     )  # fmt: skip
     parser.add_argument(
@@ -35,14 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="check | compile")
     check = commands.add_parser("check", help="check every operation on this machine, and print a table to paste into a report")
-    check.add_argument("--device", help="cpu, or a GPU such as cuda:1 (default: the current GPU, or the CPU if there is none)")
+    check.add_argument(
+        "--device", type=_device, help="cpu, or a GPU such as cuda:1 (default: the current GPU, or the CPU if there is none)"
+    )
     check.add_argument(
         "--repeats", type=int, default=1000, help="calls that must give equal bits on the GPU (default: %(default)s)"
     )
     compile_all = commands.add_parser(
         "compile", help="compile now what calls of every kind need, so that later ones start at once"
     )
-    compile_all.add_argument("--device", default="cpu", help="cpu, or a GPU such as cuda:0 (default: %(default)s)")
+    compile_all.add_argument("--device", type=_device, default="cpu", help="cpu, or a GPU such as cuda:0 (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "compile":
         return ahead.run_compile(options.device)
@@ -56,6 +58,24 @@ def main(arguments: list[str] | None = None) -> int:
     demonstrate(recording, options.out)
     demonstrate_voting(recording, data.load_voting(path)[-1], options.out.with_stem(options.out.stem + "_voting"))
     return 0
+
+
+def _picture(text: str) -> Path:
+    """A file of an existing folder; without a suffix, a .png."""
+    path = Path(text)
+    if not path.name or path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path if path.suffix else path.with_suffix(".png")
+
+
+def _device(text: str) -> str:
+    """The CPU, or a CUDA device that is here."""
+    kind, _, number = text.partition(":")
+    if text != "cpu" and (kind != "cuda" or not (number or "0").isdigit()):
+        raise argparse.ArgumentTypeError(f"must be cpu, or a GPU such as cuda:0, got {text!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch finds {torch.cuda.device_count()} CUDA devices here, got {text!r}")
+    return text
 
 
 def report_versions() -> None:

@@ -1,19 +1,20 @@
 """Checks of arguments, and the wording of their errors: "`<argument>` must ..., got ...".
 
 Checks come in the order rank, shape, layout, dtype, device, values. All come before any work. Only the checks of `validate=True`
-read tensors, and those that ask `has_values` first.
+read tensors, and those that ask `values_of`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from ._dispatch import device_alone
 from .cpu._arrays import Array, view
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,6 +22,7 @@ INDICES = (torch.int64, torch.int32)
 # Not `int | float` where it is used: Python would make the union again on every call, and torch 2.9 cannot compile it.
 INT = (int, torch.SymInt)
 REAL = (int, float)
+NUMBER = (*REAL, torch.SymInt, torch.SymFloat, Real, Tensor)
 LIST = (list, tuple)
 INTEGERS = (*INDICES, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -114,16 +116,21 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether the values can be read at once: on a device they would have to be waited for, and a compiler, a transform and a
+def values_of(tensor: Tensor) -> Array | None:
+    """The values if they can be read at once. On a device they would have to be waited for, and a compiler, a transform and a
     fake tensor have none."""
-    return not torch.compiler.is_compiling() and device_alone([tensor]) == "cpu"
+    if not tensor.is_cpu or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return None
+    try:
+        return view(tensor.detach())
+    except RuntimeError:  # within a transform
+        return None
 
 
 def check_classes(name: str, labels: Tensor, num_classes: int) -> None:
     """Labels in [0, num_classes), if they can be read."""
-    if has_values(labels):
-        values = labels.numpy()
+    values = values_of(labels)
+    if values is not None:
         (wrong,) = ((values < 0) | (values >= num_classes)).nonzero()
         if len(wrong):
             raise ValueError(f"`{name}` must be in [0, {num_classes}), got {values[wrong[0]]} at position {wrong[0]}")
@@ -157,10 +164,10 @@ def check_levels(name: str, levels: Sequence[Tensor], channels: int | None, floa
         shape, dtypes = (*first.shape[:2], None, None), (first.dtype,)
 
 
-def check_image_sizes(image_sizes: Any, num_images: int) -> None:
+def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None) -> None:
     """(height, width) of each image, or Tensor[N, 2]."""
     if isinstance(image_sizes, Tensor):
-        check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES))
+        check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES), device)
         return
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
@@ -175,14 +182,22 @@ def check_scale_factors(scale_factors: Any, num_images: int) -> None:
         if isinstance(factor, LIST):
             _check_pair(name, factor, "a number or (in x, in y)")
         for number in factor if isinstance(factor, LIST) else (factor,):
-            check_positive(name, number)
+            _check_number(name, number)
+            if isinstance(number, REAL) and not number > 0:
+                raise ValueError(f"`{name}` must be positive, got {number}")
 
 
 def _check_pair(name: str, value: Any, what: str) -> None:
     if not isinstance(value, LIST) or len(value) != 2:
         raise ValueError(f"`{name}` must be {what}, got {value!r}")
     for number in value:
-        check_float(name, number)
+        _check_number(name, number)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """A number of Python, numpy or torch. It may be unknown yet, on the way to another runtime."""
+    if isinstance(value, bool) or not isinstance(value, NUMBER):
+        raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
 
 
 def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at position {}") -> None:

@@ -166,7 +166,8 @@ def read_mixture(
 ) -> Tensor:
     """One of `READOUTS` for the rows of `x`, which are those of `fit_gmm_1d`; the parameters are [G, components].
 
-    predict: int64, -1 where x or a parameter is not finite; predict_proba: shape of `x` and a last dimension for the components;
+    predict: int64, -1 where x is not finite, or no density is a number; predict_proba: shape of `x` and a last dimension for the
+    components;
     low_probability, that of the smallest mean, and score_samples: shape of `x`; NaN, or -1, at padding. log_likelihood: [G],
     the sum of score_samples over a row. All but labels are of the dtype of the parameters.
     """

@@ -20,8 +20,8 @@ class Reserve:
         pinned: False for tests without a GPU.
     """
 
-    #: Bytes of a piece; and how many captured calls, each as large as the last one, the reserve suffices for.
-    PIECE, CALLS = 1 << 20, 16
+    #: Bytes of a piece; and how many captured copies, each as large as the last one, the reserve suffices for.
+    PIECE, COPIES = 1 << 20, 16
 
     #: Bytes that a part begins at a multiple of: those of the largest number.
     ALIGNMENT = 8
@@ -39,8 +39,8 @@ class Reserve:
         return -(-values.nbytes // self.ALIGNMENT) * self.ALIGNMENT
 
     def fill(self, values: Tensor) -> None:
-        """Make sure that calls with as many values can be captured."""
-        needed = self.CALLS * self._room(values)
+        """Make sure that copies of as many values can be captured."""
+        needed = self.COPIES * self._room(values)
         with self._lock:
             if self._free < needed:
                 self._free = max(self.PIECE, 2 * needed)

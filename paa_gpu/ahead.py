@@ -1,8 +1,9 @@
 """`python -m paa_gpu compile`: compile now what later calls need.
 
 Whoever builds the image of a container calls it there. A call needs loops, or kernels, for its kind: for its dtypes, its
-precision, its method. So there is a small call of each kind. A kernel also has a form for the width of a row, up to a power of
-two, and for the number of components. Forms for others than are here are compiled when they are first needed.
+precision, its method. So there is a small call of each kind. Then later calls compile no loop. A kernel also has forms for the
+width of a row, up to a power of two, for the number of components, and for some options, such as the scheme. Those of others than
+are here are compiled when they are first needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from . import (
 from ._ops import INITS
 from .diagnose import DTYPES, Cuda, Operation, cast, operations
 
-PRECISIONS = ("float64", "float32")
+PRECISIONS = ("float64", "float32", "mixed")
 #: More candidates of a group than insertion keeps in order, and more values than one program or thread takes.
 MANY, LONG = 65, 16_385
 

@@ -203,14 +203,14 @@ class Cuda:
 
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """The result of a captured call, and what replays it."""
-        with _cuda.device(self.device):  # a graph captures a stream of the current device
+        with _cuda.device(self.device):
             stream = _cuda.Stream()
             stream.wait_stream(_cuda.current_stream())
             with _cuda.stream(stream):
                 call()
             _cuda.current_stream().wait_stream(stream)
             graph = _cuda.CUDAGraph()
-            with _cuda.graph(graph):
+            with _cuda.graph(graph, stream=stream):  # else the stream of an earlier capture, perhaps of another device
                 result = call()
         return result, graph.replay
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor, has_values, refuse
-from .cpu._arrays import Array, view
+from ._checks import FLOATS, check_int, check_non_negative, check_option, check_tensor, refuse, values_of
+from .cpu._arrays import Array
 from .mixture import GaussianMixture1D, flatten_rows
 
 __all__ = ["COVARIANCE_TYPES", "GaussianMixture1D", "fit_gmm_1d"]
@@ -145,9 +145,9 @@ def _initial(name: str, value: Any, rows: int, size: int, device: torch.device) 
 def _check_initial(weights: Tensor | None, means: Tensor | None, precisions: Tensor | None) -> None:
     """Refuse initial values that make no mixture, if they can be read. Rows with values that are not finite ignore theirs."""
     given = [value for value in (weights, means, precisions) if value is not None]
-    if not given or not all(map(has_values, given)):
+    rows: list[Any] = [values_of(value) for value in given]
+    if not rows or any(values is None for values in rows):
         return
-    rows: list[Any] = [view(value) for value in given]
     finite: Array = functools.reduce(np.logical_and, [np.isfinite(value).all(1) for value in rows])
     if weights is not None:
         wrong: Array = abs(rows[0].sum(1, dtype=np.float64) - 1) > _ops.sum_tolerance(weights)

@@ -317,7 +317,7 @@ class PAAHead(nn.Module):
 
         NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
-        check_image_sizes(image_sizes, _num_images(features))
+        check_image_sizes(image_sizes, _num_images(features), getattr(features[0], "device", None))
         if scale_factors is not None:
             check_scale_factors(scale_factors, len(image_sizes))
         check_bool("padded", padded)
@@ -339,7 +339,7 @@ class PAAHead(nn.Module):
 
     def _anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         """Tensor[A_l, 4] of each level, and Tensor[A, 4], made from Python numbers, so nothing waits."""
-        return self._kept.of(levels, lambda: self._make_anchors(levels), self.strides, self.anchor_scale)
+        return self._kept.of(levels, lambda: self._make_anchors(levels), tuple(self.strides), self.anchor_scale)
 
     def _make_anchors(self, levels: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         anchors = []
@@ -412,7 +412,8 @@ class PAAHead(nn.Module):
         num_images: int,
         device: torch.device,
     ) -> None:
-        check_list("targets", targets, length=num_images or None, like="the batch")
+        check_list("targets", targets)
+        check_list("targets", targets, length=num_images, like="the batch")
         for i, target in enumerate(targets):
             if not isinstance(target, Mapping):
                 raise TypeError(f"`targets[{i}]` must be a dictionary, got {type(target).__name__}")
@@ -425,7 +426,7 @@ class PAAHead(nn.Module):
             if "ignored_boxes" in target:
                 check_tensor(f"targets[{i}]['ignored_boxes']", target["ignored_boxes"], (None, 4), FLOATS, device)
         if image_sizes is not None:
-            check_image_sizes(image_sizes, num_images)
+            check_image_sizes(image_sizes, num_images, device)
         elif self.allowed_border >= 0:
             raise ValueError(f"`image_sizes` must be given with an `allowed_border` of {self.allowed_border}, got None")
 

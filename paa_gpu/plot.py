@@ -30,6 +30,11 @@ LOSS = "loss of a candidate (classification + regression, no unit)"
 WIDTH, DPI, POINTS = 7.2, 250, 9
 
 
+def _numbers(loss: Tensor) -> Tensor:
+    """What matplotlib takes: it knows no bfloat16 and no graphs."""
+    return loss.detach().double()
+
+
 def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive: Tensor) -> None:
     """One ground truth: its candidates' losses, the two fitted Gaussians, and where the positives end.
 
@@ -40,6 +45,7 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
         row: the row of `gmm`.
         positive: BoolTensor[n], which candidates are positive; without any there is no threshold to draw.
     """
+    loss = _numbers(loss)
     top = _plot_components(axes, loss, gmm, row)
     base = -0.14 * top
     if positive.any():
@@ -88,6 +94,7 @@ def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> N
         gmm: the fit; `row` of it is this ground truth.
         row: the row of `gmm`.
     """
+    loss = _numbers(loss)
     one = GaussianMixture1D._make([*(values[row, None] for values in gmm[:7]), gmm.covariance_type])
     foreground, score = torch.as_tensor(one.predict(loss[None])) == 0, torch.as_tensor(one.score_samples(loss[None]))
     everyone = torch.ones_like(foreground)
@@ -177,6 +184,7 @@ def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | 
     """
     with _text():
         figure, (fit, schemes) = _figure(5.2, 2, 1, sharex=True, height_ratios=[1, 1.15])
+        loss = _numbers(loss)
         top = _plot_components(fit, loss, gmm, row)
         fit.set(ylabel="density, per unit of loss", ylim=(0, 1.35 * top))
         fit.tick_params(labelbottom=True)

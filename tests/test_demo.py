@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from paa_gpu import __main__, data
@@ -27,6 +28,23 @@ def test_the_demonstration(tmp_path, capsys):
         with Image.open(path) as picture:
             assert picture.width > 1000
             assert picture.height > 500
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--device", "gpu"], "must be cpu, or a GPU such as cuda:0, got 'gpu'"),
+        (["check", "--device", "cuda"], "torch finds 0 CUDA devices here, got 'cuda'"),
+        (["compile", "--device", "cuda:1"], "torch finds 0 CUDA devices here, got 'cuda:1'"),
+        (["--out", "no/such/folder/picture.png"], "must be a file in a folder that exists, got 'no/such/folder/picture.png'"),
+        (["--out", "/"], "must be a file in a folder that exists, got '/'"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        __main__.main(arguments)
+    assert raised.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_another_image(tmp_path, capsys):

@@ -154,9 +154,10 @@ class Torch:
             yield
 
     @contextlib.contextmanager
-    def graph(self, graph):
-        self.ask("capture")
-        yield
+    def graph(self, graph, stream):
+        with self.stream(stream):
+            self.ask("capture")
+            yield
 
     def ask(self, what):
         self.done.append((what, self.current))

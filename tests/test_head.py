@@ -5,6 +5,7 @@ That the losses and detections are the published ones is shown in tests/mmdet.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import subprocess
@@ -332,8 +333,30 @@ def test_targets_that_are_no_dictionaries(target):
         make_head().loss(make_features(1), [target])
 
 
+@pytest.mark.parametrize("mode", ["device", "default device", "profiler", "dispatch mode", "parameter"])
+def test_labels_are_checked_in_any_mode(mode):
+    """Whoever watches the calls: the labels have values."""
+    contexts = {
+        "device": lambda: torch.device("cpu"),
+        "default device": lambda: torch.utils._device.DeviceContext(torch.device("cpu")),
+        "profiler": torch.profiler.profile,
+        "dispatch mode": Synchronisations,
+    }
+    targets = make_targets([2])
+    targets[0]["labels"] = torch.tensor([0, 3])
+    if mode == "parameter":
+        targets[0]["labels"] = nn.Parameter(targets[0]["labels"], requires_grad=False)
+    with (
+        contexts.get(mode, contextlib.nullcontext)(),
+        pytest.raises(ValueError, match=r"must be in \[0, 3\), got 3 at position 1"),
+    ):
+        make_head().loss(make_features(1), targets)
+
+
 def test_a_batch_without_images():
     head, features = make_head(), make_features(0)
+    with pytest.raises(ValueError, match="`targets` must have 0 entries as the batch has, got 1"):
+        head.loss(features, make_targets([1]))
     for sizes in (None, []):
         with pytest.raises(ValueError, match="`targets` must have at least one entry, got an empty list"):
             head.loss(features, [], sizes)
@@ -343,7 +366,7 @@ def test_settings_that_change_after_a_call():
     """What is kept for the sizes of the maps belongs to the settings."""
     head, batch = make_head(), (make_features(1), make_targets([2]))
     before = head.loss(*batch)["loss_bbox"]
-    head.anchor_scale /= 4
+    head.anchor_scale, head.strides = head.anchor_scale / 4, list(head.strides)
     changed = head.loss(*batch)["loss_bbox"]
     assert changed == copy.deepcopy(head).loss(*batch)["loss_bbox"] != before
 

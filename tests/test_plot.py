@@ -54,6 +54,18 @@ def test_the_fit_of_a_ground_truth_without_positives(call):
     assert not any("threshold" in text.get_text() for text in axes.texts)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda loss: loss.clone().requires_grad_()], ids=["bfloat16", "graph"])
+def test_losses_of_any_kind(change, call, tmp_path):
+    loss, positive = candidates_of(call, 3)
+    loss = change(loss)
+    gmm = paa_gpu.fit_gmm_1d(loss[None])
+    axes = Figure().subplots()
+    plot.plot_fit(axes, loss, gmm, 0, positive)
+    assert sum(marked(axes).values()) == len(loss)
+    plot.plot_schemes(Figure().subplots(), loss, gmm, 0)
+    plot.plot_separation(loss, gmm, 0, tmp_path / "picture.png")
+
+
 def test_the_schemes_show_what_reassignment_does(call):
     """Ground truth 23, of whose candidates all five schemes make something else."""
     trees, _, candidates = call

@@ -47,7 +47,7 @@ def test_the_reserve_takes_every_dtype_and_shape(dtype):
 def test_the_reserve_suffices_for_many_captures_of_a_call(size):
     reserve, values = Reserve(pinned=False), torch.zeros(size, dtype=torch.uint8)
     reserve.fill(values)
-    for _ in range(Reserve.CALLS):
+    for _ in range(Reserve.COPIES):
         reserve.take(values)
 
 

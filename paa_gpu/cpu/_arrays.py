@@ -59,8 +59,11 @@ def flat(tensors: Sequence[Tensor], dtype: Any) -> Array:
     """The images' values one after the other, contiguous; without a copy where there is one image of this dtype."""
     if len(tensors) == 1:
         return array(tensors[0], dtype)
+    values = [view(tensor) for tensor in tensors]
+    if values[0].dtype.itemsize <= np.dtype(dtype).itemsize:
+        return np.concatenate(values, dtype=dtype)
     with np.errstate(over="ignore"):
-        return np.concatenate([view(tensor) for tensor in tensors], dtype=dtype)
+        return np.concatenate(values, dtype=dtype)
 
 
 def part(tensor: Tensor, begin: int, end: int, dtype: Any) -> Array:
@@ -86,14 +89,20 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     """A number as torch rounds it before it compares a tensor of this dtype with it; of the usual one without a tensor."""
     if dtype != torch.float32:
         return torch.tensor(number, dtype=dtype, device="cpu").item()
+    return float(_nearest(number, np.float32))
+
+
+def _nearest(number: float, dtype: Any) -> Any:
+    """The nearest number of the dtype. To silence numpy takes longer than the rest, so only large numbers do."""
+    if -1e38 < number < 1e38:
+        return dtype(number)
     with np.errstate(over="ignore"):
-        return float(np.float32(number))
+        return dtype(number)
 
 
 def at_most(number: float, dtype: Any) -> float:
     """The largest number of a numpy dtype up to this one: what exceeds the one exceeds the other."""
-    with np.errstate(over="ignore"):
-        nearest = dtype(number)
+    nearest = _nearest(number, dtype)
     return float(nearest if float(nearest) <= number else np.nextafter(nearest, dtype(-np.inf)))
 
 

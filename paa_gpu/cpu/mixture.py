@@ -124,7 +124,7 @@ def _low_probabilities(log_p: Any, low: Any, best: Any, total: Any, answer: Any)
 
 @inner
 def _labels(x: Any, log_p: Any, best: Any, answer: Any) -> None:
-    """The first of the likeliest components, [BLOCK, 1]; -1 where x or the parameters are not finite.
+    """The first of the likeliest components, [BLOCK, 1]; -1 where x is not finite, or the densities are no numbers.
 
     All densities of a value far away are zero. Then the first component is as likely as the others.
     """

@@ -27,7 +27,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Returns:
         The translations of `batched_nms` with `method="hard"`, and of `score_voting_batch`, both for tensors and not for lists.
-        N, M and K may be dynamic.
+        N, M and K may be dynamic. NMS needs at least one box: the runtime refuses K = 0.
 
     Raises:
         ValueError: during the export, for a soft form or for lists of tensors; torch raises its `ConversionError` from it.
@@ -128,7 +128,7 @@ def _suppress(boxes: Any, flat: Any, classes: Any, labels: Any, room: Any, iou_t
         op.Cast(rows, to=FLOAT),
         op.Cast(lists, to=FLOAT),
         room,
-        op.Constant(value_float=at_most(iou_threshold, np.float32)),
+        op.Constant(value_float=at_most(min(iou_threshold, 1.0), np.float32)),  # more is not allowed, and no IoU is above 1
         lowest,
     )
     kept = op.ScatterND(op.Expand(nothing, op.Shape(lists)), picked, op.GatherND(lists, picked))
