@@ -412,7 +412,7 @@ class PAAHead(nn.Module):
         num_images: int,
         device: torch.device,
     ) -> None:
-        check_list("targets", targets)
+        check_list("targets", targets)  # a batch without images has no losses
         check_list("targets", targets, length=num_images, like="the batch")
         for i, target in enumerate(targets):
             if not isinstance(target, Mapping):

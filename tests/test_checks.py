@@ -411,7 +411,7 @@ TOO_LARGE = {
     "rows": lambda: paa_gpu.fit_gmm_1d(HUGE, precision="float32"),
     "lists of rows": lambda: paa_gpu.fit_gmm_1d(list(HUGE), precision="float32"),
     "what is read": lambda: paa_gpu.fit_gmm_1d(torch.rand(3, 9), precision="float32").predict_proba(HUGE),
-    "fused boxes": lambda: paa_gpu.weighted_boxes_fusion([[BOX.half()]], [[BOX[0, 3:]]], [[Z[:1]]]),
+    "a threshold of fusion": lambda: paa_gpu.weighted_boxes_fusion([[BOX]], [[BOX[0, 3:]]], [[Z[:1]]], skip_box_thr=1e300),
 }
 
 

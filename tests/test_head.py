@@ -333,12 +333,19 @@ def test_targets_that_are_no_dictionaries(target):
         make_head().loss(make_features(1), [target])
 
 
+@contextlib.contextmanager
+def default_device():
+    torch.set_default_device("cpu")
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("mode", ["device", "default device", "profiler", "dispatch mode", "parameter"])
 def test_labels_are_checked_in_any_mode(mode):
     """Whoever watches the calls: the labels have values."""
     contexts = {
         "device": lambda: torch.device("cpu"),
-        "default device": lambda: torch.utils._device.DeviceContext(torch.device("cpu")),
+        "default device": default_device,
         "profiler": torch.profiler.profile,
         "dispatch mode": Synchronisations,
     }
