@@ -170,6 +170,28 @@ def test_a_batch_equals_its_images(batch):
     assert [int(mask.sum()) for mask in got.positive] == got.num_pos.tolist()
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_batch_of_one_equals_its_part_of_a_larger_one(batch, precision, descending):
+    if descending:
+        columns = {name: [image.flip(0) for image in getattr(batch, name)] for name in ("pos_losses", "pos_inds", "pos_gt_inds")}
+        batch = batch._replace(**columns)
+    whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, precision=precision, separation="paper")
+    for image, gts in enumerate(batch.num_gts):
+        got = paa_gpu.paa_reassign_batch(
+            *([column[image]] for column in batch.arguments),
+            num_classes=batch.num_classes,
+            num_gts=[gts],
+            precision=precision,
+            separation="paper",
+        )
+        rows = whole.fit_image == image
+        for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
+            assert_equal(getattr(got, field), [getattr(whole, field)[image]])
+        assert_equal(got.fit[:7], [values[rows] for values in whole.fit[:7]])
+        assert_equal((got.num_pos, got.fit_image, got.fit_gt), (whole.num_pos[[image]], 0 * whole.fit_gt[rows], whole.fit_gt[rows]))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("singleton", ["background", pytest.param("positive", marks=pytest.mark.slow)])
 def test_a_callable_with_a_built_in_meaning_equals_it(batch, scheme, singleton):

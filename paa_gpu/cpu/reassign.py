@@ -183,6 +183,41 @@ def _reassign_images(
         _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
 
 
+def _size(potential: int, num_gt: int) -> int:
+    """Words of eight bytes that `_parts` needs."""
+    return 1 + 8 * num_gt + (2 * (num_gt + potential) + 7) // 8
+
+
+@inner
+def _parts(words: Any, potential: int, num_gt: int, real: Any) -> Any:
+    """num_pos, the fit and the masks of a single image, all in `words`: to make an array of each, and to hand it over, would take
+    longer than to fill it.
+
+    real: one of `_EMPTY`.
+    """
+    reals, flags = words[1 + num_gt : 1 + 8 * num_gt].view(real.dtype), words[1 + 8 * num_gt :].view(np.bool_)
+    pairs = reals[: 6 * num_gt].reshape((3, num_gt, 2))
+    rows, masks = flags[: 2 * num_gt], flags[2 * num_gt : 2 * (num_gt + potential)]
+    fitted = (
+        pairs[0], pairs[1], pairs[2], reals[6 * num_gt : 7 * num_gt], words[1 : 1 + num_gt], rows[:num_gt], rows[num_gt:]
+    )  # fmt: skip
+    return words[:1], fitted, (masks[:potential], masks[potential:])
+
+
+@inner
+def _keep(words: Any, real: Any, fitted: Any, masks: Any) -> None:
+    """Write the fit and the masks into `words`."""
+    weights, means, variances, lower_bound, n_iter, converged, valid = fitted
+    positive, ignored = masks
+    _, to, (to_positive, to_ignored) = _parts(words, len(positive), len(n_iter), real)
+    for row in range(len(n_iter)):
+        for k in range(2):
+            to[0][row, k], to[1][row, k], to[2][row, k] = weights[row, k], means[row, k], variances[row, k]
+        to[3][row], to[4][row], to[5][row], to[6][row] = lower_bound[row], n_iter[row], converged[row], valid[row]
+    for p in range(len(positive)):
+        to_positive[p], to_ignored[p] = positive[p], ignored[p]
+
+
 @inner
 def _image_room(potential: int, num_gt: int, anchors: int, width: int, loss: Any, real: Any) -> Any:
     """What `_reassign_image` needs for itself: where the parts of its only image begin and end, the candidates, the fit, the
@@ -208,11 +243,12 @@ def _image_room(potential: int, num_gt: int, anchors: int, width: int, loss: Any
 @compiled
 def _reassign_image(
     values: Any, order: Any, num_gt: int, level_bounds: Any, topk: int, width: int, options: Any, real: Any, num_classes: int,
-    targets: Any, num_pos: Any,
+    targets: Any, words: Any,
 ) -> bool:  # fmt: skip
     """All steps for a single image, with room of its own: numpy would take longer to make it than a small image takes.
 
-    real: one of `_EMPTY`. Returns whether the anchors descend. Then nothing is written.
+    real: one of `_EMPTY`. words: a word for the number of positives, or as many as `_parts` needs. Returns whether the anchors
+    descend. Then nothing is written.
     """
     (loss, anchor, gt), (label, label_weight, bbox_weight) = values, targets
     room = _image_room(len(anchor), num_gt, len(label), width, loss, real)
@@ -224,8 +260,10 @@ def _reassign_image(
     _fit_rows(0, num_gt, candidates, options, fitted, (positive, ignored))
     _write_images(
         0, 1, anchor, pos_offset, positive, ignored, anchor_offset, num_classes,
-        label, label_weight, bbox_weight, kept, background, num_pos,
+        label, label_weight, bbox_weight, kept, background, words,
     )  # fmt: skip
+    if len(words) > 1:
+        _keep(words, real, fitted, (positive, ignored))
     return False
 
 
@@ -259,8 +297,6 @@ def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[
     """
     pos_offset, gt_offset, of_row = losses[3], losses[4], _of_row(losses[-1])
     if len(pos_offset) == 2:
-        if of_row * rows < 2 * HANDING_OVER:
-            return [(SELECT | FIT | WRITE, [0, 1])]
         return [(SELECT, [0, 1]), (FIT, equal_bounds(rows, of_row)), (WRITE, [0, 1])]
     by_rows = equal_bounds(rows, of_row)
     select, write = SELECTING * pos_offset, _writing(pos_offset, targets[0])
@@ -352,6 +388,36 @@ def _targets(
     return tensors, copy, (labels, weight_bytes, box_weight_words)
 
 
+def _small_image(
+    keep: bool,
+    pos_losses: Sequence[Tensor],
+    label: Sequence[Tensor],
+    label_weight: Sequence[Tensor],
+    bbox_weight: Sequence[Tensor],
+    pos_inds: Sequence[Tensor],
+    pos_gt_inds: Sequence[Tensor],
+    level_sizes: Sequence[int],
+    num_gt: int,
+    num_classes: int,
+    topk: int,
+    *options: str,
+) -> tuple[tuple[Tensor, ...], Array] | None:
+    """The targets of a single image that threads would not share, and the number of its positives. If `keep`, the latter are the
+    words that `_parts` reads. None for any other batch."""
+    sizes = lengths(pos_losses)
+    if len(sizes) > 1 or topk > INSERTION_LIMIT:
+        return None
+    level_bounds, most, width = limits(level_sizes, sizes, topk)
+    if len(equal_bounds(num_gt, _of_row(width))) > 2:
+        return None
+    image = values(pos_losses, pos_inds, pos_gt_inds)
+    words = np.empty(_size(sizes[0], num_gt) if keep else 1, np.int64)
+    tensors, _, targets = _targets(label, label_weight, bbox_weight)
+    given = num_gt, level_bounds, most, width, _options(*options), _EMPTY[options[-1]], num_classes, targets, words
+    in_order(lambda order: _reassign_image(image, order, *given), image[1], [0, sizes[0]])
+    return tensors, words
+
+
 def paa_reassign(
     pos_losses: Tensor,
     label: Tensor,
@@ -361,19 +427,14 @@ def paa_reassign(
     pos_gt_inds: Tensor,
     level_sizes: Sequence[int],
     num_gt: int | None,
-    num_classes: int,
-    topk: int,
-    *options: str,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     num_gt = largest(pos_gt_inds) + 1 if num_gt is None else num_gt
     columns = [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds]
-    level_bounds, most, width = limits(level_sizes, lengths(columns[0]), topk)
-    if topk > INSERTION_LIMIT or len(equal_bounds(num_gt, _of_row(width))) > 2:
-        return paa_reassign_batch(*columns, level_sizes, [num_gt], num_classes, topk, *options)[:4]
-    image, num_pos = values([pos_losses], [pos_inds], [pos_gt_inds]), np.empty(1, np.int64)
-    tensors, _, targets = _targets(*columns[1:4])
-    given = num_gt, level_bounds, most, width, _options(*options), _EMPTY[options[-1]], num_classes, targets, num_pos
-    in_order(lambda order: _reassign_image(image, order, *given), image[1], [0, len(image[1])])
+    small = _small_image(False, *columns, level_sizes, num_gt, *options)
+    if small is None:
+        return _reassign_columns(columns, level_sizes, [num_gt], *options)[:4]
+    tensors, num_pos = small
     return *tensors, torch.from_numpy(num_pos)
 
 
@@ -386,10 +447,28 @@ def paa_reassign_batch(
     pos_gt_inds: Sequence[Tensor],
     level_sizes: Sequence[int],
     num_gts: Sequence[int],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    columns = pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds
+    small = _small_image(True, *columns, level_sizes, num_gts[0], *options)
+    if small is None:
+        return _reassign_columns(columns, level_sizes, num_gts, *options)
+    (tensors, words), rows = small, num_gts[0]
+    num_pos, fitted, masks = _parts(words, pos_losses[0].shape[0], rows, _EMPTY[options[-1]])
+    numbering = np.zeros(rows, np.int64), np.arange(rows)
+    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *numbering, *masks))
+
+
+def _reassign_columns(
+    columns: Sequence[Sequence[Tensor]],
+    level_sizes: Sequence[int],
+    num_gts: Sequence[int],
     num_classes: int,
     topk: int,
     *options: str,
 ) -> tuple[Tensor, ...]:
+    """`paa_reassign_batch` for any images."""
+    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
     tensors, copy, written = _targets(label, label_weight, bbox_weight)
     targets: tuple[Any, ...] = (offsets(lengths(label)), num_classes, *written)
