@@ -33,8 +33,8 @@ from .topk import (
 #: targets of an anchor.
 FITTING, WRITING, COPYING = (0.7, 0.02), 0.003, 0.001
 
-#: By `precision`, an array with the dtype of the fit: numba has no arguments that are dtypes.
-_EMPTY = {name: np.empty(0, real) for name, real in REALS.items()}
+#: By `precision`, an array with the dtype of the fit, since numba has no arguments that are dtypes, and one of flags.
+_EMPTY = {name: (np.empty(0, real), np.empty(0, np.bool_)) for name, real in REALS.items()}
 
 #: What copies the targets of some images.
 Copy = Callable[[int, int], None]
@@ -183,39 +183,36 @@ def _reassign_images(
         _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
 
 
-def _size(potential: int, num_gt: int) -> int:
-    """Words of eight bytes that `_parts` needs."""
-    return 1 + 8 * num_gt + (2 * (num_gt + potential) + 7) // 8
-
-
 @inner
-def _parts(words: Any, potential: int, num_gt: int, real: Any) -> Any:
-    """num_pos, the fit and the masks of a single image, all in `words`: to make an array of each, and to hand it over, would take
-    longer than to fill it.
-
-    real: one of `_EMPTY`.
-    """
-    reals, flags = words[1 + num_gt : 1 + 8 * num_gt].view(real.dtype), words[1 + 8 * num_gt :].view(np.bool_)
-    pairs = reals[: 6 * num_gt].reshape((3, num_gt, 2))
-    rows, masks = flags[: 2 * num_gt], flags[2 * num_gt : 2 * (num_gt + potential)]
-    fitted = (
-        pairs[0], pairs[1], pairs[2], reals[6 * num_gt : 7 * num_gt], words[1 : 1 + num_gt], rows[:num_gt], rows[num_gt:]
-    )  # fmt: skip
-    return words[:1], fitted, (masks[:potential], masks[potential:])
-
-
-@inner
-def _keep(words: Any, real: Any, fitted: Any, masks: Any) -> None:
-    """Write the fit and the masks into `words`."""
+def _keep(fitted: Any, masks: Any, words: Any, reals: Any, flags: Any) -> None:
+    """Write the fit and the masks where `_kept` reads them. Slices would be shorter, but take numba a second to compile."""
     weights, means, variances, lower_bound, n_iter, converged, valid = fitted
     positive, ignored = masks
-    _, to, (to_positive, to_ignored) = _parts(words, len(positive), len(n_iter), real)
-    for row in range(len(n_iter)):
-        for k in range(2):
-            to[0][row, k], to[1][row, k], to[2][row, k] = weights[row, k], means[row, k], variances[row, k]
-        to[3][row], to[4][row], to[5][row], to[6][row] = lower_bound[row], n_iter[row], converged[row], valid[row]
-    for p in range(len(positive)):
-        to_positive[p], to_ignored[p] = positive[p], ignored[p]
+    rows, potential = len(n_iter), len(positive)
+    for row in range(rows):
+        for place in range(2 * row, 2 * row + 2):
+            k = place - 2 * row
+            reals[place], reals[2 * rows + place] = weights[row, k], means[row, k]
+            reals[4 * rows + place] = variances[row, k]
+        reals[6 * rows + row], words[1 + row] = lower_bound[row], n_iter[row]
+        flags[row], flags[rows + row] = converged[row], valid[row]
+    for p in range(potential):
+        flags[2 * rows + p], flags[2 * rows + potential + p] = positive[p], ignored[p]
+
+
+def _kept_room(num_gt: int, potential: int, precision: str) -> tuple[Array, ...]:
+    """words, reals and flags."""
+    flags = np.empty(2 * (num_gt + potential), np.bool_)
+    return np.empty(1 + num_gt, np.int64), np.empty(7 * num_gt, REALS[precision]), flags
+
+
+def _kept(words: Array, reals: Array, flags: Array) -> tuple[Array, ...]:
+    """num_pos, the fit and the masks. Few arrays hold them all: to make one of each, and to hand it over, takes longer than to
+    fill it."""
+    rows, potential = len(words) - 1, len(flags) // 2 - len(words) + 1
+    of_rows, of_potential = flags[: 2 * rows].reshape(2, rows), flags[2 * rows :].reshape(2, potential)
+    pairs = reals[: 6 * rows].reshape(3, rows, 2)
+    return words[:1], *pairs, reals[6 * rows :], words[1:], *of_rows, *of_potential
 
 
 @inner
@@ -242,16 +239,16 @@ def _image_room(potential: int, num_gt: int, anchors: int, width: int, loss: Any
 
 @compiled
 def _reassign_image(
-    values: Any, order: Any, num_gt: int, level_bounds: Any, topk: int, width: int, options: Any, real: Any, num_classes: int,
-    targets: Any, words: Any,
+    values: Any, order: Any, num_gt: int, level_bounds: Any, topk: int, width: int, options: Any, num_classes: int,
+    targets: Any, keep: bool, words: Any, reals: Any, flags: Any,
 ) -> bool:  # fmt: skip
     """All steps for a single image, with room of its own: numpy would take longer to make it than a small image takes.
 
-    real: one of `_EMPTY`. words: a word for the number of positives, or as many as `_parts` needs. Returns whether the anchors
-    descend. Then nothing is written.
+    The first of `words` becomes the number of positives. If `keep`, the rest of it, reals and flags are for `_keep`. Otherwise
+    only the dtype of reals is read, which is that of the fit. Returns whether the anchors descend. Then nothing is written.
     """
     (loss, anchor, gt), (label, label_weight, bbox_weight) = values, targets
-    room = _image_room(len(anchor), num_gt, len(label), width, loss, real)
+    room = _image_room(len(anchor), num_gt, len(label), width, loss, reals)
     ends, candidates, fitted, (positive, ignored), (kept, background) = room
     pos_offset, gt_offset, anchor_offset, descends = ends[0], ends[1], ends[2], ends[3]
     keep_smallest(0, 1, loss, anchor, gt, pos_offset, gt_offset, level_bounds, topk, order, descends, *candidates)
@@ -262,8 +259,8 @@ def _reassign_image(
         0, 1, anchor, pos_offset, positive, ignored, anchor_offset, num_classes,
         label, label_weight, bbox_weight, kept, background, words,
     )  # fmt: skip
-    if len(words) > 1:
-        _keep(words, real, fitted, (positive, ignored))
+    if keep:
+        _keep(fitted, (positive, ignored), words, reals, flags)
     return False
 
 
@@ -401,9 +398,9 @@ def _small_image(
     num_classes: int,
     topk: int,
     *options: str,
-) -> tuple[tuple[Tensor, ...], Array] | None:
-    """The targets of a single image that threads would not share, and the number of its positives. If `keep`, the latter are the
-    words that `_parts` reads. None for any other batch."""
+) -> tuple[tuple[Tensor, ...], tuple[Array, ...]] | None:
+    """The targets of a single image that threads would not share, and an array with the number of its positives. If `keep`, all
+    arrays that `_kept` reads. None for any other batch."""
     sizes = lengths(pos_losses)
     if len(sizes) > 1 or topk > INSERTION_LIMIT:
         return None
@@ -411,11 +408,11 @@ def _small_image(
     if len(equal_bounds(num_gt, _of_row(width))) > 2:
         return None
     image = values(pos_losses, pos_inds, pos_gt_inds)
-    words = np.empty(_size(sizes[0], num_gt) if keep else 1, np.int64)
+    results = _kept_room(num_gt, sizes[0], options[-1]) if keep else (np.empty(1, np.int64), *_EMPTY[options[-1]])
     tensors, _, targets = _targets(label, label_weight, bbox_weight)
-    given = num_gt, level_bounds, most, width, _options(*options), _EMPTY[options[-1]], num_classes, targets, words
+    given = num_gt, level_bounds, most, width, _options(*options), num_classes, targets, keep, *results
     in_order(lambda order: _reassign_image(image, order, *given), image[1], [0, sizes[0]])
-    return tensors, words
+    return tensors, results
 
 
 def paa_reassign(
@@ -434,7 +431,7 @@ def paa_reassign(
     small = _small_image(False, *columns, level_sizes, num_gt, *options)
     if small is None:
         return _reassign_columns(columns, level_sizes, [num_gt], *options)[:4]
-    tensors, num_pos = small
+    tensors, (num_pos, *_) = small
     return *tensors, torch.from_numpy(num_pos)
 
 
@@ -453,10 +450,10 @@ def paa_reassign_batch(
     small = _small_image(True, *columns, level_sizes, num_gts[0], *options)
     if small is None:
         return _reassign_columns(columns, level_sizes, num_gts, *options)
-    (tensors, words), rows = small, num_gts[0]
-    num_pos, fitted, masks = _parts(words, pos_losses[0].shape[0], rows, _EMPTY[options[-1]])
-    numbering = np.zeros(rows, np.int64), np.arange(rows)
-    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *numbering, *masks))
+    tensors, results = small
+    *fitted, positive, ignored = _kept(*results)
+    numbering = np.zeros(num_gts[0], np.int64), np.arange(num_gts[0])
+    return *tensors, *map(torch.from_numpy, (*fitted, *numbering, positive, ignored))
 
 
 def _reassign_columns(
