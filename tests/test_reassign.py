@@ -189,7 +189,9 @@ def test_a_batch_of_one_equals_its_part_of_a_larger_one(batch, precision, descen
         for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):
             assert_equal(getattr(got, field), [getattr(whole, field)[image]])
         assert_equal(got.fit[:7], [values[rows] for values in whole.fit[:7]])
-        assert_equal((got.num_pos, got.fit_image, got.fit_gt), (whole.num_pos[[image]], 0 * whole.fit_gt[rows], whole.fit_gt[rows]))
+        assert_equal(
+            (got.num_pos, got.fit_image, got.fit_gt), (whole.num_pos[[image]], 0 * whole.fit_gt[rows], whole.fit_gt[rows])
+        )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
