@@ -77,7 +77,8 @@ def test_nms(dtype, rng, tmp_path):
     run = to_onnx(Suppress(), arguments, shapes, tmp_path / "nms.onnx")
     none = [*make_candidates(2, 7, 2, rng, dtype)]
     none[1], none[3] = none[1] * 0, none[3] * 0
-    for others in (make_candidates(3, 70, 2, rng, dtype), make_candidates(1, 5, 6, rng, dtype), none):
+    no_box = [column[:, :0] for column in arguments]
+    for others in (make_candidates(3, 70, 2, rng, dtype), make_candidates(1, 5, 6, rng, dtype), none, no_box):
         for got, wanted in zip(run(*others), Suppress()(*others), strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
@@ -102,7 +103,10 @@ def test_voting(rng, tmp_path):
     """Boxes to rounding, for sums have another order; labels outside, boxes that are not finite, padding."""
     shapes = [{0: AUTO, 1: AUTO}] * 4 + [{0: AUTO}]
     run = to_onnx(Vote(), make_voters(2, 12, 30, rng), shapes, tmp_path / "voting.onnx")
-    for others in (make_voters(3, 20, 90, rng), make_voters(1, 5, 9, rng)):
+    no_box, no_detection = make_voters(2, 9, 12, rng), make_voters(2, 9, 12, rng)
+    no_box = *no_box[:2], *(column[:, :0] for column in no_box[2:4]), no_box[4]
+    no_detection = *(column[:, :0] for column in no_detection[:2]), *no_detection[2:4], 0 * no_detection[4]
+    for others in (make_voters(3, 20, 90, rng), make_voters(1, 5, 9, rng), no_box, no_detection):
         wanted = [part for pair in Vote()(*others) for part in pair]
         for got, part in zip(run(*others), wanted, strict=True):
             torch.testing.assert_close(got, part, rtol=0, atol=1e-4 * part.is_floating_point(), equal_nan=True)

@@ -27,7 +27,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Returns:
         The translations of `batched_nms` with `method="hard"`, and of `score_voting_batch`, both for tensors and not for lists.
-        N, M and K may be dynamic. NMS needs at least one box: the runtime refuses K = 0.
+        N, M and K may be dynamic, and K may be 0.
 
     Raises:
         ValueError: during the export, for a soft form or for lists of tensors; torch raises its `ConversionError` from it.
@@ -79,10 +79,13 @@ def _batched_nms(
         raise ValueError(f'`method` must be "hard" in ONNX, got {method!r}')
     if lengths is not None:
         raise ValueError("`boxes` must be a Tensor in ONNX, got list")
+    nothing = _number(-np.inf, scores)
+    room = _ints(max_per_img) if max_per_img else op.Mul(_size(scores, 1), _size(scores, 2))
+    # A box that is no candidate stands behind all others, because the runtime refuses empty lists.
+    boxes, scores = _with_one_more(boxes, _number(0, boxes)), _with_one_more(scores, nothing)
+    labels = labels if labels is None else _with_one_more(labels, _number(0, labels))
     classes = _size(scores, 2)
     entries = op.Mul(_size(scores, 1), classes)
-    room = _ints(max_per_img) if max_per_img else entries
-    nothing = _number(-np.inf, scores)
     flat = op.Reshape(scores, _shape(_size(scores, 0), entries))  # an entry is box * C + class
     if score_thr is not None:
         flat = op.Where(op.Greater(flat, _number(score_thr, scores)), flat, nothing)
@@ -106,6 +109,12 @@ def _batched_nms(
         op.Where(there, index, _ints(-1)),
         op.ReduceSum(op.Cast(there, to=INT64), _ints(1), keepdims=0),
     )
+
+
+def _with_one_more(rows: Any, number: Any) -> Any:
+    """Rows [N, K, ...] with one more of this number."""
+    shape = _shape(_size(rows, 0), _ints(1), op.Shape(rows, start=2))
+    return op.Concat(rows, op.Expand(number, shape), axis=1)
 
 
 def _suppress(boxes: Any, flat: Any, classes: Any, labels: Any, room: Any, iou_threshold: float, class_agnostic: bool) -> Any:
