@@ -2,6 +2,8 @@
 
 `plot_fit`, `plot_mixture`, `plot_schemes` and `plot_anchors` draw into given axes. `plot_recording`, `plot_separation` and
 `plot_voting` write a whole picture, 1,800 pixels wide. Shown 700 pixels wide, as on a page, its text has at least 9 points.
+
+A row of `gmm` that is not valid, an image without boxes and a call without detections have no picture: a ValueError says so.
 """
 
 from __future__ import annotations
@@ -28,6 +30,16 @@ BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#666666", "#000000"
 LOSS = "loss of a candidate (classification + regression, no unit)"
 # A point is 1/72 inch, and a screen shows 96 pixels an inch: 7.2 inches become about 700 pixels, and 9 points stay 9 points.
 WIDTH, DPI, POINTS = 7.2, 250, 9
+
+
+def _check_fit(gmm: GaussianMixture1D, row: int) -> None:
+    if not gmm.valid[row]:
+        raise ValueError(f"`row` must be one of `gmm` with a valid fit, got {row}")
+
+
+def _check_any(name: str, what: str, number: int) -> None:
+    if number == 0:
+        raise ValueError(f"`{name}` must have at least one {what}, got none")
 
 
 def _numbers(loss: Tensor) -> Tensor:
@@ -73,6 +85,7 @@ def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: i
         row: the row of `gmm`.
         bins: bars of the histogram.
     """
+    _check_fit(gmm, row)
     values = x.detach().cpu().double().numpy()
     heights, _, _ = axes.hist(values, bins, density=True, color=GREY, alpha=0.35, label=f"{len(values):,} values")
     places, top = np.linspace(values.min(), values.max(), 600), float(heights.max())
@@ -94,6 +107,7 @@ def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> N
         gmm: the fit; `row` of it is this ground truth.
         row: the row of `gmm`.
     """
+    _check_fit(gmm, row)
     loss = _numbers(loss)
     one = GaussianMixture1D._make([*(values[row, None] for values in gmm[:7]), gmm.covariance_type])
     foreground, score = torch.as_tensor(one.predict(loss[None])) == 0, torch.as_tensor(one.score_samples(loss[None]))
@@ -149,6 +163,7 @@ def plot_recording(recording: Recording, result: Reassignment, candidates: Candi
         candidates: its `Candidates`.
         path: where the picture goes.
     """
+    _check_any("recording", "box", recording.num_gt)
     positive = result.positive[0]
     gt = _telling(result.fit, candidates, positive)
     index = candidates.index[gt, : candidates.count[gt]]
@@ -205,6 +220,7 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
         labels: Tensor[k], their classes.
         path: where the picture goes.
     """
+    _check_any("call", "detection", len(call.det_bboxes))
     image, det = picture(recording), call.det_bboxes
     distance = (voted[:, :4] - det[:, :4]).abs().amax(1)
     chosen = int((distance * (det[:, 4] > det[:, 4].median())).argmax())
@@ -230,7 +246,7 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
         all_axes.set_title(f"All detections after voting. They moved\nby {median:.1f} pixels (median), at most by {most:.1f}.")
 
         _plot_image(one_axes, image)
-        opacity = (weights / weights.max())[iou > 0.01].clamp(min=0.1).tolist()
+        opacity = (weights / max(weights.tolist(), default=1.0))[iou > 0.01].clamp(min=0.1).tolist()
         _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
         _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=2, linestyle="--")
         _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=2)
@@ -272,6 +288,7 @@ def _density(x: Any, weight: float, mean: float, variance: float) -> Any:
 
 def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> float:
     """The weighted densities of both components, and the highest of them."""
+    _check_fit(gmm, row)
     weights, means, variances = (values[row].tolist() for values in gmm[:3])
     low, high = float(loss.min()), float(loss.max())
     x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
@@ -314,4 +331,4 @@ def _telling(gmm: GaussianMixture1D, candidates: Candidates, positive: Tensor) -
     kept = positive[candidates.index.clamp(min=0)] & valid
     smaller = torch.minimum(kept.sum(1), (valid & ~kept).sum(1))
     distance = (gmm.means[:, 1] - gmm.means[:, 0]).abs() / gmm.variances.sum(1).sqrt()
-    return int((distance * gmm.weights.amin(1)).masked_fill(smaller < smaller.max() / 2, -1).argmax())
+    return int((distance * gmm.weights.amin(1)).masked_fill(~gmm.valid | (smaller < smaller.max() / 2), -1).argmax())

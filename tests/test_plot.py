@@ -85,6 +85,50 @@ def test_the_schemes_show_what_reassignment_does(call):
     assert len(seen) == len(SCHEMES)
 
 
+def test_what_has_no_picture(call, tmp_path):
+    trees, result, candidates = call
+    loss, positive = candidates_of(call, 3)
+    gmm = result.fit._replace(valid=result.fit.valid.clone().index_fill_(0, torch.tensor([3]), False))
+    draw = (
+        lambda axes: plot.plot_fit(axes, loss, gmm, 3, positive),
+        lambda axes: plot.plot_mixture(axes, loss, gmm, 3),
+        lambda axes: plot.plot_schemes(axes, loss, gmm, 3),
+        lambda axes: plot.plot_separation(loss, gmm, 3, tmp_path / "none.png"),
+    )
+    for function in draw:
+        axes = Figure().subplots()
+        with pytest.raises(ValueError, match="`row` must be one of `gmm` with a valid fit, got 3"):
+            function(axes)
+        assert not axes.lines and not axes.patches
+    with pytest.raises(ValueError, match="`recording` must have at least one box, got none"):
+        no_boxes = trees._replace(gt={**trees.gt, "bboxes": trees.gt["bboxes"][:0]})
+        plot.plot_recording(no_boxes, result, candidates, tmp_path / "none.png")
+    voting = data.load_voting()[-1]
+    with pytest.raises(ValueError, match="`call` must have at least one detection, got none"):
+        nothing = voting._replace(det_bboxes=voting.det_bboxes[:0], det_labels=voting.det_labels[:0])
+        plot.plot_voting(trees, nothing, nothing.det_bboxes, nothing.det_labels, tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_is_not_valid_is_not_shown(call, tmp_path):
+    trees, result, candidates = call
+    shown = plot._telling(result.fit, candidates, result.positive[0])
+    row = torch.tensor([shown])
+    bad = result.fit._replace(
+        valid=result.fit.valid.index_fill(0, row, False), means=result.fit.means.index_fill(0, row, torch.nan)
+    )
+    assert plot._telling(bad, candidates, result.positive[0]) != shown
+    plot.plot_recording(trees, result._replace(fit=bad), candidates, tmp_path / "recording.png")
+
+
+def test_detections_without_voters(call, tmp_path):
+    voting = data.load_voting()[-1]
+    alone = voting._replace(mlvl_nms_scores=voting.mlvl_nms_scores * 0)
+    voted, labels = paa_gpu.score_voting(*alone.arguments, keep_order=True)
+    plot.plot_voting(call[0], alone, voted, labels, tmp_path / "voting.png")
+    assert (tmp_path / "voting.png").exists()
+
+
 def test_the_pictures(call, tmp_path, monkeypatch):
     trees, result, candidates = call
     backend, save, drawn = matplotlib.get_backend(), Figure.savefig, []
