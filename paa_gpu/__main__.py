@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--device", type=_device, help="cpu, or a GPU such as cuda:1 (default: the current GPU, or the CPU if there is none)"
     )
     check.add_argument(
-        "--repeats", type=int, default=1000, help="calls that must give equal bits on the GPU (default: %(default)s)"
+        "--repeats", type=_count, default=1000, help="calls that must give equal bits on the GPU (default: %(default)s)"
     )
     compile_all = commands.add_parser(
         "compile", help="compile now what calls of every kind need, so that later ones start at once"
@@ -66,6 +66,12 @@ def _picture(text: str) -> Path:
     if not path.name or path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
     return path if path.suffix else path.with_suffix(".png")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def _device(text: str) -> str:

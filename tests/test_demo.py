@@ -38,6 +38,8 @@ def test_the_demonstration(tmp_path, capsys):
         (["check", "--device", "cuda"], "torch finds 0 CUDA devices here, got 'cuda'"),
         (["compile", "--device", "cuda:1"], "torch finds 0 CUDA devices here, got 'cuda:1'"),
         (["--out", "no/such/folder/picture.png"], "must be a file in a folder that exists, got 'no/such/folder/picture.png'"),
+        (["check", "--repeats", "-3"], "must be a positive integer, got '-3'"),
+        (["check", "--repeats", "0"], "must be a positive integer, got '0'"),
         (["--out", "/"], "must be a file in a folder that exists, got '/'"),
     ],
 )
