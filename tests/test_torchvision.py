@@ -97,6 +97,18 @@ def test_matches_to_the_bit(matcher, boxes_dtype, anchors_dtype, generator):
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_without_boxes_or_anchors(dtype):
+    """torchvision gives background to an image without boxes before it asks the matcher, which refuses an image without anchors."""
+    matcher, anchors, none = Matcher(0.5, 0.4, True), torch.tensor([[0.0, 0, 9, 9]], dtype=dtype), torch.empty(0, 4, dtype=dtype)
+    got = integration._matches(matcher, [none, anchors, none], [anchors, anchors, none])
+    assert [matches.tolist() for matches in got] == [[-1], [0], []]
+    with pytest.raises(ValueError, match="No proposal boxes") as wanted:
+        matcher(box_iou(anchors, none))
+    with pytest.raises(ValueError, match=str(wanted.value)):
+        integration._matches(matcher, [anchors], [none])
+
+
 def test_matching_does_without_the_matrix(generator):
     anchors = torch.rand(20_000, 4, generator=generator) * 400
     anchors[:, 2:] += anchors[:, :2] + 4
@@ -111,6 +123,7 @@ def test_matching_does_without_the_matrix(generator):
 
     matrix = len(anchors) * len(boxes) * 4
     assert peak(lambda: matcher(box_iou(boxes, anchors))) > 5 * matrix
+    integration._matches(matcher, [boxes], [anchors])  # compile before numba's own memory counts
     tracemalloc.start()  # NumPy's arrays
     got = peak(lambda: integration._matches(matcher, [boxes], [anchors]))
     arrays = tracemalloc.get_traced_memory()[1]
