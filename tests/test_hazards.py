@@ -17,6 +17,7 @@ from torch import Tensor
 import paa_gpu
 from bench import cases, mixed
 from paa_gpu import data, testing
+from paa_gpu.kernels import em, em_long
 
 pytestmark = compiled_only
 
@@ -48,9 +49,13 @@ def assert_same_decisions(got: paa_gpu.Reassignment, wanted: paa_gpu.Reassignmen
         for a, b in zip(getattr(got, name), getattr(wanted, name), strict=True):
             assert torch.equal(a, b), name
     assert torch.equal(got.num_pos, wanted.num_pos)
-    for name, a in got.fit._asdict().items():
+    assert_same_fit(got.fit, wanted.fit)
+
+
+def assert_same_fit(got: paa_gpu.GaussianMixture1D, wanted: paa_gpu.GaussianMixture1D) -> None:
+    for name, a in got._asdict().items():
         if isinstance(a, Tensor):
-            b = getattr(wanted.fit, name)
+            b = getattr(wanted, name)
             torch.testing.assert_close(
                 a, b, rtol=1e-9 if a.is_floating_point() else 0, atol=1e-9 if a.is_floating_point() else 0, equal_nan=True
             )
@@ -104,6 +109,16 @@ def test_fusion(mode):
     columns = list(zip(*(make_models([30, 40], rng) for _ in range(2)), strict=True))
     for a, b in zip(*run(mode, paa_gpu.weighted_boxes_fusion, *columns, [1.0, 0.7], 0.5), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("init", ["minmax", pytest.param("kmeans", marks=pytest.mark.long)])
+@pytest.mark.parametrize("mode", modes())
+def test_long_rows(mode, init, monkeypatch):
+    """Rows whose values several programs share."""
+    monkeypatch.setattr(em, "LONG_ROW", 0)
+    monkeypatch.setattr(em_long, "PART", 128)
+    x = torch.from_numpy(testing.make_losses("bimodal", 1400, np.random.default_rng(0))).reshape(2, 700)
+    assert_same_fit(*run(mode, paa_gpu.fit_gmm_1d, x, init=init))
 
 
 @pytest.mark.long
