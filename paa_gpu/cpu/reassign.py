@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .._ops import PRECISIONS
 from ..separation import SCHEMES, tie_tolerance
-from ._arrays import Array, flat, largest, lengths, numbers, offsets, tensor, view
+from ._arrays import Array, flat, largest, lengths, offsets, tensor, view
 from ._loops import HANDING_OVER, compiled, duration, equal_bounds, inner, over_bounds, shared_bounds
 from ._mixtures import VECTOR
+from ._targets import Copy, after, copies, room_to_write, write_alone, write_images, writing
 from .em import REALS, assign, empty_fit, fit, fit_options, fit_row
 from .topk import (
     INSERTION_LIMIT,
@@ -29,15 +30,11 @@ from .topk import (
     values,
 )
 
-#: Microseconds to fit and separate a row, and for each candidate that it may have; to write at a potential positive; to copy the
-#: targets of an anchor.
-FITTING, WRITING, COPYING = (0.7, 0.02), 0.003, 0.001
+#: Microseconds to fit and separate a row, and for each candidate that it may have.
+FITTING = 0.7, 0.02
 
 #: By `precision`, an array with the dtype of the fit, since numba has no arguments that are dtypes, and one of flags.
 _EMPTY = {name: (np.empty(0, real), np.empty(0, np.bool_)) for name, real in REALS.items()}
-
-#: What copies the targets of some images.
-Copy = Callable[[int, int], None]
 
 
 @inner
@@ -69,69 +66,6 @@ def _separate(n: int, index: Any, assignment: Any, score: Any, rule: Any, tolera
             positive[index[i]] = True
         elif (ignore_foreground and assignment[i]) or (ignore_before_background and threshold < i < background):
             ignored[index[i]] = True
-
-
-@inner
-def _ignore(begin: Any, end: Any, pos_inds: Any, ignored: Any, start: Any, label_weight: Any, size: Any) -> None:
-    """No label weight at the ignored ones of the potential positives [begin, end) of the image whose anchors begin at `start`.
-
-    A label weight has `size` bytes.
-    """
-    for p in range(begin, end):
-        if ignored[p]:
-            at = (start + np.uint64(pos_inds[p])) * size
-            for byte in range(at, at + size):
-                label_weight[byte] = 0
-
-
-@inner
-def _write_images(
-    first: int, last: int, pos_inds: Any, pos_offset: Any, positive: Any, ignored: Any, anchor_offset: Any, num_classes: int,
-    label: Any, label_weight: Any, bbox_weight: Any, kept: Any, background: Any, num_pos: Any,
-) -> None:  # fmt: skip
-    """Background at all potential positives, but for anchors that are a positive's (`kept`), in whatever order two of them that
-    share an anchor come.
-
-    The anchors that become background are gathered first, so that the loops that write ask nothing. An anchor is unsigned: a
-    negative one is too large then, and an index that may be negative takes a branch. All that are too large share the place of
-    `kept` behind those of the image. Box weights go column by column: a call to fill one short row takes longer than to fill it.
-    """
-    for image in range(first, last):
-        start, stop = np.uint64(anchor_offset[image]), np.uint64(anchor_offset[image + 1])
-        begin, end = np.uint64(pos_offset[image]), np.uint64(pos_offset[image + 1])
-        none = stop - start
-        own = kept[start + np.uint64(image) :]
-        positives, ignoreds = 0, 0
-        for p in range(begin, end):
-            if positive[p]:
-                own[np.uint64(pos_inds[p])] = True
-            positives += positive[p]
-            ignoreds += ignored[p]
-        own[none], num_pos[image] = True, positives
-        found = begin
-        for p in range(begin, end):
-            anchor = min(np.uint64(pos_inds[p]), none)
-            background[found] = start + anchor
-            found += np.uint64(not own[anchor])
-        for i in range(begin, found):
-            label[np.uint64(background[i])] = num_classes
-        for word in range(np.uint64(bbox_weight.shape[1])):
-            for i in range(begin, found):
-                bbox_weight[np.uint64(background[i]), word] = 0
-        if ignoreds > 0:
-            _ignore(begin, end, pos_inds, ignored, start, label_weight, np.uint64(len(label_weight) // len(label)))
-
-
-@compiled
-def _write_alone(
-    first: int, last: int, pos_inds: Any, pos_offset: Any, positive: Any, ignored: Any, anchor_offset: Any, num_classes: int,
-    label: Any, label_weight: Any, bbox_weight: Any, kept: Any, background: Any, num_pos: Any,
-) -> None:  # fmt: skip
-    """`_write_images` alone."""
-    _write_images(
-        first, last, pos_inds, pos_offset, positive, ignored, anchor_offset, num_classes,
-        label, label_weight, bbox_weight, kept, background, num_pos,
-    )  # fmt: skip
 
 
 # The steps of a reassignment, as bits.
@@ -166,7 +100,7 @@ def _reassign_images(
 ) -> None:  # fmt: skip
     """Some steps of a reassignment for some images. For some rows, if the step is `FIT` alone.
 
-    The tuples hold what `keep_smallest`, `fit_row` and `_write_images` take, in this order.
+    The tuples hold what `keep_smallest`, `fit_row` and `write_images` take, in this order.
     All steps are in one loop, so that a small batch takes one call. A call costs as much as the fit of a row. After the selection
     nothing is done where the anchors of an image descend. `descends` says so then.
     """
@@ -180,7 +114,7 @@ def _reassign_images(
         first_row, last_row = (first, last) if steps == FIT else (gt_offset[first], gt_offset[last])
         _fit_rows(first_row, last_row, candidates, options, fitted, masks)
     if steps & WRITE:
-        _write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
+        write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
 
 
 @inner
@@ -190,10 +124,9 @@ def _keep(fitted: Any, masks: Any, words: Any, reals: Any, flags: Any) -> None:
     positive, ignored = masks
     rows, potential = len(n_iter), len(positive)
     for row in range(rows):
-        for place in range(2 * row, 2 * row + 2):
-            k = place - 2 * row
-            reals[place], reals[2 * rows + place] = weights[row, k], means[row, k]
-            reals[4 * rows + place] = variances[row, k]
+        for k in range(2):
+            at = 2 * row + k
+            reals[at], reals[2 * rows + at], reals[4 * rows + at] = weights[row, k], means[row, k], variances[row, k]
         reals[6 * rows + row], words[1 + row] = lower_bound[row], n_iter[row]
         flags[row], flags[rows + row] = converged[row], valid[row]
     for p in range(potential):
@@ -218,7 +151,7 @@ def _kept(words: Array, reals: Array, flags: Array) -> tuple[Array, ...]:
 @inner
 def _image_room(potential: int, num_gt: int, anchors: int, width: int, loss: Any, real: Any) -> Any:
     """What `_reassign_image` needs for itself: where the parts of its only image begin and end, the candidates, the fit, the
-    masks, and what `_write_images` needs for itself.
+    masks, and what `write_images` needs for itself.
 
     numba compiles `np.empty` once for each kind of array and of caller, and `np.zeros` too. So there are few kinds, in one place.
     """
@@ -255,7 +188,7 @@ def _reassign_image(
     if descends[0]:
         return True
     _fit_rows(0, num_gt, candidates, options, fitted, (positive, ignored))
-    _write_images(
+    write_images(
         0, 1, anchor, pos_offset, positive, ignored, anchor_offset, num_classes,
         label, label_weight, bbox_weight, kept, background, words,
     )  # fmt: skip
@@ -268,11 +201,6 @@ def _number_rows(num_gts: Sequence[int], gt_offset: Array) -> tuple[Array, Array
     """The image of every row, and which of its ground truths the row is."""
     image = np.arange(len(num_gts)).repeat(num_gts)
     return image, np.arange(len(image)) - gt_offset[image]
-
-
-def _room(targets: tuple[Any, ...], images: int, potential: int) -> tuple[Array, Array, Array]:
-    """What `_write_images` takes behind the targets: kept and background, which it needs only for itself, and num_pos."""
-    return np.zeros(len(targets[2]) + images, bool), np.empty(potential, np.int64), np.empty(images, np.int64)
 
 
 @functools.cache
@@ -296,19 +224,13 @@ def _plan(losses: tuple[Any, ...], rows: int, targets: tuple[Any, ...]) -> list[
     if len(pos_offset) == 2:
         return [(SELECT, [0, 1]), (FIT, equal_bounds(rows, of_row)), (WRITE, [0, 1])]
     by_rows = equal_bounds(rows, of_row)
-    select, write = SELECTING * pos_offset, _writing(pos_offset, targets[0])
+    select, write = SELECTING * pos_offset, writing(pos_offset, targets[0])
     ends = select + write + of_row * gt_offset
     together = shared_bounds(ends)
     # The other way hands over twice more.
     if duration(ends, together) <= ends[-1] / (len(by_rows) - 1) + 3 * HANDING_OVER:
         return [(SELECT | FIT | WRITE, together)]
     return [(SELECT, shared_bounds(select)), (FIT, by_rows), (WRITE, shared_bounds(write))]
-
-
-def _writing(pos_offset: Array, anchor_offset: Array) -> Array:
-    """Microseconds to copy the targets of the first images and to write into them."""
-    ends: Array = WRITING * pos_offset + COPYING * anchor_offset
-    return ends
 
 
 def _reassign(
@@ -319,7 +241,7 @@ def _reassign(
     rows, images = int(gt_offset[-1]), len(level_bounds)
     candidates, fitted = empty_candidates(rows, width, loss.dtype), empty_fit(rows, REALS[options[-1]])
     masks = np.zeros(len(anchor), bool), np.zeros(len(anchor), bool)
-    room = _room(targets, images, len(anchor))
+    room = room_to_write(targets, images, len(anchor))
     steps = _plan(losses, rows, targets)
     if topk > INSERTION_LIMIT:
         sort_candidates(losses, candidates)
@@ -329,60 +251,13 @@ def _reassign(
         descends = np.zeros(images, np.int64)
         args = (*losses[:-1], order, descends), candidates, _options(*options), fitted, masks, targets, room
         for step, bounds in steps:
-            over_bounds(_after(copy, _reassign_images) if step & WRITE else _reassign_images, bounds, step, *args)
+            over_bounds(after(copy, _reassign_images) if step & WRITE else _reassign_images, bounds, step, *args)
             if np.count_nonzero(descends):
                 return True
         return False
 
     in_order(attempt, anchor, losses[3].tolist())
     return room[-1], fitted, *masks
-
-
-def _joined(columns: Sequence[Sequence[Tensor]]) -> tuple[list[Array], Copy | None]:
-    """Room for the images of each column one after the other, where the numbers of an anchor are neighbours; and what copies some
-    of the images there. A single image is there already."""
-    if len(columns[0]) == 1:
-        return [numbers(image).copy() for (image,) in columns], None
-    images = [[*map(numbers, column)] for column in columns]
-    start = offsets(lengths(columns[0]))
-    joined = [np.empty((start[-1], *column[0].shape[1:]), column[0].dtype) for column in images]
-
-    def copy(first: int, last: int) -> None:
-        for column, whole in zip(images, joined, strict=True):
-            np.concatenate(column[first:last], out=whole[start[first] : start[last]])
-
-    return joined, copy
-
-
-def _after(copy: Copy | None, loop: Callable[..., None]) -> Callable[..., None]:
-    """`loop` for images that are copied first, if they are not there already."""
-    if copy is None:
-        return loop
-
-    def run(first: int, last: int, *args: Any) -> None:
-        copy(first, last)
-        loop(first, last, *args)
-
-    return run
-
-
-def _tensor_and_words(joined: Array, dtype: torch.dtype) -> tuple[Tensor, Array]:
-    """Joined targets as a tensor and as integers: bytes or, where an anchor has four numbers, [A, words of eight bytes]. Zero has
-    the same bits in every dtype, so that one compiled loop writes all."""
-    tensor = torch.from_numpy(joined)
-    words = joined.view(np.int64 if joined.ndim == 2 else np.uint8)
-    return tensor.view(dtype) if dtype.itemsize == 2 else tensor, words
-
-
-def _targets(
-    label: Sequence[Tensor], label_weight: Sequence[Tensor], bbox_weight: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], Copy | None, tuple[Array, ...]]:
-    """Copies of the targets: the tensors, what fills those of some images, and what `_write_images` writes into."""
-    (labels, *joined), copy = _joined((label, label_weight, bbox_weight))
-    weights, weight_bytes = _tensor_and_words(joined[0], label_weight[0].dtype)
-    box_weights, box_weight_words = _tensor_and_words(joined[1], bbox_weight[0].dtype)
-    tensors = torch.from_numpy(labels), weights, box_weights
-    return tensors, copy, (labels, weight_bytes, box_weight_words)
 
 
 def _small_image(
@@ -409,7 +284,7 @@ def _small_image(
         return None
     image = values(pos_losses, pos_inds, pos_gt_inds)
     results = _kept_room(num_gt, sizes[0], options[-1]) if keep else (np.empty(1, np.int64), *_EMPTY[options[-1]])
-    tensors, _, targets = _targets(label, label_weight, bbox_weight)
+    tensors, _, targets = copies(label, label_weight, bbox_weight)
     given = num_gt, level_bounds, most, width, _options(*options), num_classes, targets, keep, *results
     in_order(lambda order: _reassign_image(image, order, *given), image[1], [0, sizes[0]])
     return tensors, results
@@ -467,7 +342,7 @@ def _reassign_columns(
     """`paa_reassign_batch` for any images."""
     pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     losses = flatten(pos_losses, pos_inds, pos_gt_inds, level_sizes, num_gts, topk)
-    tensors, copy, written = _targets(label, label_weight, bbox_weight)
+    tensors, copy, written = copies(label, label_weight, bbox_weight)
     targets: tuple[Any, ...] = (offsets(lengths(label)), num_classes, *written)
     num_pos, fitted, *masks = _reassign(losses, copy, targets, *options)
     return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *_number_rows(num_gts, losses[4]), *masks))
@@ -503,10 +378,10 @@ def write_targets(
     masks = np.zeros(sum(lengths(pos_inds)), bool), np.zeros(sum(lengths(pos_inds)), bool)
     for mask, candidates in zip(masks, (candidate_positive, candidate_ignored), strict=True):
         mask[view(index)[view(candidates)]] = True
-    tensors, copy, written = _targets(label, label_weight, bbox_weight)
+    tensors, copy, written = copies(label, label_weight, bbox_weight)
     targets: tuple[Any, ...] = (offsets(lengths(label)), num_classes, *written)
     pos_offset, anchors = offsets(lengths(pos_inds)), flat(pos_inds, np.int64)
-    room = _room(targets, len(label), len(anchors))
-    bounds = shared_bounds(_writing(pos_offset, targets[0]))
-    over_bounds(_after(copy, _write_alone), bounds, anchors, pos_offset, *masks, *targets, *room)
+    room = room_to_write(targets, len(label), len(anchors))
+    bounds = shared_bounds(writing(pos_offset, targets[0]))
+    over_bounds(after(copy, write_alone), bounds, anchors, pos_offset, *masks, *targets, *room)
     return *tensors, *map(torch.from_numpy, (room[-1], *masks))
