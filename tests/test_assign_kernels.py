@@ -109,6 +109,14 @@ def test_ties_across_blocks(session):
     check(anchors, boxes, options=(0.4, 0.4, 0.0, -1.0, 1e-6, False, True, "gt"))
 
 
+def test_thresholds_are_met_exactly(session):
+    """An overlap of the lower one is no background, though the upper one is higher."""
+    anchors = [torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 20], [0, 0, 10, 40]])]
+    boxes, options = [torch.tensor([[0.0, 0, 10, 10]])], (1.0, 0.5, 0.0, -1.0, 1e-6, False, True, "gt")
+    assert run(anchors, boxes, (), (), *options)[0].tolist() == [1, -1, 0]
+    check(anchors, boxes, options=options)
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_and_views(session, dtype, rng):
     """One image, which nobody concatenates."""

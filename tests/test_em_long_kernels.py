@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +43,35 @@ def test_long_rows(execution, short_is_long, case, rng):
     got, wanted = both(execution, x, None, lengths, None, None, None, *OPTIONS, k, init, n_init, 5)
     assert wanted[-1].tolist() == [True, True, False, False]
     assert_same(got, wanted)
+
+
+def test_a_quantile_takes_every_halving(execution, short_is_long):
+    """The middle lies between zeros and numbers that are far above them."""
+    x = torch.cat([torch.zeros(150), torch.linspace(3, 4, 150)]).double()[None]
+    options = "diag", 0.0, 1e-6, 2, "float64"
+    got, wanted = both(execution, x, None, None, None, None, None, *options, 2, "quantile", 1, 0)
+    assert wanted[4].tolist() == [2]
+    assert_same(got, wanted)
+
+
+@compiled_only
+def test_a_ticket_comes_after_all_partial_sums(short_is_long, rng):
+    """Programs run one by one here, so that only the code can show it: a barrier between the last store and the ticket, which
+    others acquire."""
+    x = torch.from_numpy(testing.make_losses("bimodal", 300, rng))[None]
+    launch, compiled = em_long._pass_kernel.run, []
+
+    def watched(*args, **options):
+        compiled.append(launch(*args, **options))
+        return compiled[-1]
+
+    with execute(90), mock.patch.object(em_long._pass_kernel, "run", watched):
+        run(x, None, None, None, None, None, *OPTIONS, 2)
+    ptx = compiled[0].asm["ptx"]
+    ticket = next(match for match in re.finditer(r"\batom\.\S+add\S*", ptx))
+    assert "acq_rel" in ticket.group()
+    stores = [match.end() for match in re.finditer(r"\bst\.global", ptx[: ticket.start()])]
+    assert stores and "bar.sync" in ptx[stores[-1] : ticket.start()]
 
 
 @compiled_only

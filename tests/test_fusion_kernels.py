@@ -70,7 +70,7 @@ def test_what_is_left_out_and_zero(session, rng):
     boxes, scores, labels, *rest = arguments(rng, boxes=12)
     scores[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -1.0])
     scores[4::3] = 0
-    boxes[5, 1], boxes[6, 2], boxes[7] = torch.nan, torch.inf, 0.5
+    boxes[[5, 9, 10, 11], [0, 1, 2, 3]], boxes[6, 2], boxes[7] = torch.nan, torch.inf, 0.5
     boxes[8] = boxes[8].flip(0)
     rest[3] = 0.0
     check(boxes, scores, labels, *rest)

@@ -79,6 +79,16 @@ def test_flat_rows(session, components, rng):
         begin += length
 
 
+def test_more_blocks_than_one_pass_adds(session, rng):
+    """Short rows set the block, so a long row beside them has more blocks than are added at once."""
+    lengths = [5000, *[1] * 200]
+    flat, gmm = torch.from_numpy(rng.normal(0, 3, sum(lengths))), mixtures(rng, len(lengths), 2)
+    assert lengths[0] > 64 * mixture.launch_rule(len(lengths), len(flat))["BLOCK"]
+    answer = read(gmm, flat, lengths=lengths, readouts=("log_likelihood",))["log_likelihood"]
+    want = [wanted(gmm, row, part.numpy())["score_samples"].sum() for row, part in enumerate(flat.split(lengths))]
+    np.testing.assert_allclose(answer.numpy(), want, rtol=TOLERANCE, atol=10 * TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", compiled_long(torch.float16, torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("fit_dtype", compiled_long(torch.float32, torch.float64))
 def test_dtypes_and_strides(session, dtype, fit_dtype, rng):

@@ -106,6 +106,25 @@ def test_no_anchors_at_all(session):
     assert [len(t) for t in targets] == [0, 0, 0] and num_pos.tolist() == [0]
 
 
+def test_more_images_than_a_block_has(session):
+    """No image has a potential positive, so nothing but the first step gives their numbers."""
+    images, none = 130, torch.zeros(0, dtype=torch.int64)
+    row = torch.zeros(0), torch.full((1,), 80), torch.ones(1), torch.ones(1, 4), none, none
+    columns = [[tensor] * images for tensor in row]
+    num_pos = run(_ops.paa_reassign_batch, *columns, [1] * images, [0] * images, 80, 9, "diag", "mmdet", "background", "float64")[
+        3
+    ]
+    assert num_pos.tolist() == [0] * images
+
+
+def test_nothing_to_write(session):
+    none = torch.zeros(0, dtype=torch.int64)
+    targets = [none], [torch.zeros(0)], [torch.zeros(0, 4)], [none]
+    masks = torch.zeros(0, 0, dtype=torch.bool)
+    num_pos = run(_ops.write_targets, *targets, none.view(0, 0), masks, masks, 80)[3]
+    assert num_pos.tolist() == [0]
+
+
 def test_a_ground_truth_that_is_not_finite_costs_itself_only(session, rng):
     batch = testing.make_batch([6, 5], rng, shapes=["bimodal"], sizes=(5, 9), dtype=torch.float32)
     batch.pos_losses[0][(batch.pos_gt_inds[0] == 2).nonzero()[0]] = torch.nan

@@ -63,6 +63,37 @@ def test_given_values_that_are_not_finite_or_make_no_mixture(execution, k, rng):
     assert_same(got, wanted)
 
 
+def test_fewer_values_than_components(execution):
+    x = torch.arange(12).view(2, 6).double()
+    got, wanted = both(execution, x, torch.tensor([3, 4]), None, None, None, None, *BASE, 4)
+    assert wanted[-1].tolist() == [False, True]
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("size", [_ops.EXACT, _ops.EXACT + 1])
+def test_the_best_division_of_few_values(execution, size, rng):
+    """Lloyd's iteration, which finds the two centres of more values, often ends elsewhere. One step of EM shows where a fit starts."""
+    x = torch.from_numpy(np.stack([testing.make_losses("heavy", size, rng) for _ in range(8)]))
+    got, wanted = both(execution, x, None, None, None, None, None, *BASE[:3], 1, "float64", 2, "kmeans")
+    assert_same(got, wanted)
+
+
+def test_divisions_with_one_sum_of_squares(execution):
+    """The first of them is taken."""
+    x = torch.tensor([[0.0, 1, 2]], dtype=torch.float64)
+    got, wanted = both(execution, x, None, None, None, None, None, *BASE[:3], 1, "float64", 2, "kmeans")
+    assert wanted[0][0, 0] < 0.5
+    assert_same(got, wanted)
+
+
+@pytest.mark.slow
+def test_starts_that_end_in_one_place(execution, rng):
+    """The first of them is kept, as its number of iterations shows."""
+    x = torch.from_numpy(np.stack([testing.make_losses(shape, 30, rng) for shape in SHAPES[:3]]))
+    got, wanted = both(execution, x, None, None, None, None, None, "diag", 1e-11, 1e-6, 5000, "float64", 2, "random", 6, 3)
+    assert_same(got, wanted)
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_fit_that_is_not_finite_is_not_valid(session, k):
     x = torch.stack([torch.full((9,), 0.5), torch.arange(9) ** 1.5])

@@ -152,6 +152,14 @@ def test_the_threshold_is_rounded_to_the_dtype_of_the_scores(session, dtype):
         assert torch.equal(bboxes[:1], det) != moved
 
 
+def test_an_iou_of_the_threshold_does_not_vote(session):
+    box, det = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 20, 0.9]])
+    image = det, torch.tensor([0]), box, torch.tensor([[0.8]])
+    for iou_thr, moved in ((0.5, False), (0.49, True)):
+        bboxes, _ = run(*([tensor] for tensor in image), 0.05, iou_thr, 0.025, 0.0, False)
+        assert torch.equal(bboxes, det) != moved
+
+
 @pytest.mark.parametrize("path", data.voting_paths()[:1] + data.voting_paths()[-1:], ids=lambda path: path.stem)
 def test_recorded_predictions(session, path):
     for call in data.load_voting(path):
