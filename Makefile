@@ -30,7 +30,7 @@ docs: $(READY)
 
 # Three ways to run the kernels without a GPU: compiled and interpreted by tests of their own, and the tests of the public functions
 # on compiled kernels. With a GPU, `pytest --execution cuda` takes the same tests there.
-PUBLIC = tests/test_topk.py tests/test_em.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
+PUBLIC = tests/test_topk.py tests/test_em.py tests/test_starts.py tests/test_reassign.py tests/test_voting.py tests/test_losses.py \
 	tests/test_assign.py tests/test_mixture.py tests/test_nms.py tests/test_fusion.py
 KERNELS = $(wildcard tests/test_*_kernels.py) tests/test_launch.py
 
