@@ -117,22 +117,6 @@ def _reassign_images(
         write_images(first, last, anchor, pos_offset, *masks, *targets, *room)
 
 
-@inner
-def _keep(fitted: Any, masks: Any, words: Any, reals: Any, flags: Any) -> None:
-    """Write the fit and the masks where `_kept` reads them. Slices would be shorter, but take numba a second to compile."""
-    weights, means, variances, lower_bound, n_iter, converged, valid = fitted
-    positive, ignored = masks
-    rows, potential = len(n_iter), len(positive)
-    for row in range(rows):
-        for k in range(2):
-            at = 2 * row + k
-            reals[at], reals[2 * rows + at], reals[4 * rows + at] = weights[row, k], means[row, k], variances[row, k]
-        reals[6 * rows + row], words[1 + row] = lower_bound[row], n_iter[row]
-        flags[row], flags[rows + row] = converged[row], valid[row]
-    for p in range(potential):
-        flags[2 * rows + p], flags[2 * rows + potential + p] = positive[p], ignored[p]
-
-
 def _kept_room(num_gt: int, potential: int, precision: str) -> tuple[Array, ...]:
     """words, reals and flags."""
     flags = np.empty(2 * (num_gt + potential), np.bool_)
@@ -177,8 +161,9 @@ def _reassign_image(
 ) -> bool:  # fmt: skip
     """All steps for a single image, with room of its own: numpy would take longer to make it than a small image takes.
 
-    The first of `words` becomes the number of positives. If `keep`, the rest of it, reals and flags are for `_keep`. Otherwise
-    only the dtype of reals is read, which is that of the fit. Returns whether the anchors descend. Then nothing is written.
+    The first of `words` becomes the number of positives. If `keep`, the rest of it, reals and flags take the fit and the masks.
+    Otherwise only the dtype of reals is read, which is that of the fit. Returns whether the anchors descend. Then nothing is
+    written.
     """
     (loss, anchor, gt), (label, label_weight, bbox_weight) = values, targets
     room = _image_room(len(anchor), num_gt, len(label), width, loss, reals)
@@ -193,7 +178,16 @@ def _reassign_image(
         label, label_weight, bbox_weight, kept, background, words,
     )  # fmt: skip
     if keep:
-        _keep(fitted, (positive, ignored), words, reals, flags)
+        # Where `_kept` reads them. Slices would be shorter, but take numba a second to compile.
+        weights, means, variances, lower_bound, n_iter, converged, valid = fitted
+        for row in range(num_gt):
+            for k in range(2):
+                at = 2 * row + k
+                reals[at], reals[2 * num_gt + at], reals[4 * num_gt + at] = weights[row, k], means[row, k], variances[row, k]
+            reals[6 * num_gt + row], words[1 + row] = lower_bound[row], n_iter[row]
+            flags[row], flags[num_gt + row] = converged[row], valid[row]
+        for p in range(len(anchor)):
+            flags[2 * num_gt + p], flags[2 * num_gt + len(anchor) + p] = positive[p], ignored[p]
     return False
 
 
