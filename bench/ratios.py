@@ -81,12 +81,12 @@ def batch(name: str, device: Device = "cpu") -> None:
 
 def one_by_one(device: Device = "cpu") -> None:
     images = [single(call, device, 1) for call in cases.split(cases.Call(cases.recorded()))]
-    ratios, batches = ([loop / ours for loop, ours, _ in images], [batch / ours for _, ours, batch in images])
+    ratios, batches = ([loop / ours for loop, ours, _ in images], [batched / ours for _, ours, batched in images])
     print(f"paa_reassign, the recorded images one by one: median {statistics.median(ratios):.0f}x, {min(ratios):.0f}x to "
           f"{max(ratios):.0f}x; a batch of one takes {statistics.median(batches):.2f} times that")  # fmt: skip
-    loop, ours, batch = single(cases.Call(cases.one_box()), device, 5)
+    loop, ours, batched = single(cases.Call(cases.one_box()), device, 5)
     print(f"paa_reassign, one box: {ours * 1e6:.0f} us; loop {loop * 1e3:.2f} ms, {loop / ours:.0f}x; a batch of one takes "
-          f"{batch / ours:.2f} times that")  # fmt: skip
+          f"{batched / ours:.2f} times that")  # fmt: skip
 
 
 def single(call: cases.Call, device: Device, loops: int) -> list[float]:

@@ -111,9 +111,8 @@ def test_more_images_than_a_block_has(session):
     images, none = 130, torch.zeros(0, dtype=torch.int64)
     row = torch.zeros(0), torch.full((1,), 80), torch.ones(1), torch.ones(1, 4), none, none
     columns = [[tensor] * images for tensor in row]
-    num_pos = run(_ops.paa_reassign_batch, *columns, [1] * images, [0] * images, 80, 9, "diag", "mmdet", "background", "float64")[
-        3
-    ]
+    options = 80, 9, "diag", "mmdet", "background", "float64"
+    num_pos = run(_ops.paa_reassign_batch, *columns, [1] * images, [0] * images, *options)[3]
     assert num_pos.tolist() == [0] * images
 
 

@@ -256,12 +256,7 @@ def _reassign(
 
 def _small_image(
     keep: bool,
-    pos_losses: Sequence[Tensor],
-    label: Sequence[Tensor],
-    label_weight: Sequence[Tensor],
-    bbox_weight: Sequence[Tensor],
-    pos_inds: Sequence[Tensor],
-    pos_gt_inds: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor]],
     level_sizes: Sequence[int],
     num_gt: int,
     num_classes: int,
@@ -270,6 +265,7 @@ def _small_image(
 ) -> tuple[tuple[Tensor, ...], tuple[Array, ...]] | None:
     """The targets of a single image that threads would not share, and an array with the number of its positives. If `keep`, all
     arrays that `_kept` reads. None for any other batch."""
+    pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds = columns
     sizes = lengths(pos_losses)
     if len(sizes) > 1 or topk > INSERTION_LIMIT:
         return None
@@ -297,7 +293,7 @@ def paa_reassign(
 ) -> tuple[Tensor, ...]:
     num_gt = largest(pos_gt_inds) + 1 if num_gt is None else num_gt
     columns = [pos_losses], [label], [label_weight], [bbox_weight], [pos_inds], [pos_gt_inds]
-    small = _small_image(False, *columns, level_sizes, num_gt, *options)
+    small = _small_image(False, columns, level_sizes, num_gt, *options)
     if small is None:
         return _reassign_columns(columns, level_sizes, [num_gt], *options)[:4]
     tensors, (num_pos, *_) = small
@@ -316,13 +312,13 @@ def paa_reassign_batch(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     columns = pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds
-    small = _small_image(True, *columns, level_sizes, num_gts[0], *options)
+    small = _small_image(True, columns, level_sizes, num_gts[0], *options)
     if small is None:
         return _reassign_columns(columns, level_sizes, num_gts, *options)
     tensors, results = small
-    *fitted, positive, ignored = _kept(*results)
+    num_pos, *fitted, positive, ignored = _kept(*results)
     numbering = np.zeros(num_gts[0], np.int64), np.arange(num_gts[0])
-    return *tensors, *map(torch.from_numpy, (*fitted, *numbering, positive, ignored))
+    return *tensors, *map(torch.from_numpy, (num_pos, *fitted, *numbering, positive, ignored))
 
 
 def _reassign_columns(
