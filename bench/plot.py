@@ -201,7 +201,10 @@ def main(paths: list[str]) -> None:
     picture(found, docs / "benchmarks.png")
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(START)
-    more = '"Bare numpy" is the arithmetic without the algorithm. [Benchmarks](docs/benchmarks.md) explains it and has all cases.'
+    more = (
+        '"Published" is the published loop; for overlaps and losses torch, operation by operation, and for fits scikit-learn. '
+        '"Bare numpy" is the arithmetic without the algorithm. [Benchmarks](docs/benchmarks.md) explains it and has all cases.'
+    )
     shown = f"{short_table(found)}\n\n{caption(results[0])} {more}"
     readme.write_text(f"{before}{START}\n\n{shown}\n\n{END}{rest.partition(END)[2]}")
     picture_line = "![Time of a call, by case and provider](benchmarks.png)"

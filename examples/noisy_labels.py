@@ -2,9 +2,9 @@
 
 This is the idea of DivideMix and its relatives. Three of five labels of scikit-learn's handwritten digits are drawn at
 random. A small network learns right labels before it learns wrong ones by heart. So after a few epochs the losses form two
-groups, and a mixture of two Gaussians divides them. A new network then learns from the low group alone. With fewer wrong
-labels, or fewer epochs, all labels serve as well: a network learns wrong ones by heart only after a while. Needs `pip
-install -e .[examples]`.
+groups, and a mixture of two Gaussians divides them. A new network then learns from the low group alone. If fewer labels
+are wrong, or the training is shorter, this makes no difference, and all labels serve as well. Needs `pip install -e
+.[examples]`.
 """
 
 import argparse

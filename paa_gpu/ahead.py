@@ -1,9 +1,9 @@
 """`python -m paa_gpu compile`: compile now what later calls need.
 
-Whoever builds the image of a container calls it there. A call needs loops, or kernels, for its kind: for its dtypes, its
-precision, its method. So there is a small call of each kind. Then later calls compile no loop. A kernel also has forms for the
-width of a row, up to a power of two, for the number of components, and for some options, such as the scheme. Those of others than
-are here are compiled when they are first needed.
+Call it while you build the image of a container. Loops and kernels are compiled for each dtype, precision and method. So this
+command makes a small call of each kind, and later calls compile no loop. Kernels also depend on the width of a row (up to a power
+of two), on the number of components, and on some options, such as the scheme. A kernel that no call here uses is compiled when it
+is first needed.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def assign_max_iou(
             threshold or `eps`; an unknown `low_quality`.
 
     With these options, the matches equal torchvision's to the bit, unless both an anchor and a ground truth have no area. Then
-    its IoU is 0 / 0. Its -1 is 0 here, its -2 is -1, and its i is i + 1::
+    torchvision's IoU is 0 / 0. torchvision writes -1 for background, which is 0 here; -2 for neither, which is -1 here; and i
+    for ground truth i, which is i + 1 here::
 
         Matcher(high, low, True)   pos_iou_thr=high, neg_iou_thr=low, low_quality="anchor", eps=0
         Matcher(high, low, False)  pos_iou_thr=high, neg_iou_thr=low, match_low_quality=False, eps=0

@@ -58,10 +58,10 @@ def fit_gmm_1d(
         weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k], where k = n_components (tied
             precisions: Tensor[1] or Tensor[G, 1]). They replace the values of the start. If one of a row's initial values is not
             finite, the row ignores them all. So a warm start recovers from a row that was not valid.
-        precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" gives tensors of float64. Kernels then fit
-            rows of up to 64 values in float32, and once more in float64 where float32 is not sure of `n_iter`
-            (`docs/options.md`). "auto" is "mixed" on GPUs with slow float64, and "float64" elsewhere. For CPU tensors, both are
-            "float64".
+        precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" gives tensors of float64. Kernels then fit a
+            row in float32 if it has up to 64 values, two components, the start "minmax", no initial values and no tied
+            variance. They fit it once more in float64 if float32 is not sure of `n_iter` (`docs/options.md`). "auto" is
+            "mixed" on GPUs with slow float64, and "float64" elsewhere. For CPU tensors, both are "float64".
         n_components: 1 to 8.
         init: where the fit starts. "minmax", as in PAA: equal weights, means at even distances from the minimum to the maximum,
             and precisions of 1. The others divide the row into groups, and make one M-step, as scikit-learn does. Each value

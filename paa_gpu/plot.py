@@ -53,7 +53,7 @@ def plot_fit(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int, positive
     Args:
         axes: matplotlib axes.
         loss: Tensor[n] float, the candidates' losses, ascending.
-        gmm: the fit; `row` of it is this ground truth.
+        gmm: the fits. The row `row` is that of this ground truth.
         row: the row of `gmm`.
         positive: BoolTensor[n], which candidates are positive; without any there is no threshold to draw.
     """
@@ -81,7 +81,7 @@ def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: i
     Args:
         axes: matplotlib axes.
         x: Tensor[n] floating, the values of a row.
-        gmm: the fit; `row` of it is that of the values. Its components keep their order and take turns in three colours.
+        gmm: the fits. The row `row` is that of these values. The components are drawn in three colours, in turn.
         row: the row of `gmm`.
         bins: bars of the histogram.
     """
@@ -104,7 +104,7 @@ def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> N
     Args:
         axes: matplotlib axes.
         loss: Tensor[n] float, the candidates' losses, ascending.
-        gmm: the fit; `row` of it is this ground truth.
+        gmm: the fits. The row `row` is that of this ground truth.
         row: the row of `gmm`.
     """
     _check_fit(gmm, row)
@@ -193,7 +193,7 @@ def plot_separation(loss: Tensor, gmm: GaussianMixture1D, row: int, path: str | 
 
     Args:
         loss: Tensor[n] float, the candidates' losses, ascending.
-        gmm: the fit; `row` of it is this ground truth.
+        gmm: the fits. The row `row` is that of this ground truth.
         row: the row of `gmm`.
         path: where the picture goes.
     """

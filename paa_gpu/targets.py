@@ -167,10 +167,10 @@ def _converted(images: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 class Kept:
-    """What depends on the sizes of the maps and on settings alone, for the last sizes. It is neither copied nor pickled.
+    """A cache of what depends on the sizes of the maps and on settings alone. Copies and pickles of it are empty.
 
-    Nothing is kept that ends with a compiler's trace, with fake tensors or with the memory of a CUDA graph. Each stream has its
-    own, because nothing else says when the work of another stream is done.
+    It keeps nothing that is made while a compiler traces, from fake tensors, or in the memory of a CUDA graph. Each stream has
+    entries of its own, because one stream does not know when the work of another is done.
     """
 
     MOST = 32  # of training with many sizes of images; anchors of 800 x 1333 pixels take 0.4 MB

@@ -392,8 +392,8 @@ def page() -> str:
         "`PAAHead.loss`": [(None, ValueError, message) for *_, message in INPUTS],
     }
     text = (
-        "# Errors\n\nThis page lists every kind of bad input, with the error that it raises. It is written from the tests, which check "
-        "every message in full. An error comes before any work, so the inputs stay as they were.\n"
+        "# Errors\n\nThis page lists the errors of the main functions. It is written from the tests, which check every message in full. "
+        "An error comes before any work, so the inputs stay as they were. The docstrings name the errors of all functions.\n"
     )
     for title, rows in tables.items():
         text += f"\n## {title}\n\n| error | message |\n|---|---|\n"

@@ -93,9 +93,10 @@ class GaussianMixture(mixture.GaussianMixture):
 
     There are three differences from scikit-learn:
 
-    * `lower_bounds_` exists only with `verbose` and at a warm start, because only then iterations run one by one.
+    * `lower_bounds_` exists only with `verbose`, or at a warm start, because only then iterations run one by one.
     * Values close together lose no digits. So rounding cannot make a variance negative, and a fit does not fail for that reason.
-    * CUDA tensors are not checked for NaN and infinity. For such values, `predict` returns -1 and `predict_proba` NaN.
+    * CUDA tensors are not checked for NaN and infinity before the work. `fit` raises the error after it. For such values,
+      `predict` returns -1 and `predict_proba` NaN.
 
     Raises:
         ValueError: more than one feature, more than 8 components, or an error of scikit-learn.

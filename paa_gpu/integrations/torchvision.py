@@ -128,9 +128,9 @@ def use_paa(
 
     Raises:
         TypeError: not a module, or a scripted one.
-        ValueError: it contains no RetinaNet; the anchors of one do not come from torchvision's `AnchorGenerator`, which makes the
-            same for all images, level by level; its box loss is neither L1 nor GIoU; an option, as in `paa_reassign`. Then
-            nothing has changed.
+        ValueError: the model contains no RetinaNet; its anchors do not come from torchvision's `AnchorGenerator`, whose anchors
+            are the same for all images, level by level; its box loss is neither L1 nor GIoU; a wrong option (see
+            `paa_reassign`). After an error, the model is as before.
 
     Source: PAA (arXiv 2007.08103), section 3.
     """

@@ -56,9 +56,9 @@ def accelerate(model_or_head: Model, preset: str | None = None) -> Model:
     Args:
         model_or_head: a head, or a detector of mmdetection, or another module that contains such heads. LAD keeps its teacher
             outside its modules; it is accelerated too.
-        preset: "mmdet", or "paper" for the authors' conventions. These are separation "paper", a ground truth with one candidate
-            keeps it, and score voting adds 1 to widths and heights. A subclass's own `gmm_separation_scheme` comes before the
-            preset's separation. None: "mmdet" for a head that is not accelerated yet, no change for others.
+        preset: "mmdet", or "paper" for the authors' conventions. With "paper", the separation is "paper", a ground truth with one
+            candidate keeps it, and score voting adds 1 to widths and heights. A subclass's own `gmm_separation_scheme` has
+            priority over the preset. None: "mmdet" for a new head; an accelerated head keeps its preset.
 
     Returns:
         `model_or_head`, the same object.
