@@ -259,14 +259,15 @@ def test_the_soft_forms_of_ensemble_boxes(method, rng):
 
 
 def test_soft_forms_of_what_decays_or_does_not():
-    """A score at the least one is none; boxes without area, or with NaN, weaken nothing."""
+    """A score at the least one is none, even the first; boxes without area, or with NaN, weaken nothing."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [5, 5, 5, 5], [5, 5, 5, 5], [torch.nan, 0, 10, 10]])
     scores = torch.tensor([0.9, 0.8, 0.5, 0.4, 0.3])
     for method in ("linear", "gaussian"):
         got = paa_gpu.batched_nms([boxes], [scores], [torch.zeros(5).long()], 0.3, method=method, min_score=0.3)
         assert got.index[0, : got.count[0]].tolist() == [0, 2, 3]
-    got = paa_gpu.batched_nms([boxes], [scores * torch.nan], [torch.zeros(5).long()], 0.3, method="linear")
-    assert got.count.item() == 0
+        for alone in (scores[-1:], scores[-1:] * torch.nan):
+            got = paa_gpu.batched_nms(boxes[None, :1], alone[None], torch.zeros(1, 1).long(), 0.3, method=method, min_score=0.3)
+            assert got.count.item() == 0
 
 
 def test_the_linear_form_at_its_threshold():
