@@ -65,7 +65,8 @@ def _focal(z, gamma, SQUARE: tl.constexpr):
     if SQUARE:
         sigmoid = tl.where(z > 0, 1.0, e) / (1 + e)
         return (tl.maximum(z, 0.0) + log1p) * (sigmoid * sigmoid)
-    return (tl.maximum(z, 0.0) + log1p) * _exp(-gamma * (tl.maximum(-z, 0.0) + log1p))
+    # Not beyond 1e4: infinity times a gamma of 0 would be NaN.
+    return (tl.maximum(z, 0.0) + log1p) * _exp(-gamma * tl.minimum(tl.maximum(-z, 0.0) + log1p, 1e4))
 
 
 @triton.jit

@@ -292,6 +292,9 @@ def _select_kernel(
 
     level_index = tl.arange(0, LEVELS)
     level_end = tl.load(end_ptr + level_index, mask=level_index < n_levels, other=0x7FFFFFFF).to(tl.int32)
+    # Room for all candidates of a row, unless an anchor occurs twice. What other images have room for does not matter.
+    level_begin = tl.load(end_ptr + level_index - 1, mask=(level_index > 0) & (level_index < n_levels), other=0).to(tl.int32)
+    room = tl.sum(tl.where(level_index < n_levels, tl.minimum(level_end - level_begin, topk), 0), 0)
     slot = tl.arange(0, SLOTS)  # [SLOTS]
     taken = tl.zeros([LEVELS], tl.int32)
     last_key = smallest_integer(key_ptr.dtype.element_ty)
@@ -342,13 +345,13 @@ def _select_kernel(
         position = tie & 0xFFFFFFFF
         rank = count + order - 1
         out = row * width + rank
-        inside = kept & (rank < width)  # anchors that occur twice may be more than there is room for
+        inside = kept & (rank < room)
         loss = tl.load(loss_ptr + (position - first_position) * stride_loss, mask=inside)
         tl.store(candidate_loss_ptr + out, loss, mask=inside)
         tl.store(candidate_index_ptr + out, position, mask=inside)
 
-        count = tl.minimum(count + found, width)
-        going = (found == SLOTS // 2) & (count < width)
+        count = tl.minimum(count + found, room)
+        going = (found == SLOTS // 2) & (count < room)
         last_key, last_tie = _last(key, tie, kept)
         if going:
             taken = _take(tl.where(kept, tie >> 32, -1).to(tl.int32), taken, end_ptr, n_levels, LEVELS)

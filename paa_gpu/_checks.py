@@ -183,7 +183,7 @@ def check_scale_factors(scale_factors: Any, num_images: int) -> None:
             _check_pair(name, factor, "a number or (in x, in y)")
         for number in factor if isinstance(factor, LIST) else (factor,):
             _check_number(name, number)
-            if isinstance(number, REAL) and not number > 0:
+            if isinstance(number, Real) and not float(number) > 0:
                 raise ValueError(f"`{name}` must be positive, got {number}")
 
 
@@ -198,6 +198,8 @@ def _check_number(name: str, value: Any) -> None:
     """A number of Python, numpy or torch. It may be unknown yet, on the way to another runtime."""
     if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"`{name}` must be a number, got a tensor of shape {list(value.shape)}")
 
 
 def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at position {}") -> None:

@@ -46,11 +46,20 @@ except (ImportError, AttributeError):
     def _watched() -> bool:
         """Nobody can tell, so yes."""
         return True
+
+    def transforms() -> bool:
+        """Nobody can tell, so yes."""
+        return True
 else:
 
     def _watched() -> bool:
         """Whether this thread has a mode, a tracer, a transform or a profiler."""
         return _dispatch_tls_local_include_set().raw_repr() & _OTHERS != 0 or _profiler_enabled()
+
+    def transforms() -> bool:
+        """Whether this thread is in a transform of `torch.func`. New tensors may be wrappers then, and look like others."""
+        inside: bool = _dispatch_tls_local_include_set().has(DispatchKey.FuncTorchDynamicLayerFrontMode)
+        return inside
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -93,7 +102,16 @@ class Operator:
         return tensors
 
     def _on(self, device: str) -> Callable[..., Any]:
-        return lambda *args: self._run(device, args)
+        return lambda *args: self._run(device, self._detached(args))
+
+    def _detached(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The public functions detach, but a program that torch has decomposed may not."""
+        result = list(args)
+        for place in self._tensor_places:
+            result[place] = args[place] if args[place] is None else args[place].detach()
+        for place in self._list_places:
+            result[place] = [tensor.detach() for tensor in args[place]]
+        return tuple(result)
 
     def _run(self, device: str, args: tuple[Any, ...]) -> Any:
         return getattr(_module(_PACKAGES[device], self._stem), self.name)(*args)

@@ -408,8 +408,10 @@ def batched_nms(
     boxes [B, K, 4], scores [B, K, C], labels [B, K] with C = 1 or None; or with `lengths`, B of them, flat: [T, 4], [T, C], [T].
     M is max_per_img, or all there may be where that is 0.
     """
-    images, most = (boxes.shape[0], boxes.shape[1]) if lengths is None else (len(lengths), max(lengths))
-    shape = images, max_per_img or most * scores.shape[-1]
+    images = boxes.shape[0] if lengths is None else len(lengths)
+    # Not the largest length where it does not matter: it may depend on data.
+    room = max_per_img or (boxes.shape[1] if lengths is None else max(lengths)) * scores.shape[-1]
+    shape = images, room
     return (
         boxes.new_empty((*shape, 4)),
         scores.new_empty(shape),

@@ -26,14 +26,17 @@ def reduce_mean(tensor: Tensor) -> Tensor:
         TypeError: not a Tensor, or complex.
 
     The function does not modify `tensor`, and records no graph. With NCCL it does not wait. NaN in one process is NaN in all.
-    Source:
-    `reduce_sum` of the authors' repository; `mmdet.utils.reduce_mean`, for numbers of any dtype.
+    Strides may differ between processes.
+
+    Source: `reduce_sum` of the authors' repository; `mmdet.utils.reduce_mean`, for numbers of any dtype.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`tensor` must be a Tensor, got {type(tensor).__name__}")
     if tensor.is_complex():
         raise TypeError(f"`tensor` must be real, got {tensor.dtype}".replace("torch.", ""))
-    mean = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    # Processes add up what lies at the same place of their memory.
+    mean = tensor.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(mean)
         mean /= distributed.get_world_size()

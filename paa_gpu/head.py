@@ -396,7 +396,8 @@ class PAAHead(nn.Module):
             priors = priors.expand(score.shape[0], -1, -1)
             size: Any = score.shape[1]
             # A size that is not known yet, on the way to another runtime, decides nothing: then even all are sorted.
-            if self.nms_pre and (isinstance(size, torch.SymInt) or self.nms_pre < size):
+            unknown = isinstance(size, torch.SymInt) or torch.compiler.is_exporting()
+            if self.nms_pre and (unknown or self.nms_pre < size):
                 best = score.amax(2).topk(torch.sym_min(self.nms_pre, size)).indices[..., None]
                 score, bbox_pred, priors = (
                     tensor.gather(1, best.expand(-1, -1, tensor.shape[2])) for tensor in (score, bbox_pred, priors)

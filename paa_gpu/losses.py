@@ -153,8 +153,8 @@ def check_maps(
         dtypes = ((cls_scores[0].dtype,), (bbox_preds[0].dtype,)) if level else (FLOATS, FLOATS)
         check_tensor(f"cls_scores[{level}]", scores, (len(label), None, None, None), dtypes[0], device)
         check_tensor(f"bbox_preds[{level}]", deltas, (len(label), None, *scores.shape[2:]), dtypes[1], device)
-        per_location, rest = divmod(deltas.shape[1], 4)
-        if rest or per_location == 0:
+        per_location = deltas.shape[1] // 4
+        if deltas.shape[1] % 4 or per_location == 0:
             raise ValueError(f"`bbox_preds[{level}]` must have 4 channels for each anchor of a location, got {deltas.shape[1]}")
         if scores.shape[1] != per_location * (scores.shape[1] // per_location if classes is None else classes):
             each = "as many" if classes is None else str(classes)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ._dispatch import transforms
 from ._staging import on_device
 from .assign import assign_max_iou, assignment_of
 from .boxes import corners, iou_and_giou_loss
@@ -169,8 +170,8 @@ def _converted(images: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 class Kept:
     """A cache of what depends on the sizes of the maps and on settings alone. Copies and pickles of it are empty.
 
-    It keeps nothing that is made while a compiler traces, from fake tensors, or in the memory of a CUDA graph. Each stream has
-    entries of its own, because one stream does not know when the work of another is done.
+    It keeps nothing that is made while a compiler traces, in a transform of `torch.func`, from fake tensors, or in the memory of
+    a CUDA graph. Each stream has entries of its own, because one stream does not know when the work of another is done.
     """
 
     MOST = 32  # of training with many sizes of images; anchors of 800 x 1333 pixels take 0.4 MB
@@ -181,7 +182,8 @@ class Kept:
     def of(self, levels: Sequence[Tensor], make: Callable[[], Made], *settings: Any) -> Made:
         """What `make` returns for the sizes of these maps, Tensor[N, channels, H_l, W_l], and for these settings."""
         first = levels[0]
-        if torch.compiler.is_compiling() or type(first) is not Tensor or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms()  # type: ignore[attr-defined, no-untyped-call]
+        if traced or type(first) is not Tensor:
             return make()
         stream = 0
         if first.is_cuda:

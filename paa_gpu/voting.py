@@ -27,6 +27,9 @@ __all__ = ["score_voting", "score_voting_batch"]
 # Of the detections, their labels, the candidates and their scores.
 _DTYPES: Sequence[Sequence[torch.dtype]] = (FLOATS, INTEGERS, FLOATS, FLOATS)
 
+#: Weights of pools beyond, and their products with scores, float32 may not hold.
+LEAST_WEIGHT = 1e-30
+
 
 def score_voting(
     det_bboxes: Tensor,
@@ -102,8 +105,8 @@ def score_voting_batch(
         score_thr, iou_thr, sigma, offset, keep_order: as in `score_voting`, for all images.
         count: Tensor[N] int64 or int32, the number of detections of each image. Only with tensors. The rest of a row is padding,
             and stays as it is.
-        weights: of the pools, positive; None: 1 for each. A vote is multiplied by the weight of its pool. The weights do not
-            change the score threshold. Only with pools.
+        weights: of the pools, from 1e-30 to 1e30; None: 1 for each. A vote is multiplied by the weight of its pool. The weights
+            do not change the score threshold. Only with pools.
 
     Returns:
         `(det_bboxes, det_labels)`: lists if the inputs are lists, tensors if they are tensors. Nothing waits for the device.
@@ -181,6 +184,8 @@ def _vote_pools(
     check_list("weights", weights, "pool", pools, "`mlvl_bboxes[0]`")
     for pool, weight in enumerate(weights):
         check_positive(f"weights[{pool}]", weight)
+        if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+            raise ValueError(f"`weights[{pool}]` must be from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, got {weight}")
     options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     det, label = map(_ops.detached, columns[:2])
     boxes, scores = (_ops.detached([entry[place] for entry in entries]) for place in (2, 3))

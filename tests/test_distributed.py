@@ -57,6 +57,9 @@ def test_the_head_averages_with_it(monkeypatch):
         torch.testing.assert_close(loss, usual[name] / 2, rtol=1e-5, atol=0)
 
 
+VALUES = torch.arange(6.0).view(2, 3)
+
+
 def one_of_two(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(2)
@@ -69,6 +72,7 @@ def one_of_two(rank: int, folder: str) -> None:
         "mean": paa_gpu.reduce_mean(num_pos.sum()),
         "of no positives": paa_gpu.reduce_mean(torch.tensor(0)).clamp(min=1),
         "matrix": paa_gpu.reduce_mean(torch.full((2, 3), rank, dtype=torch.float64)),
+        "strides": paa_gpu.reduce_mean(VALUES.clone() if rank else VALUES.t().contiguous().t()),
         "nan": paa_gpu.reduce_mean(torch.tensor([0.0, torch.nan if rank else 1.0])),
     }
     torch.save(result, f"{folder}/{rank}.pt")
@@ -87,5 +91,6 @@ def test_two_processes(tmp_path):
         assert result["mean"].item() == total / 2  # the authors' repository: reduce_sum(num_pos) / number of processes
         assert result["of no positives"].item() == 1
         assert torch.equal(result["matrix"], torch.full((2, 3), 0.5, dtype=torch.float64))
+        assert torch.equal(result["strides"], VALUES)
         assert result["nan"][0] == 0 and result["nan"][1].isnan()
     assert int(first["num_pos"].sum()) != int(second["num_pos"].sum())

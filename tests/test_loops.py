@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+import torch
 
 import paa_gpu
 
@@ -120,6 +122,40 @@ tempfile.TemporaryFile = refuse  # with it, numba tries whether a folder is writ
     result = run(script, tmp_path)
     assert "Set NUMBA_CACHE_DIR" in result.stderr
     assert not list(tmp_path.rglob("*.nbc"))
+
+
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file becomes longer, as where the disk is full
+"""
+
+
+@pytest.mark.slow
+def test_where_the_disk_is_full_each_process_compiles(tmp_path):
+    pytest.importorskip("resource", reason="this system has no limit for files")
+    result = run(FULL + FIT, tmp_path)
+    assert result.stdout == run(FIT, tmp_path).stdout
+    assert result.stderr.count("paa_gpu cannot keep its compiled loops") == 1 and str(tmp_path / "cache") in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_files_that_were_cut_off_are_written_again(suffix, tmp_path):
+    wanted = run(FIT, tmp_path).stdout
+    for path in (tmp_path / "cache").rglob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:-20])
+    misses = "from paa_gpu.cpu import em\nprint(sum(em.fit_rows.stats.cache_misses.values()))"
+    assert run(FIT + misses, tmp_path).stdout == wanted + "1\n"
+    assert run(FIT + misses, tmp_path).stdout == wanted + "0\n"
+
+
+def test_functions_of_others_may_have_no_module():
+    """They are compiled as if this package were not there."""
+    paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]))
+    namespace = {}
+    exec("def successor(x):\n    return x + 1", namespace)
+    assert namespace["successor"].__module__ is None
+    assert numba.njit(namespace["successor"])(1) == 2
 
 
 @pytest.mark.long

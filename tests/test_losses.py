@@ -187,6 +187,20 @@ def test_what_is_not_finite_stays_so_and_its_own(rng):
             assert got[poisoned].isnan().all() and torch.equal(got[~poisoned], losses[~poisoned])
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_a_class_that_is_masked_out_costs_nothing(gamma, rng):
+    """Its logit is -inf, as the head's own focal loss takes it."""
+    batch = full_images(rng)
+    labels = [label.clamp(min=1) for label in batch.label]
+    others, masked = ([level.clone() for level in batch.cls_scores] for _ in range(2))
+    for level, other in zip(masked, others, strict=True):
+        level[:, 0], other[:, 0] = -torch.inf, -200.0
+    got, wanted = (
+        paa_gpu.candidate_losses(*batch._replace(label=labels, cls_scores=maps), gamma=gamma) for maps in (masked, others)
+    )
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(got, wanted, strict=True))
+
+
 def test_extreme_logits_and_deltas(rng):
     batch = full_images(rng)
     for maps in (batch.cls_scores, batch.bbox_preds):

@@ -270,6 +270,23 @@ def test_soft_forms_of_what_decays_or_does_not():
             assert got.count.item() == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scores_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("boxes_dtype", FLOATS, ids=str)
+def test_boxes_and_scores_of_different_dtypes(boxes_dtype, scores_dtype, method, rng):
+    """Each keeps its own; what is compared, is so in the wider one."""
+    boxes, scores, labels = make_image(30, 2, rng, extent=100)
+    boxes, scores = boxes.to(boxes_dtype), scores.to(scores_dtype)
+    got = paa_gpu.batched_nms([boxes], [scores], [labels], 0.4, method=method)
+    wide = torch.float64 if torch.float64 in (boxes_dtype, scores_dtype) else torch.float32
+    wanted = paa_gpu.batched_nms([boxes.to(wide)], [scores.to(wide)], [labels], 0.4, method=method)
+    assert torch.equal(got.index, wanted.index) and torch.equal(got.count, wanted.count)
+    assert got.count > 0 and (got.count < 30 or method != "hard")
+    assert (got.boxes.dtype, got.scores.dtype) == (boxes_dtype, scores_dtype)
+    assert torch.equal(got.boxes.to(wide), wanted.boxes)
+    assert torch.equal(got.scores, wanted.scores.float().to(scores_dtype) if scores_dtype != wide else wanted.scores)
+
+
 def test_the_linear_form_at_its_threshold():
     """An IoU of exactly the threshold weakens nothing here, and in mmcv it does."""
     boxes, scores = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]), torch.tensor([0.9, 0.8])

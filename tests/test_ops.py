@@ -170,6 +170,45 @@ def test_nms_compiles_whole():
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_nms_of_lengths_that_depend_on_data_compiles_whole(monkeypatch):
+    """With `max_per_img` the results have one shape."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    boxes, scores = torch.rand(30, 4), torch.rand(30, 3)
+
+    def both(boxes, scores):
+        chosen = [scores[:, 0] > 0.3, scores[:, 1] < 0.6]
+        return paa_gpu.batched_nms([boxes[each] for each in chosen], [scores[each] for each in chosen], None, 0.5, max_per_img=9)
+
+    got, wanted = torch.compile(both, fullgraph=True, backend="aot_eager")(boxes, scores), both(boxes, scores)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("per_location", [1, 3])
+def test_losses_of_any_channels_compile_whole(per_location, rng):
+    anchors = testing.make_anchors([(3, 5)])[0].repeat_interleave(per_location, 0)
+    size = len(anchors)
+    columns = [torch.arange(size) % 3], [torch.ones(size)], [anchors + 1], [torch.ones(size, 4)], [torch.arange(size)]
+
+    def losses(scores, deltas):
+        return paa_gpu.candidate_losses([anchors], [scores], [deltas], *columns)[0]
+
+    maps = torch.randn(1, 2 * per_location, 3, 5), torch.randn(1, 4 * per_location, 3, 5)
+    assert torch.equal(torch.compile(losses, fullgraph=True, backend="aot_eager", dynamic=True)(*maps), losses(*maps))
+
+
+def test_a_graph_that_reaches_an_operator_is_left(batch):
+    """The public functions leave it. A program that was decomposed calls operators with tensors that have graphs."""
+    boxes, scores = torch.rand(2, 30, 4, requires_grad=True), torch.rand(2, 30, 3, requires_grad=True)
+    arguments = None, None, 0.5, None, 0, 9, "hard", 0.5, 1e-3, False
+    got = torch.ops.paa_gpu.batched_nms(boxes, scores, *arguments)
+    wanted = torch.ops.paa_gpu.batched_nms(boxes.detach(), scores.detach(), *arguments)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, wanted, strict=True))
+    losses = [loss.clone().requires_grad_() for loss in batch.pos_losses]
+    arguments = batch.pos_inds, batch.pos_gt_inds, [60, 40] * len(losses), batch.num_gts, 9
+    got, wanted = (torch.ops.paa_gpu.select_candidates(each, *arguments) for each in (losses, batch.pos_losses))
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, wanted, strict=True))
+
+
 def test_fusion_compiles_whole(rng):
     columns = list(zip(*(make_models([9, 7], rng) for _ in range(2)), strict=True))
     wanted = paa_gpu.weighted_boxes_fusion(*columns)

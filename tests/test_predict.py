@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_head import SIZE, make_features, make_head
 from test_nms import kept
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 import paa_gpu
 
@@ -139,6 +142,50 @@ def test_prediction_compiles_whole():
     assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
 
 
+class Detector(nn.Module):
+    """A head over the pixels of an image."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, images, sizes):
+        return self.head.predict([functional.avg_pool2d(images, stride) for stride in self.head.strides], sizes, padded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_an_exported_program_of_other_sizes(strict):
+    """Below `nms_pre` and above; also after a decomposition, which keeps graphs that the library left."""
+    detector = Detector(make_head(**OPTIONS)).eval()
+    auto = torch.export.Dim.AUTO
+    shapes = {"images": {0: auto, 2: auto, 3: auto}, "sizes": {0: auto}}
+    channels = detector.head.cls_convs[0].conv.in_channels
+    small, large = ((torch.rand(n, channels, *size), torch.tensor([size] * n)) for n, size in ((2, (32, 48)), (3, (96, 160))))
+    program = torch.export.export(detector, small, dynamic_shapes=shapes, strict=strict)
+    for arguments in (small, large):
+        wanted = detector(*arguments)
+        for each in (program, program.run_decompositions()):
+            got = each.module()(*arguments)
+            # Candidates that are sorted although all take part are summed in another order.
+            torch.testing.assert_close(got.pop("boxes"), wanted["boxes"], rtol=0, atol=1e-5)
+            assert all(torch.equal(rows, wanted[name]) for name, rows in got.items())
+
+
+def test_a_transform_leaves_nothing_behind():
+    """Its tensors look like others, and their memory is not."""
+    used, features = make_head(**OPTIONS), make_features(3)
+    unused = copy.deepcopy(used)
+
+    def count(*features):
+        return used.predict(list(features), SIZES, padded=True)["count"]
+
+    wanted = unused.predict(features, SIZES, padded=True)
+    assert torch.equal(torch.func.functionalize(count)(*features), wanted["count"])
+    got = used.predict(features, SIZES, padded=True)
+    assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
+
+
 @pytest.mark.parametrize("sizes", [[], torch.empty(0, 2)], ids=["list", "tensor"])
 def test_a_batch_without_images(sizes):
     head, features = make_head(**OPTIONS), make_features(0)
@@ -154,6 +201,10 @@ def test_a_batch_without_images(sizes):
         ([SIZE], [(1.0, None)], TypeError, "`scale_factors[0]` must be a number, got NoneType"),
         ([SIZE], [0], ValueError, "`scale_factors[0]` must be positive, got 0"),
         ([SIZE], [(2.0, -1.0)], ValueError, "`scale_factors[0]` must be positive, got -1.0"),
+        ([SIZE], [np.float32(0)], ValueError, "`scale_factors[0]` must be positive, got 0.0"),
+        ([SIZE], [np.int64(-2)], ValueError, "`scale_factors[0]` must be positive, got -2"),
+        ([SIZE], [np.float32("nan")], ValueError, "`scale_factors[0]` must be positive, got nan"),
+        ([SIZE], [torch.ones(2)], ValueError, "`scale_factors[0]` must be a number, got a tensor of shape [2]"),
         ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entry as `image_sizes` has, got 2"),
         ([(None, 3)], None, TypeError, "`image_sizes[0]` must be a number, got NoneType"),
     ],

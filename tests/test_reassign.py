@@ -141,6 +141,20 @@ def test_anchors_that_occur_twice(separation, rng):
     assert_equal(got, reference.paa_reassign(*arguments, num_classes=80, separation=separation))
 
 
+@pytest.mark.parametrize("topk", [9, 100])
+def test_other_images_give_no_room_to_anchors_that_occur_twice(topk):
+    zeros, ones = torch.zeros(4, dtype=torch.int64), torch.ones(2)
+    small = torch.tensor([0.1, 0.2, 5, 5.1]), zeros[:2], ones, ones[:, None].expand(2, 4), torch.tensor([0, 0, 1, 1]), zeros
+    losses = torch.arange(9.0)
+    large = losses, losses.long() * 0, losses, losses[:, None].expand(9, 4), losses.long(), losses.long() * 0
+    options = {"num_classes": 1, "separation": "a", "topk": topk}
+    *wanted, num_pos = paa_gpu.paa_reassign(*small, [2], **options, num_gt=1)
+    columns = zip(small, large, strict=True)
+    got = paa_gpu.paa_reassign_batch(*map(list, columns), [[2], [9]], **options, num_gts=[1, 1])
+    assert got.num_pos[0] == num_pos == 1
+    assert all(map(torch.equal, (got.label[0], got.label_weight[0], got.bbox_weight[0]), wanted))
+
+
 @pytest.mark.parametrize("topk", [1, 2, 25, 10**12])
 @pytest.mark.parametrize("sizes", [(13343,), (0, 9000, 4343, 0), (100,) * 30], ids=["1 level", "empty levels", "30 levels"])
 def test_any_topk_and_levels(topk, sizes, rng):

@@ -96,7 +96,7 @@ def count_slices(monkeypatch):
             return super().submit(*args)
 
     pool = Pool(16)
-    monkeypatch.setattr(_loops, "_executor", lambda process: pool)
+    monkeypatch.setattr(_loops, "_executor", lambda: pool)
     return handed_over
 
 
@@ -150,6 +150,25 @@ def test_the_same_bits_for_any_number_of_threads(threads):
         assert all(bits(batch) == wanted for _ in range(5))
     finally:
         torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_voting_does_not_depend_on_where_it_is_cut(classes):
+    """A class that two threads share has the same voters, in the same order, as on one thread and in a batch."""
+    rng = np.random.default_rng(0)
+    boxes = testing.make_boxes(4000, (400, 400), rng)
+    det = torch.cat([boxes[:600], torch.rand(600, 1)], 1)
+    det = det[det[:, 0].argsort()]
+    labels, scores = torch.arange(600) * classes // 600, torch.from_numpy(rng.random((4000, classes))).float()
+    arguments, usual, results = (det, labels, boxes, scores), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(paa_gpu.score_voting(*arguments, 0.05)[0])
+        results += paa_gpu.score_voting_batch(*([column] * 2 for column in arguments), 0.05)[0]
+    finally:
+        torch.set_num_threads(usual)
+    assert not torch.equal(results[0], det) and all(torch.equal(results[0], each) for each in results)
 
 
 def test_four_python_threads_at_once():
@@ -238,6 +257,32 @@ def test_torch_computes_nothing_on_the_cpu(name, monkeypatch):
     with Watch() as watch:
         call()
     assert watch.found - IDLE == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no process")
+def test_a_forked_child_has_a_pool_of_its_own():
+    """Whatever its process id: in a name space of its own it may have that of its parent."""
+    pool = _loops._executor()
+    child = os.fork()
+    if child == 0:
+        os._exit(_loops._executor() is pool)
+    assert os.waitpid(child, 0)[1] == 0
+    assert _loops._executor() is pool
+
+
+AT_EXIT = """
+import atexit, torch, paa_gpu
+
+torch.set_num_threads(2)
+rows = torch.rand(20000, 45)
+wanted = paa_gpu.fit_gmm_1d(rows).means
+atexit.register(lambda: print(torch.equal(paa_gpu.fit_gmm_1d(rows).means, wanted)))
+"""
+
+
+def test_a_call_at_the_end_of_python_needs_no_other_thread():
+    """Python starts no threads then."""
+    assert subprocess.run([sys.executable, "-c", AT_EXIT], check=True, capture_output=True, text=True).stdout == "True\n"
 
 
 def test_a_forked_child_with_large_tensors(two_threads):

@@ -218,6 +218,10 @@ def test_repeated_anchors_stay_within_the_row(session):
     inds = torch.zeros(200, dtype=torch.int64)
     _, index, count = select([(torch.arange(200.0), inds, inds + gt) for gt in (0, 1)], [1, 1] * 2, [2, 2])
     assert index.tolist() == [[0, 1], [-1, -1], [-1, -1], [200, 201]] and count.tolist() == [2, 0, 0, 2]
+    # The row has room for more in an image of more anchors, which the first image has not.
+    other = torch.arange(9)
+    _, index, count = select([(torch.arange(200.0), inds, inds), (torch.arange(9.0), other, other * 0)], [1, 1, 0, 9], [1, 1])
+    assert index.tolist() == [[0, 1, *[-1] * 7], [*range(200, 209)]] and count.tolist() == [2, 9]
 
 
 # --- repeatability -------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def part(tensor: Tensor, begin: int, end: int, dtype: Any) -> Array:
 
 
 def tensor(values: Array, dtype: torch.dtype) -> Tensor:
-    """A tensor of the values, rounded to `dtype` where they are float32; without a copy where they have it."""
+    """A tensor of the values, rounded to `dtype`, by way of float32 as on a GPU; without a copy where they have it."""
+    if values.dtype == np.float64 and dtype != torch.float64:
+        values = cast(values, np.float32)
     if dtype == torch.float16:
         return torch.from_numpy(cast(values, np.float16))
     if dtype == torch.bfloat16:

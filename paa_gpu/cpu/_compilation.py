@@ -1,19 +1,51 @@
-"""What happens while loops are compiled: whoever waits is told once, and no garbage is collected."""
+"""What happens around the compilation of loops: a cache on disk; whoever waits is told once; no garbage is collected."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import logging
 import threading
 import time
 from typing import Any
 
+from numba.core.caching import FunctionCache
 from numba.core.event import Listener, register
 
 logger = logging.getLogger("paa_gpu")
 
 #: Seconds of compilation without a word. To load compiled loops from the disk takes less.
 PATIENCE = 2.0
+
+
+@functools.cache
+def _warn_that_nothing_is_kept(folder: str, error: str) -> None:
+    """Once for each folder."""
+    logger.warning(
+        "paa_gpu cannot keep its compiled loops in %s (%s). Every process compiles them again. Set NUMBA_CACHE_DIR to a folder "
+        "that has room for some megabytes.",
+        folder,
+        error,
+    )
+
+
+class LoopCache(FunctionCache):
+    """numba's cache on disk, which no call depends on: a loop that cannot be read is compiled, also if it cannot be written."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a file that was cut off raises errors of any kind
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn_that_nothing_is_kept(self.cache_path, error.strerror or str(error))
 
 
 class CompilationListener(Listener):
@@ -29,7 +61,8 @@ class CompilationListener(Listener):
     def on_start(self, event: Any) -> None:
         self._depth += 1
         loop = event.data["dispatcher"]
-        if self._depth == 1 and loop.py_func.__module__.startswith("paa_gpu."):
+        # A function of another package may have no module.
+        if self._depth == 1 and (loop.py_func.__module__ or "").startswith("paa_gpu."):
             self.begin(loop)
 
     def on_end(self, event: Any) -> None:

@@ -21,8 +21,8 @@ import torch
 from numba import config, njit
 from numba.extending import register_jitable
 
-from . import _compilation  # noqa: F401  # registers itself with numba
 from ._arrays import Array
+from ._compilation import LoopCache
 
 # The loops need numba's arithmetic. In plain Python a sum of np.uint64 and np.int64, for example, is no integer.
 if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets it from the environment
@@ -57,7 +57,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     loop = njit(function, nogil=True, **_OPTIONS)
     # No folder is writable: neither that of the package nor one of the user. Then each process compiles for itself.
     with contextlib.suppress(RuntimeError):
-        loop.enable_caching()
+        loop._cache = LoopCache(function)
     return loop
 
 
@@ -75,9 +75,21 @@ HANDING_OVER = 150.0
 
 
 @functools.cache
-def _executor(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
-    """The pool of a process: a forked child has another id, and with it a pool of its own."""
+def _executor() -> ThreadPoolExecutor:
+    """The pool of this process."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="paa_gpu")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_executor.cache_clear)  # a forked child has no threads of its parent
+
+
+def _hand_over(loop: Callable[..., None], *args: Any) -> Callable[[], None]:
+    """Call the loop on another thread; on this one, if Python is about to end and starts none. What is returned waits for it."""
+    try:
+        return _executor().submit(loop, *args).result
+    except RuntimeError:
+        return functools.partial(loop, *args)
 
 
 def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: Any) -> None:
@@ -131,7 +143,7 @@ def cumulated(costs: Sequence[float] | Array) -> Array:
 def over_bounds(loop: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
     """Call `loop(start, stop, *args)` for each two bounds, each on a thread of its own."""
     first, last, *others = bounds
-    handed_over = [_executor(os.getpid()).submit(loop, *other, *args) for other in itertools.pairwise((last, *others))]
+    handed_over = [_hand_over(loop, *other, *args) for other in itertools.pairwise((last, *others))]
     loop(first, last, *args)
-    for future in handed_over:
-        future.result()
+    for wait in handed_over:
+        wait()

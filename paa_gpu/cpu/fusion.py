@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, cast, offsets, rounded, tensor, view
+from ._arrays import Array, array, offsets, rounded, tensor, view
 from ._loops import compiled, inner, over_bounds, shared_bounds
 
 CHUNK = 32
@@ -221,12 +221,8 @@ def weighted_boxes_fusion(
         n = results[3][i] = len(place)
         results[0][i, :n], results[1][i, :n], results[2][i, :n] = fused[0][place], fused[1][place], label[order[place]]
     return (
-        _rounded(results[0], boxes.dtype),
-        _rounded(results[1], scores.dtype),
+        tensor(results[0], boxes.dtype),
+        tensor(results[1], scores.dtype),
         torch.from_numpy(results[2]),
         torch.from_numpy(results[3]),
     )
-
-
-def _rounded(values: Array, dtype: torch.dtype) -> Tensor:
-    return tensor(values if dtype == torch.float64 else cast(values, np.float32), dtype)

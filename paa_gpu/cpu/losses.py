@@ -79,6 +79,7 @@ def _focal_of_class(logits: Any, numbers: Any, total: Any) -> None:
     The logits are negated where the class is the label's. `numbers` are gamma, 0 and 1 in the dtype of the logits.
     """
     gamma, zero, one = numbers
+    far = logits.dtype.type(FAR)  # not beyond: infinity times a gamma of 0 would be NaN
     if gamma == 2:  # the usual one, which needs a square and no second exponential
         for i in range(len(logits)):
             z = logits[i]
@@ -89,7 +90,8 @@ def _focal_of_class(logits: Any, numbers: Any, total: Any) -> None:
         for i in range(len(logits)):
             z = logits[i]
             log = log1p_of_part(negative_exp(abs(z)))
-            total[i] += (max(z, zero) + log) * negative_exp(gamma * (max(-z, zero) + log))
+            of_other = max(-z, zero) + log
+            total[i] += (max(z, zero) + log) * negative_exp(gamma * (far if of_other > far else of_other))
 
 
 @inner

@@ -65,13 +65,18 @@ def _insert(loss_key: int, p: Any, start: Any, stop: Any, key: Any, member: Any)
 
 
 @inner
-def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, row_loss: Any, row_index: Any) -> int:
+def _merge(
+    loss: Any, bounds: Any, topk: int, group_start: Any, group_stop: Any, member: Any, key: Any, row_loss: Any, row_index: Any
+) -> int:
     """The candidates of a row from its groups, and their number; of equal losses that of the lower level comes first."""
-    count, total, width = 0, 0, len(row_index)
+    count, total, room = 0, 0, 0
     for level in range(len(group_start)):
         total += group_stop[level] - group_start[level]
-    # A row has room for all its candidates, unless an index is given twice, which only `validate` refuses.
-    while count < total and count < width:
+        size = bounds[level + 1] - bounds[level]
+        room += topk if topk < size else size
+    # There is room for all, unless an index is given twice, which only `validate` refuses. What other images have room for does
+    # not matter.
+    while count < total and count < room:
         best, smallest = -1, 0
         for level in range(len(group_start)):
             at = group_start[level]
@@ -81,7 +86,7 @@ def _merge(loss: Any, group_start: Any, group_stop: Any, member: Any, key: Any, 
         row_loss[count] = loss[row_index[count]]
         group_start[best] += 1
         count += 1
-    for i in range(count, width):
+    for i in range(count, len(row_index)):
         row_loss[i], row_index[i] = np.inf, -1
     return count
 
@@ -131,9 +136,12 @@ def keep_smallest(
                 end = np.uint64(group_stop[g])
                 _insert(loss_key, p, g * room, min(end, last_place), key, member)
                 group_stop[g] = min(end, last_place) + one
-    for at in range(gt_offset[first], gt_offset[last]):
-        own = slice((at - gt_offset[first]) * levels, (at - gt_offset[first] + 1) * levels)
-        row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
+    for image in range(first, last):
+        bounds = level_bounds[image]
+        for at in range(gt_offset[image], gt_offset[image + 1]):
+            own = slice((at - gt_offset[first]) * levels, (at - gt_offset[first] + 1) * levels)
+            groups_of_row = group_start[own], group_stop[own], member, key
+            row_count[at] = _merge(loss, bounds, topk, *groups_of_row, row_loss[at], row_index[at])
 
 
 @compiled
@@ -179,7 +187,8 @@ def _sort_groups(
             group_stop[g] = min(end, begin + topk)
         for gt_number in range(num_gt):
             at, own = gt_offset[image] + gt_number, slice(gt_number * levels, (gt_number + 1) * levels)
-            row_count[at] = _merge(loss, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at])
+            groups_of_row = group_start[own], group_stop[own], member, key
+            row_count[at] = _merge(loss, bounds, topk, *groups_of_row, row_loss[at], row_index[at])
 
 
 def empty_candidates(rows: int, width: int, real: Any) -> tuple[Array, Array, Array]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arrays import Array, array, cast, rounded, tensor, view
+from ._arrays import Array, array, rounded, tensor, view
 from ._loops import compiled, cumulated, inner, inner_with_sums, over_bounds, over_slices, shared_bounds
 from ._numeric import negative_exp2
 
@@ -304,13 +304,19 @@ def _vote_image(
 ) -> None:  # fmt: skip
     """voted[row] = the box of detection order[row], and its score, for some of the rows of an image.
 
-    Detections come class by class. The voters of a class are gathered at its first detection, and lie where those of the class
-    before it lay: they stay in the cache. All is in one call: with few voters, what Python does in between would take longer than
-    the loops.
+    Detections come class by class. A class may have other rows too: what its detections span decides which boxes are its voters,
+    and in which order they are added up. The voters of a class are gathered at its first detection, and lie where those of the
+    class before it lay: they stay in the cache. All is in one call: with few voters, what Python does in between would take
+    longer than the loops.
     """
     real = det.dtype.type
     pixel = real(offset)
-    number, classes, span = _classes(first, last, order, det, label, all_classes, pixel)
+    begin, end = first, last
+    while begin > 0 and label[order[begin - 1]] == label[order[first]]:
+        begin -= 1
+    while end < len(order) and label[order[end]] == label[order[last - 1]]:
+        end += 1
+    number, classes, span = _classes(begin, end, order, det, label, all_classes, pixel)
     ordered = _neighbours(boxes, det, label, all_classes)
     corner, index, score, size = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, span)
     voter, bounds, total, touched, edge = _room(len(ordered), det.dtype)
@@ -448,8 +454,6 @@ def score_voting(
         costs = [_cost(label.shape[0], pools * score.shape[0], score.shape[1]) for label, score in columns]
         over_bounds(vote_images, shared_bounds(cumulated(costs), IN_PYTHON))
         voted, labels = map(np.concatenate, zip(*results, strict=True))
-    if wide and dtype != torch.float64:
-        voted = cast(voted, np.float32)
     return tensor(voted, dtype), torch.from_numpy(labels)
 
 
