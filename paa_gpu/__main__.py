@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import statistics
 import sys
@@ -17,6 +18,9 @@ import torch
 
 from . import __version__, ahead, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
 from ._dispatch import OPERATORS
+
+#: Formats that matplotlib writes, and none, which is .png.
+PICTURES = ("", ".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 
@@ -65,6 +69,10 @@ def _picture(text: str) -> Path:
     path = Path(text)
     if not path.name or path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that may be written to, got {text!r}")
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(filter(None, PICTURES))}, got {text!r}")
     return path if path.suffix else path.with_suffix(".png")
 
 

@@ -8,6 +8,7 @@ A row of `gmm` that is not valid, an image without boxes and a call without dete
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ LOSS = "loss of a candidate (classification + regression, no unit)"
 WIDTH, DPI, POINTS = 7.2, 250, 9
 
 
-def _check_fit(gmm: GaussianMixture1D, row: int) -> None:
+def _check_fit(gmm: GaussianMixture1D, row: int, components: int | None = None) -> None:
+    if components not in (None, gmm.means.shape[1]):
+        raise ValueError(f"`gmm` must have {components} components, got {gmm.means.shape[1]}")
     if not gmm.valid[row]:
         raise ValueError(f"`row` must be one of `gmm` with a valid fit, got {row}")
 
@@ -88,7 +91,7 @@ def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: i
     _check_fit(gmm, row)
     values = x.detach().cpu().double().numpy()
     heights, _, _ = axes.hist(values, bins, density=True, color=GREY, alpha=0.35, label=f"{len(values):,} values")
-    places, top = np.linspace(values.min(), values.max(), 600), float(heights.max())
+    places, top = _places(values.min(), values.max(), *(part[row].tolist() for part in gmm[1:3])), float(heights.max())
     for k, parameters in enumerate(zip(*(values[row].tolist() for values in gmm[:3]), strict=True)):
         density, (weight, mean, variance) = _density(places, *parameters), parameters
         label = f"component {k}: weight {weight:.2f}, mean {mean:.2f}, deviation {variance**0.5:.2f}"
@@ -107,7 +110,7 @@ def plot_schemes(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> N
         gmm: the fits. The row `row` is that of this ground truth.
         row: the row of `gmm`.
     """
-    _check_fit(gmm, row)
+    _check_fit(gmm, row, components=2)
     loss = _numbers(loss)
     one = GaussianMixture1D._make([*(values[row, None] for values in gmm[:7]), gmm.covariance_type])
     foreground, score = torch.as_tensor(one.predict(loss[None])) == 0, torch.as_tensor(one.score_samples(loss[None]))
@@ -281,6 +284,13 @@ def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any
     return figure, figure.subplots(rows, columns, **options)
 
 
+def _places(low: float, high: float, means: Sequence[float], variances: Sequence[float]) -> Any:
+    """Where to draw densities: at even distances, and closer where a component is narrow."""
+    near = [mean + variance**0.5 * np.linspace(-6, 6, 121) for mean, variance in zip(means, variances, strict=True)]
+    places = np.concatenate([np.linspace(low, high, 600), *near])
+    return np.unique(places.clip(low, high))
+
+
 def _density(x: Any, weight: float, mean: float, variance: float) -> Any:
     """That of a Gaussian times its weight."""
     return weight * np.exp(-((x - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
@@ -288,10 +298,10 @@ def _density(x: Any, weight: float, mean: float, variance: float) -> Any:
 
 def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> float:
     """The weighted densities of both components, and the highest of them."""
-    _check_fit(gmm, row)
+    _check_fit(gmm, row, components=2)
     weights, means, variances = (values[row].tolist() for values in gmm[:3])
     low, high = float(loss.min()), float(loss.max())
-    x = np.linspace(low - 0.08 * (high - low), high + 0.08 * (high - low), 600)
+    x = _places(low - 0.08 * (high - low), high + 0.08 * (high - low), means, variances)
     top = 0.0
     for name, colour, *parameters in zip(("foreground", "background"), (BLUE, GREY), weights, means, variances, strict=True):
         density = _density(x, *parameters)

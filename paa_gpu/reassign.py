@@ -97,8 +97,10 @@ def paa_reassign(
     with a loss that is not finite among its candidates gets no positives. Others are not affected. P = 0 returns copies and 0.
 
     Without `validate`, an index out of range is left out. An anchor may occur twice. It becomes background if none of its
-    potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. The function does not modify
-    its inputs, and records no graph. Source: PAA (arXiv 2007.08103), section 3.2.
+    potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. Then too, a ground truth has
+    at most the K candidates of `select_candidates`. The function does not modify its inputs, and records no graph.
+
+    Source: PAA (arXiv 2007.08103), section 3.2.
     """
     image: Sequence[Tensor] = (pos_losses, label, label_weight, bbox_weight, pos_inds, pos_gt_inds)
     options = (num_classes, topk, covariance_type, separation, singleton, precision)
@@ -299,12 +301,13 @@ def _separate(
     """Run a caller's scheme over the padded batch: (positive, ignored), both BoolTensor[G, K]."""
     position = torch.arange(loss.shape[1], device=loss.device)
     mask = (position < count[:, None]) & valid[:, None]
-    masks = separation(assignment, score, loss, mask)
+    alone = (count == 1)[:, None] & (position == 0) & loss.isfinite()
+    masks = separation(assignment, score, loss, mask.clone())  # it may change its arguments
     if not isinstance(masks, tuple) or len(masks) != 2:  # type: ignore[redundant-expr]  # a caller's
         raise TypeError(f"`separation` must return a tuple (positive, ignored), got {type(masks).__name__}")
     for name, candidates in zip(("positive", "ignored"), masks, strict=True):
         check_tensor(f"separation: {name}", candidates, tuple(loss.shape), (torch.bool,), loss.device)
     positive = masks[0] & mask
     if singleton == "positive":
-        positive = positive | ((count == 1)[:, None] & (position == 0) & loss.isfinite())
+        positive = positive | alone
     return positive, masks[1] & mask & ~positive

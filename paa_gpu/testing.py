@@ -49,6 +49,8 @@ class Batch(NamedTuple):
 
 def make_losses(shape: str, size: int, rng: np.random.Generator) -> Array:
     """The losses of one ground truth: float64 [size]. The shapes "one" and "two" have [1] and [2]."""
+    if shape not in LOSS_SHAPES:
+        raise ValueError(f"`shape` must be one of {', '.join(LOSS_SHAPES)}, got {shape!r}")
     size = {"two": 2, "one": 1}.get(shape, size)
     if shape == "bimodal":
         centre = np.where(rng.random(size) < rng.uniform(0.2, 0.8), rng.uniform(0.3, 1), rng.uniform(1.5, 3))
@@ -80,6 +82,8 @@ def make_batch(
     Each ground truth draws a loss shape from `shapes`, a number of potential positives from `sizes`, and a scale from `scales`
     (log-uniform). Its anchors are drawn level by level, more often from the lower levels. `pos_inds` ascends.
     """
+    if len(num_gts) == 0:
+        raise ValueError("`num_gts` must have an entry for each image, got none")
     images = [
         _make_image(num_gt, rng, shapes, sizes, scales, level_sizes, num_classes, dtype) for num_gt in num_gts
     ]  # fmt: skip
@@ -112,11 +116,14 @@ def _make_image(
     order = np.argsort(inds)
     losses = np.concatenate(rows)[order] if rows else np.zeros(0)
     pos_inds, pos_gt_inds = torch.from_numpy(inds[order]), torch.from_numpy(gt_of[order])
-    label = torch.full((anchors,), num_classes)
+    # From numpy, here and below: no default device or dtype of torch changes it.
+    label = torch.from_numpy(np.full(anchors, num_classes, np.int64))
     label[pos_inds] = torch.from_numpy(rng.integers(num_classes, size=num_gt))[pos_gt_inds] if num_gt else label[:0]
-    bbox_weight = torch.zeros(anchors, 4)
+    label_weight, bbox_weight = (
+        torch.from_numpy(array) for array in (np.ones(anchors, np.float32), np.zeros((anchors, 4), np.float32))
+    )
     bbox_weight[pos_inds] = 1
-    return torch.from_numpy(losses).to(dtype), label, torch.ones(anchors), bbox_weight, pos_inds, pos_gt_inds
+    return torch.from_numpy(losses).to(dtype), label, label_weight, bbox_weight, pos_inds, pos_gt_inds
 
 
 def make_noisy_label_losses(
@@ -183,7 +190,8 @@ def _make_predictions(
     score = rng.uniform(0.05, 1, (boxes, num_classes)) * (rng.random((boxes, num_classes)) < share)
     scores = torch.from_numpy(np.concatenate([score, np.zeros((boxes, 1))], 1)).to(dtype)
     if not boxes:
-        return torch.ones(detections, 5, dtype=dtype), torch.zeros(detections, dtype=torch.int64), bboxes, scores
+        det_bboxes, det_labels = (torch.from_numpy(array) for array in (np.ones((detections, 5)), np.zeros(detections, np.int64)))
+        return det_bboxes.to(dtype), det_labels, bboxes, scores
     chosen = torch.from_numpy(rng.integers(boxes, size=detections))
     best, label = (scores[chosen, :-1] * torch.from_numpy(rng.random((detections, num_classes)))).max(1)
     return torch.cat([bboxes[chosen], best.to(dtype)[:, None]], 1), label, bboxes, scores
@@ -194,7 +202,7 @@ def make_anchors(shapes: Sequence[tuple[int, int]], stride: int = 8, scale: int 
     levels = []
     for level, (height, width) in enumerate(shapes):
         step = float(stride * 2**level)
-        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+        y, x = (torch.from_numpy(axis).flatten() for axis in np.indices((height, width), np.float32))
         centre = torch.stack([x, y], 1) * step + (step - 1) / 2
         levels.append(torch.cat([centre - scale * step / 2, centre + scale * step / 2], 1))
     return levels
@@ -238,7 +246,7 @@ def make_head_batch(
     """
     anchors, images = [boxes.repeat_interleave(per_location, 0) for boxes in make_anchors(shapes)], len(potential)
     for level in anchors:
-        sizes = (level[:, 2:] - level[:, :2]) * (torch.arange(len(level)) % per_location)[:, None] / per_location
+        sizes = (level[:, 2:] - level[:, :2]) * torch.from_numpy(np.arange(len(level)) % per_location)[:, None] / per_location
         level[:, 2:] += sizes
     boxes = torch.cat(anchors)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from paa_gpu import __main__, data
+from paa_gpu import __main__, data, testing
 
 
 def test_the_demonstration(tmp_path, capsys):
@@ -40,6 +43,7 @@ def test_the_demonstration(tmp_path, capsys):
         (["--out", "no/such/folder/picture.png"], "must be a file in a folder that exists, got 'no/such/folder/picture.png'"),
         (["check", "--repeats", "-3"], "must be a positive integer, got '-3'"),
         (["check", "--repeats", "0"], "must be a positive integer, got '0'"),
+        (["--out", "picture.xyz"], "must end in one of .png, .jpg, .jpeg, .pdf, .svg, .webp, got 'picture.xyz'"),
         (["--out", "/"], "must be a file in a folder that exists, got '/'"),
     ],
 )
@@ -47,6 +51,44 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as raised:
         __main__.main(arguments)
     assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever may write to every folder is not refused")
+def test_a_folder_that_may_not_be_written_to(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    with pytest.raises(SystemExit):
+        __main__.main(["--out", str(tmp_path / "picture.png")])
+    assert "must be a file in a folder that may be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float64), ("cpu", torch.float64)])
+def test_recordings_and_random_inputs_under_other_defaults_of_torch(device, dtype):
+    """They lie on the CPU, as their documentation says."""
+
+    def inputs():
+        rng = np.random.default_rng(0)
+        recording, batch = data.load(), testing.make_batch([3, 0], rng)
+        head, votes = testing.make_head_batch([9], rng), testing.make_predictions([(2, 0), (3, 9)], rng)
+        return [*recording.arguments[:6], *recording.anchors, *itertools.chain(*batch[:6], *head, *votes)]
+
+    wanted = inputs()
+    try:
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        got = inputs()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+
+
+def test_random_inputs_that_do_not_exist():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"^`shape` must be one of bimodal, unimodal, .*, got 'bell'$"):
+        testing.make_losses("bell", 9, rng)
+    with pytest.raises(ValueError, match=r"^`num_gts` must have an entry for each image, got none$"):
+        testing.make_batch([], rng)
 
 
 def test_another_image(tmp_path, capsys):

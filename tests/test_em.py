@@ -152,6 +152,15 @@ def test_rows_that_cannot_be_fitted(rng):
     assert (got.predict(x)[1:5] == -1).all() and got.score_samples(x)[1:5].isnan().all()
 
 
+@pytest.mark.parametrize("n_components", [2, 3])
+@pytest.mark.parametrize("size", [5, 100])
+def test_a_component_that_has_shrunk_to_a_point_is_no_fit(size, n_components):
+    """Also if no iteration follows that would divide by its variance. scikit-learn raises an error."""
+    equal = torch.full((1, size), 2.0)
+    assert not paa_gpu.fit_gmm_1d(equal, n_components=n_components, reg_covar=0.0, max_iter=1).valid
+    assert paa_gpu.fit_gmm_1d(equal, n_components=n_components, max_iter=1).valid
+
+
 def test_padding_is_not_read(rng):
     rows = draw_rows(rng, 14)
     x, count = pad(rows)

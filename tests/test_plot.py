@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -45,6 +48,34 @@ def test_the_fit_counts_positives_and_negatives(call):
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts == [f"{int(positive.sum())} positive", f"{int((~positive).sum())} negative"]
     assert any(f"threshold {float(loss[positive].max()):.2f}" in text.get_text() for text in axes.texts)
+
+
+def test_a_narrow_component_keeps_its_height():
+    """No even distance meets it."""
+    losses = torch.tensor([0.5] * 6 + [2.0, 4, 5, 6, 7, 8, 9, 10])
+    gmm = paa_gpu.fit_gmm_1d(losses[None])
+    weight, variance = float(gmm.weights[0, 0]), float(gmm.variances[0, 0])
+    assert variance < 1e-5
+    for draw in (
+        lambda axes: plot.plot_fit(axes, losses, gmm, 0, losses < 1),
+        lambda axes: plot.plot_mixture(axes, losses, gmm, 0),
+    ):
+        axes = Figure().subplots()
+        draw(axes)
+        highest = max(float(np.max(line.get_ydata())) for line in axes.get_lines() if len(line.get_xdata()) > 100)
+        assert highest == pytest.approx(weight / math.sqrt(2 * math.pi * variance), rel=0.01)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_a_fit_of_other_than_two_components_has_no_foreground(components):
+    losses = torch.arange(9.0)
+    gmm = paa_gpu.fit_gmm_1d(losses[None], n_components=components)
+    for draw in (
+        lambda axes: plot.plot_fit(axes, losses, gmm, 0, losses < 4),
+        lambda axes: plot.plot_schemes(axes, losses, gmm, 0),
+    ):
+        with pytest.raises(ValueError, match=f"^`gmm` must have 2 components, got {components}$"):
+            draw(Figure().subplots())
 
 
 def test_the_fit_of_a_ground_truth_without_positives(call):

@@ -219,6 +219,24 @@ def test_a_callable_with_a_built_in_meaning_equals_it(batch, scheme, singleton):
     assert_equal(built_in, called)
 
 
+@pytest.mark.parametrize("singleton", ["background", "positive"])
+def test_a_callable_may_change_its_arguments(batch, singleton):
+    """What is no candidate stays out."""
+
+    def nothing(assignment, score, loss, mask):
+        return torch.zeros_like(mask), torch.zeros_like(mask)
+
+    def in_place(assignment, score, loss, mask):
+        loss.fill_(torch.nan)
+        return mask.logical_not_(), torch.zeros_like(mask)
+
+    wanted, got = (
+        paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, separation=separation, singleton=singleton)
+        for separation in (nothing, in_place)
+    )
+    assert_equal(got, wanted)
+
+
 def test_a_callable_runs_once_and_its_masks_are_combined(batch):
     seen = []
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from unittest import mock
 
@@ -49,6 +52,20 @@ def assert_same(ours, theirs, x, rtol=1e-9):
     for name in ("score_samples", "score", "bic", "aic"):
         np.testing.assert_allclose(getattr(ours, name)(x), getattr(theirs, name)(x), **close, err_msg=name)
     assert {type(getattr(ours, name)(x)) for name in ("score", "bic", "aic")} == {float}
+
+
+@pytest.mark.filterwarnings("ignore:Best performing")
+@pytest.mark.parametrize("init_params", ["random", "random_from_data", "k-means++"])
+@pytest.mark.parametrize("n_init", [1, 3])
+def test_a_warm_start_after_no_iteration(init_params, n_init, rng):
+    """The last of several starts, as in scikit-learn."""
+    x, found = two_clusters(rng), []
+    for estimator in (GaussianMixture, mixture.GaussianMixture):
+        options = {"init_params": init_params, "random_state": 0, "n_init": n_init, "warm_start": True}
+        found.append(estimator(2, max_iter=0, **options).fit(x))
+    assert_same(*found, x)
+    assert_same(*(each.set_params(max_iter=50).fit(x) for each in found), x)
+    assert found[0].lower_bounds_ == pytest.approx(found[1].lower_bounds_, rel=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:Best performing")
@@ -152,6 +169,7 @@ def test_tensors_in_return_where_scikit_learn_gives_them(rng):
             (torch.zeros(5, 2), "`X` must have one feature, [N, 1] or [N], got shape [5, 2]"),
             (torch.zeros(1), "Found array with 1 sample(s) (shape=(1, 1)) while a minimum of 2 is required."),
             (torch.tensor([0.0, torch.nan, 1.0]), "Input X contains NaN or infinity."),
+            (torch.tensor([0.0, 2.0, 1.0]) + 1j, "Complex data not supported"),
         ]:
             with pytest.raises(ValueError, match="^" + re.escape(message)):
                 GaussianMixture(2).fit(bad)
@@ -183,6 +201,59 @@ def test_errors(rng):
         GaussianMixture().fit(x).predict(np.zeros((9, 2)))
     with pytest.raises(AttributeError, match=r"^`lower_bounds_` is kept where `verbose` is at least 1"):
         GaussianMixture().fit(x).lower_bounds_  # noqa: B018
+
+
+def test_tensors_whose_memory_has_the_other_sign(rng):
+    x = torch.from_numpy(two_clusters(rng)[:, 0])
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg() and torch.equal(negative, x)
+    ours, wanted = GaussianMixture(2).fit(negative), GaussianMixture(2).fit(x)
+    assert np.array_equal(ours.means_, wanted.means_) and np.array_equal(ours.predict(negative), wanted.predict(x))
+
+
+@pytest.mark.parametrize(("scale", "options"), [(1e25, {}), (1e-23, {"reg_covar": 0.0})])
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_variances_that_float32_does_not_hold_are_refused(scale, options, verbose):
+    x = (np.array([[1.0], [3], [2.9], [1.1]]) * scale).astype(np.float32)
+    for estimator, message in ((mixture.GaussianMixture, ""), (GaussianMixture, "ill-defined empirical covariance")):
+        with np.errstate(all="ignore"), pytest.raises(ValueError, match=message):
+            estimator(2, **options, verbose=verbose).fit(x)
+
+
+DISPATCH = """
+import numpy as np, sklearn, torch
+from paa_gpu.integrations.sklearn import GaussianMixture
+
+x = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 1)))
+for options in ({}, {"init_params": "k-means++", "random_state": 0}, {"max_iter": 0, "random_state": 0}):
+    wanted = GaussianMixture(2, **options).fit(x)
+    with sklearn.config_context(array_api_dispatch=True):
+        got = GaussianMixture(2, **options).fit(x)
+        labels = got.predict(x)
+    assert isinstance(got.means_, torch.Tensor) and isinstance(labels, torch.Tensor)
+    assert np.array_equal(got.means_, wanted.means_) and np.array_equal(labels, wanted.predict(x))
+"""
+
+
+@pytest.mark.slow
+def test_scikit_learns_own_switch_for_tensors():
+    subprocess.run([sys.executable, "-c", DISPATCH], env={**os.environ, "SCIPY_ARRAY_API": "1"}, check=True)
+
+
+@pytest.mark.filterwarnings("ignore:Best performing")
+@pytest.mark.parametrize("init_params", ["random_from_data", "k-means++"])
+@pytest.mark.parametrize(
+    "options", [{"tol": 1e-2}, {"tol": 5.0}, {"max_iter": 1}, {"max_iter": 2}, {"tol": 1e-2, "n_init": 3}, {"weights_init": [0.5, 0.5]}],
+    ids=str,
+)  # fmt: skip
+def test_iterations_are_counted_from_the_first_lower_bound_of_scikit_learn(init_params, options):
+    """Its weights do not sum to 1 before the first iteration."""
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(0, 0.05, (100, 1))
+        kwargs = {"init_params": init_params, "random_state": seed, "reg_covar": 0.1, **options}
+        ours, theirs = (estimator(2, **kwargs).fit(x) for estimator in (GaussianMixture, mixture.GaussianMixture))
+        assert_same(ours, theirs, x)
+        assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, rel=1e-9) and not hasattr(ours, "lower_bounds_")
 
 
 def test_a_warning_where_it_does_not_converge(rng):

@@ -117,15 +117,16 @@ def load(path: Path | str = BUNDLED) -> Recording:
     anchors = [_anchors(height, width, stride) for (height, width), stride in zip(meta["feat_hw"], meta["strides"], strict=True)]
     pos_inds = torch.from_numpy(np.cumsum(stored["pos_inds_delta"].astype(np.int64)))
     pos_gt_inds = torch.from_numpy(stored["pos_gt_inds"].astype(np.int64))
-    label = torch.full((sum(map(len, anchors)),), meta["num_classes"])
+    # From numpy, which no default device or dtype of torch changes; so are the anchors.
+    label = torch.from_numpy(np.full(sum(map(len, anchors)), meta["num_classes"], np.int64))
     label[pos_inds] = torch.from_numpy(stored["gt_labels"].astype(np.int64))[pos_gt_inds]
-    bbox_weight = torch.zeros(len(label), 4)
+    bbox_weight = torch.from_numpy(np.zeros((len(label), 4), np.float32))
     bbox_weight[pos_inds] = 1
     return Recording(
         name=path.stem,
         pos_losses=torch.from_numpy(stored["pos_losses"]),
         label=label,
-        label_weight=torch.ones(len(label)),
+        label_weight=torch.from_numpy(np.ones(len(label), np.float32)),
         bbox_weight=bbox_weight,
         pos_inds=pos_inds,
         pos_gt_inds=pos_gt_inds,
@@ -139,9 +140,8 @@ def load(path: Path | str = BUNDLED) -> Recording:
 
 def _anchors(height: int, width: int, stride: int) -> Tensor:
     """The recorded head's anchors: one square of side 8 strides per cell, row after row."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centre = torch.stack([x, y, x, y], -1).reshape(-1, 4) * float(stride)
-    return centre + torch.tensor([-4.0, -4.0, 4.0, 4.0]) * stride
+    y, x = torch.from_numpy(np.indices((height, width), np.float32))
+    return torch.stack([x - 4, y - 4, x + 4, y + 4], -1).reshape(-1, 4) * float(stride)
 
 
 def picture(recording: Recording) -> Any:

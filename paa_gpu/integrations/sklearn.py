@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 try:
-    from sklearn import get_config, mixture
+    from sklearn import config_context, get_config, mixture
     from sklearn.base import _fit_context
     from sklearn.cluster import kmeans_plusplus
     from sklearn.exceptions import ConvergenceWarning
@@ -37,6 +38,9 @@ MOST_COMPONENTS = 8
 
 # scikit-learn's guard against an empty component.
 EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
+
+# Weights of a solution sum to 1 but for rounding, in float32 too.
+ROUNDING = 1e-5
 
 INITIAL = ("weights_init", "means_init", "precisions_init")
 
@@ -71,6 +75,12 @@ class _Best(NamedTuple):
     lower_bounds: list[float] | None  # of each iteration, where it was taken alone
 
 
+def _fits(fit: GaussianMixture1D, dtype: torch.dtype) -> Tensor:
+    """Which rows are fits whose variances are numbers in this dtype too: BoolTensor[rows]."""
+    variances = fit.variances.to(dtype)
+    return fit.valid & (variances.isfinite() & (variances > 0)).all(1)
+
+
 class _Data(NamedTuple):
     x: Tensor  # Tensor[N] float32 or float64
     tensors: bool  # whether results are tensors, or numpy arrays
@@ -91,10 +101,11 @@ class GaussianMixture(mixture.GaussianMixture):
     * "random", "random_from_data", "k-means++": the same random numbers as in scikit-learn, so the same seed gives the same fit.
       All `n_init` starts are fitted in one call. They are drawn on the CPU, from a copy of CUDA data.
 
-    There are three differences from scikit-learn:
+    There are four differences from scikit-learn:
 
     * `lower_bounds_` exists only with `verbose`, or at a warm start, because only then iterations run one by one.
     * Values close together lose no digits. So rounding cannot make a variance negative, and a fit does not fail for that reason.
+    * A component that loses all its values ends at the smallest value of `X`, and not at 0.
     * CUDA tensors are not checked for NaN and infinity before the work. `fit` raises the error after it. For such values,
       `predict` returns -1 and `predict_proba` NaN.
 
@@ -174,7 +185,7 @@ class GaussianMixture(mixture.GaussianMixture):
         if self.max_iter == 0:
             self._keep_start(data, again)
             return data
-        best = self._iterate(data.x, again) if again or self.verbose else self._fit_at_once(data.x)
+        best = self._continue(data.x) if again else self._fit_starts(data.x, self._starts(data.x))
         self.converged_, self.n_iter_, self.lower_bound_ = best.converged, best.n_iter, best.lower_bound
         self._lower_bounds = best.lower_bounds
         self._set_solution(data, best.weights, best.means, best.variances)
@@ -194,7 +205,8 @@ class GaussianMixture(mixture.GaussianMixture):
             )
         # Newer versions are told the namespace of the arrays.
         namespace = {"xp": np} if "xp" in inspect.signature(self._check_parameters).parameters else {}
-        self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)), **namespace)
+        with config_context(array_api_dispatch=False):  # under which scikit-learn's own fit lacks some starts
+            self._check_parameters(np.broadcast_to(np.float64(0), (n_samples, 1)), **namespace)
 
     def _starts(self, x: Tensor) -> dict[str, Any]:
         """The start for `fit_gmm_1d`: a name and given values, or initial values [n_init, n_components]."""
@@ -248,29 +260,52 @@ class GaussianMixture(mixture.GaussianMixture):
             "n_components": int(self.n_components),
         }
 
-    def _fit_at_once(self, x: Tensor) -> _Best:
-        """The best of all starts, fitted in one call."""
-        starts = self._starts(x)
+    def _fit_starts(self, x: Tensor, starts: dict[str, Any]) -> _Best:
+        """The best of all starts, fitted in one call, unless iterations are to be told, or counted as scikit-learn does."""
+        more = self._more_at_first(len(x))
+        if self.verbose:
+            return self._iterate(x, self._split(starts), -np.inf, more)
         rows = 1 if "init" in starts else self.n_init
         fit = fit_gmm_1d(x[None].expand(rows, -1), **self._options(self.max_iter), **starts)
-        numbers = torch.stack([fit.lower_bound, fit.n_iter.double(), fit.converged.double(), fit.valid.double()], 1).tolist()
+        valid = _fits(fit, x.dtype)
+        numbers = torch.stack([fit.lower_bound, fit.n_iter.double(), fit.converged.double(), valid.double()], 1).tolist()
+        # The first lower bound decides whether the second iteration is the last one.
+        if more and (self.tol > -more or any(row[1] <= 2 for row in numbers)):
+            return self._iterate(x, self._split(starts), -np.inf, more)._replace(lower_bounds=None)
         best = max((row for row in range(rows) if numbers[row][3]), key=lambda row: numbers[row][0], default=None)
         if best is None:
             raise ValueError(self._failure(x))
         lower_bound, n_iter, converged, _ = numbers[best]
         return _Best(fit.weights[best], fit.means[best], fit.variances[best], lower_bound, int(n_iter), bool(converged), None)
 
-    def _iterate(self, x: Tensor, again: bool) -> _Best:
-        """The best of all starts, or the continued last solution. Iterations run one by one, with scikit-learn's messages."""
+    def _more_at_first(self, n_samples: int) -> float:
+        """What scikit-learn's first lower bound has more. It puts only the drawn values into components, and divides their number
+        by that of all values. So its first weights do not sum to 1."""
+        drawn = self.init_params in ("random_from_data", "k-means++") and self.weights_init is None
+        return float(np.log(self.n_components / n_samples)) if drawn else 0.0
+
+    def _continue(self, x: Tensor) -> _Best:
+        """The fit from the last solution on."""
+        start, more = self._as_start(self._mixture(x.double())), 0.0
+        total = float(start["weights_init"].sum())
+        if abs(total - 1) > ROUNDING:  # after a fit without iterations, see `_more_at_first`
+            start["weights_init"], more = start["weights_init"] / total, float(np.log(total))
+        return self._iterate(x, [start], self.lower_bound_, more)
+
+    def _iterate(self, x: Tensor, starts: Sequence[dict[str, Any]], before: float, more: float) -> _Best:
+        """The best of the starts. Iterations run one by one, with scikit-learn's messages.
+
+        `before`: the lower bound before the first iteration; `more`: what is added to the first.
+        """
         found = []
-        for init, start in enumerate([self._as_start(self._mixture(x.double()))] if again else self._split(self._starts(x))):
+        for init, start in enumerate(starts):
             self._print_verbose_msg_init_beg(init)
-            lower_bounds, converged, last = list[float](), False, self.lower_bound_ if again else -np.inf
+            lower_bounds, converged, last = list[float](), False, before
             while not converged and len(lower_bounds) < self.max_iter:
                 fit = fit_gmm_1d(x[None], **self._options(1), **start)
-                if not fit.valid:
+                if not _fits(fit, x.dtype):
                     raise ValueError(self._failure(x))
-                lower_bounds.append(float(fit.lower_bound))
+                lower_bounds.append(float(fit.lower_bound) + (0.0 if lower_bounds else more))
                 change, last = lower_bounds[-1] - last, lower_bounds[-1]
                 self._print_verbose_msg_iter_end(len(lower_bounds), change)
                 converged = abs(change) < self.tol
@@ -291,9 +326,12 @@ class GaussianMixture(mixture.GaussianMixture):
     # Attributes and data ----------------------------------------------------------------------------------------------------
 
     def _keep_start(self, data: _Data, again: bool) -> None:
-        """No iteration: scikit-learn's own start."""
+        """No iteration: scikit-learn's own start, the last of all."""
         if not again:
-            self._initialize_parameters(data.x.cpu().numpy()[:, None], check_random_state(self.random_state))
+            values, rng = data.x.cpu().numpy()[:, None], check_random_state(self.random_state)
+            with config_context(array_api_dispatch=False):
+                for _ in range(self.n_init):
+                    self._initialize_parameters(values, rng)
             fit = self._mixture(data.x)
             self._set_solution(data, *(values[0] for values in fit[:3]))
         self.converged_, self.n_iter_, self.lower_bound_, self._lower_bounds = False, 0, -np.inf, []
@@ -350,7 +388,7 @@ class GaussianMixture(mixture.GaussianMixture):
                 f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}: use sklearn.mixture.GaussianMixture"
             )
         if isinstance(X, Tensor):
-            X = X.detach()
+            X = X.detach().resolve_conj().resolve_neg()
             if X.is_cuda or get_config()["array_api_dispatch"]:
                 return _Data(self._check_tensor(X, reset), True)
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
@@ -362,6 +400,8 @@ class GaussianMixture(mixture.GaussianMixture):
         """The checks of `validate_data`, for a tensor. They do not wait for its values."""
         if X.ndim != 2 or X.shape[1] != 1:
             raise ValueError(f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}")
+        if X.is_complex():
+            raise ValueError(f"Complex data not supported\n{X}\n")
         least = 2 if reset else 1
         if len(X) < least:
             raise ValueError(
