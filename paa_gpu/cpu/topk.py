@@ -66,13 +66,14 @@ def _insert(loss_key: int, p: Any, start: Any, stop: Any, key: Any, member: Any)
 
 @inner
 def _merge(
-    loss: Any, bounds: Any, topk: int, group_start: Any, group_stop: Any, member: Any, key: Any, row_loss: Any, row_index: Any
-) -> int:
+    loss: Any, level_bounds: Any, image: Any, topk: int, group_start: Any, group_stop: Any, member: Any, key: Any, row_loss: Any,
+    row_index: Any,
+) -> int:  # fmt: skip
     """The candidates of a row from its groups, and their number; of equal losses that of the lower level comes first."""
     count, total, room = 0, 0, 0
     for level in range(len(group_start)):
         total += group_stop[level] - group_start[level]
-        size = bounds[level + 1] - bounds[level]
+        size = level_bounds[image, level + 1] - level_bounds[image, level]
         room += topk if topk < size else size
     # There is room for all, unless an index is given twice, which only `validate` refuses. What other images have room for does
     # not matter.
@@ -137,11 +138,11 @@ def keep_smallest(
                 _insert(loss_key, p, g * room, min(end, last_place), key, member)
                 group_stop[g] = min(end, last_place) + one
     for image in range(first, last):
-        bounds = level_bounds[image]
         for at in range(gt_offset[image], gt_offset[image + 1]):
             own = slice((at - gt_offset[first]) * levels, (at - gt_offset[first] + 1) * levels)
-            groups_of_row = group_start[own], group_stop[own], member, key
-            row_count[at] = _merge(loss, bounds, topk, *groups_of_row, row_loss[at], row_index[at])
+            row_count[at] = _merge(
+                loss, level_bounds, image, topk, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at]
+            )
 
 
 @compiled
@@ -187,8 +188,9 @@ def _sort_groups(
             group_stop[g] = min(end, begin + topk)
         for gt_number in range(num_gt):
             at, own = gt_offset[image] + gt_number, slice(gt_number * levels, (gt_number + 1) * levels)
-            groups_of_row = group_start[own], group_stop[own], member, key
-            row_count[at] = _merge(loss, bounds, topk, *groups_of_row, row_loss[at], row_index[at])
+            row_count[at] = _merge(
+                loss, level_bounds, image, topk, group_start[own], group_stop[own], member, key, row_loss[at], row_index[at]
+            )
 
 
 def empty_candidates(rows: int, width: int, real: Any) -> tuple[Array, Array, Array]:
