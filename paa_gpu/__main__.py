@@ -19,8 +19,8 @@ import torch
 from . import __version__, ahead, data, diagnose, paa_reassign_batch, reference, score_voting, select_candidates
 from ._dispatch import OPERATORS
 
-#: Formats that matplotlib writes, and none, which is .png.
-PICTURES = ("", ".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+#: Formats that matplotlib writes with Pillow, and none, which is .png.
+PICTURES = ("", ".png", ".jpg", ".jpeg", ".pdf", ".svg", ".svgz", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 

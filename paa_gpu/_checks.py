@@ -183,8 +183,10 @@ def check_scale_factors(scale_factors: Any, num_images: int) -> None:
             _check_pair(name, factor, "a number or (in x, in y)")
         for number in factor if isinstance(factor, LIST) else (factor,):
             _check_number(name, number)
-            if isinstance(number, Real) and not float(number) > 0:
-                raise ValueError(f"`{name}` must be positive, got {number}")
+            values = values_of(number) if isinstance(number, Tensor) else None
+            known = number if values is None else values.item()
+            if isinstance(known, Real) and not float(known) > 0:
+                raise ValueError(f"`{name}` must be positive, got {known}")
 
 
 def _check_pair(name: str, value: Any, what: str) -> None:

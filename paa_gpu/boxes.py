@@ -63,7 +63,10 @@ def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Ten
     target = label[:, None] == torch.arange(scores.shape[1], device=scores.device)
     logit = torch.where(target, scores, -scores)  # of what is true
     weight = torch.where(target, scores.new_full((), -alpha), alpha - 1)  # of two numbers it would have torch's default dtype
-    return F.logsigmoid(logit) * (weight * (-logit).sigmoid().pow(gamma))
+    other = (-logit).sigmoid()
+    if 0 < gamma < 1:
+        other = other.clamp(min=torch.finfo(other.dtype).tiny)  # the derivative of such a power of 0 is infinite
+    return F.logsigmoid(logit) * (weight * other.pow(gamma))
 
 
 def _scaled(pair: Tensor, factors: Sequence[float]) -> Tensor:

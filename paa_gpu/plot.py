@@ -31,6 +31,8 @@ BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#666666", "#000000"
 LOSS = "loss of a candidate (classification + regression, no unit)"
 # A point is 1/72 inch, and a screen shows 96 pixels an inch: 7.2 inches become about 700 pixels, and 9 points stay 9 points.
 WIDTH, DPI, POINTS = 7.2, 250, 9
+#: A peak that is so many times as high as the other one is cut off.
+STEEP = 30
 
 
 def _check_fit(gmm: GaussianMixture1D, row: int, components: int | None = None) -> None:
@@ -96,7 +98,7 @@ def plot_mixture(axes: Any, x: Tensor, gmm: GaussianMixture1D, row: int, bins: i
         density, (weight, mean, variance) = _density(places, *parameters), parameters
         label = f"component {k}: weight {weight:.2f}, mean {mean:.2f}, deviation {variance**0.5:.2f}"
         axes.plot(places, density, ("-", "--", ":")[k % 3], color=(BLUE, ORANGE, BLACK)[k % 3], linewidth=2, label=label)
-        top = max(top, float(density.max()))
+        top = max(top, min(float(density.max()), 2 * float(heights.max())))
     axes.set(xlabel="value", ylabel="density", ylim=(0, 1.35 * top))
     axes.legend(loc="upper right", frameon=False)
 
@@ -286,6 +288,9 @@ def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any
 
 def _places(low: float, high: float, means: Sequence[float], variances: Sequence[float]) -> Any:
     """Where to draw densities: at even distances, and closer where a component is narrow."""
+    if not low < high:
+        widest = max(variances) ** 0.5
+        low, high = low - 6 * widest, high + 6 * widest
     near = [mean + variance**0.5 * np.linspace(-6, 6, 121) for mean, variance in zip(means, variances, strict=True)]
     places = np.concatenate([np.linspace(low, high, 600), *near])
     return np.unique(places.clip(low, high))
@@ -297,22 +302,22 @@ def _density(x: Any, weight: float, mean: float, variance: float) -> Any:
 
 
 def _plot_components(axes: Any, loss: Tensor, gmm: GaussianMixture1D, row: int) -> float:
-    """The weighted densities of both components, and the highest of them."""
+    """The weighted densities of both components. Returns up to which density to show them."""
     _check_fit(gmm, row, components=2)
     weights, means, variances = (values[row].tolist() for values in gmm[:3])
     low, high = float(loss.min()), float(loss.max())
     x = _places(low - 0.08 * (high - low), high + 0.08 * (high - low), means, variances)
-    top = 0.0
-    for name, colour, *parameters in zip(("foreground", "background"), (BLUE, GREY), weights, means, variances, strict=True):
-        density = _density(x, *parameters)
+    densities = [_density(x, *parameters) for parameters in zip(weights, means, variances, strict=True)]
+    low, high = sorted(float(density.max()) for density in densities)
+    top = min(high, STEEP * low)  # or the wide component would lie on the axis
+    for name, colour, density in zip(("foreground", "background"), (BLUE, GREY), densities, strict=True):
         axes.fill_between(x, density, color=colour, alpha=0.25, linewidth=0)
         axes.plot(x, density, color=colour)
         peak = int(density.argmax())
         axes.annotate(
-            name, (x[peak], density[peak]), (0, 5), textcoords="offset points", ha="center", color=colour,
+            name, (x[peak], min(density[peak], top)), (0, 5), textcoords="offset points", ha="center", color=colour,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
-        top = max(top, float(density.max()))
     return top
 
 

@@ -27,8 +27,8 @@ __all__ = ["score_voting", "score_voting_batch"]
 # Of the detections, their labels, the candidates and their scores.
 _DTYPES: Sequence[Sequence[torch.dtype]] = (FLOATS, INTEGERS, FLOATS, FLOATS)
 
-#: Weights of pools beyond, and their products with scores, float32 may not hold.
-LEAST_WEIGHT = 1e-30
+#: The weights of pools. Products of other weights with scores may be infinite or zero in float32.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
 
 
 def score_voting(
@@ -184,8 +184,8 @@ def _vote_pools(
     check_list("weights", weights, "pool", pools, "`mlvl_bboxes[0]`")
     for pool, weight in enumerate(weights):
         check_positive(f"weights[{pool}]", weight)
-        if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
-            raise ValueError(f"`weights[{pool}]` must be from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}, got {weight}")
+        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise ValueError(f"`weights[{pool}]` must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {weight}")
     options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     det, label = map(_ops.detached, columns[:2])
     boxes, scores = (_ops.detached([entry[place] for entry in entries]) for place in (2, 3))

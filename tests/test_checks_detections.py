@@ -74,6 +74,7 @@ VOTING = [
     (pools(weights=[1.0]), ValueError, "`weights` must have 2 entries as `mlvl_bboxes[0]` has, got 1"),
     (pools(weights=[1.0, 0]), ValueError, "`weights[1]` must be positive, got 0"),
     (pools(weights=[1.0, math.inf]), ValueError, "`weights[1]` must be from 1e-30 to 1e+30, got inf"),
+    (pools(weights=[1e30, 1.1e30]), ValueError, "`weights[1]` must be from 1e-30 to 1e+30, got 1.1e+30"),
     (pools(weights=[1e-31, 1.0]), ValueError, "`weights[0]` must be from 1e-30 to 1e+30, got 1e-31"),
     (second_prediction("det_labels", [0, 1]), TypeError, "`det_labels[1]` must be a Tensor, got list"),
     (second_prediction("det_bboxes", torch.ones(5)), ValueError, "`det_bboxes[1]` must have 2 dimensions, got shape [5]"),

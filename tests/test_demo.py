@@ -43,7 +43,10 @@ def test_the_demonstration(tmp_path, capsys):
         (["--out", "no/such/folder/picture.png"], "must be a file in a folder that exists, got 'no/such/folder/picture.png'"),
         (["check", "--repeats", "-3"], "must be a positive integer, got '-3'"),
         (["check", "--repeats", "0"], "must be a positive integer, got '0'"),
-        (["--out", "picture.xyz"], "must end in one of .png, .jpg, .jpeg, .pdf, .svg, .webp, got 'picture.xyz'"),
+        (
+            ["--out", "picture.xyz"],
+            "must end in one of .png, .jpg, .jpeg, .pdf, .svg, .svgz, .webp, .tif, .tiff, .eps, .ps, got 'picture.xyz'",
+        ),
         (["--out", "/"], "must be a file in a folder that exists, got '/'"),
     ],
 )

@@ -149,6 +149,26 @@ def test_files_that_were_cut_off_are_written_again(suffix, tmp_path):
     assert run(FIT + misses, tmp_path).stdout == wanted + "0\n"
 
 
+SUPPRESS = """
+import torch, paa_gpu
+for dtype in (torch.float32, torch.float64):
+    found = paa_gpu.batched_nms(torch.ones(1, 3, 4, dtype=dtype), torch.ones(1, 3, 2, dtype=dtype), None, 0.5, max_per_img=2)
+    print(found.count.item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["nbi", "2.nbc"])
+def test_files_that_were_cut_off_on_a_full_disk(suffix, tmp_path):
+    """The next process finds nothing, or what is right."""
+    pytest.importorskip("resource", reason="this system has no limit for files")
+    wanted = run(SUPPRESS, tmp_path).stdout
+    for path in (tmp_path / "cache").rglob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:-20])
+    assert run(FULL + SUPPRESS, tmp_path).stdout == wanted
+    assert run(SUPPRESS, tmp_path).stdout == wanted
+
+
 def test_functions_of_others_may_have_no_module():
     """They are compiled as if this package were not there."""
     paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]))

@@ -11,6 +11,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import paa_gpu
 from paa_gpu import reference, testing
+from paa_gpu.boxes import focal_loss
 
 #: Relative, of float32 results: the sum over the classes is float32 on a GPU. The unfused form itself, in float32, is up to 5e-5 off.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -199,6 +200,16 @@ def test_a_class_that_is_masked_out_costs_nothing(gamma, rng):
         paa_gpu.candidate_losses(*batch._replace(label=labels, cls_scores=maps), gamma=gamma) for maps in (masked, others)
     )
     assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_the_focal_loss_of_the_head_has_a_gradient_at_every_logit(gamma):
+    """A class that is masked out, or as good as, has none."""
+    scores = torch.tensor([[-torch.inf, 0.3, -200.0, 60.0]], requires_grad=True)
+    loss = focal_loss(scores, torch.tensor([1]), gamma, 0.25)
+    loss.sum().backward()
+    assert loss.isfinite().all() and scores.grad.isfinite().all() and scores.grad[0, [0, 2]].abs().max() < 1e-6
+    assert scores.grad[0, 1] < 0 < scores.grad[0, 3]
 
 
 def test_extreme_logits_and_deltas(rng):

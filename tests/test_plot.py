@@ -64,6 +64,14 @@ def test_a_narrow_component_keeps_its_height():
         draw(axes)
         highest = max(float(np.max(line.get_ydata())) for line in axes.get_lines() if len(line.get_xdata()) > 100)
         assert highest == pytest.approx(weight / math.sqrt(2 * math.pi * variance), rel=0.01)
+        assert axes.get_ylim()[1] < 0.1 * highest  # or nothing of the other component could be seen
+
+
+def test_equal_losses_have_a_picture():
+    losses = torch.full((5,), 2.0)
+    axes, gmm = Figure().subplots(), paa_gpu.fit_gmm_1d(losses[None])
+    plot.plot_fit(axes, losses, gmm, 0, losses < 3)
+    assert any(len(line.get_xdata()) > 100 and max(line.get_ydata()) > 100 for line in axes.get_lines())
 
 
 @pytest.mark.parametrize("components", [1, 3])

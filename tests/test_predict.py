@@ -204,6 +204,8 @@ def test_a_batch_without_images(sizes):
         ([SIZE], [np.float32(0)], ValueError, "`scale_factors[0]` must be positive, got 0.0"),
         ([SIZE], [np.int64(-2)], ValueError, "`scale_factors[0]` must be positive, got -2"),
         ([SIZE], [np.float32("nan")], ValueError, "`scale_factors[0]` must be positive, got nan"),
+        ([SIZE], [torch.tensor(0.0)], ValueError, "`scale_factors[0]` must be positive, got 0.0"),
+        ([SIZE], [torch.tensor([-1])], ValueError, "`scale_factors[0]` must be positive, got -1"),
         ([SIZE], [torch.ones(2)], ValueError, "`scale_factors[0]` must be a number, got a tensor of shape [2]"),
         ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entry as `image_sizes` has, got 2"),
         ([(None, 3)], None, TypeError, "`image_sizes[0]` must be a number, got NoneType"),

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -268,6 +270,27 @@ def test_a_forked_child_has_a_pool_of_its_own():
         os._exit(_loops._executor() is pool)
     assert os.waitpid(child, 0)[1] == 0
     assert _loops._executor() is pool
+
+
+def test_each_slice_runs_once_where_no_thread_can_be_started(monkeypatch):
+    """A thread that is there may take a slice although it was not handed over. Nothing is written after the call."""
+    with ThreadPoolExecutor(8) as pool:
+        pool.submit(int).result()  # one thread is there
+        monkeypatch.setattr(_loops, "_executor", lambda: pool)
+        monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+        runs = []
+
+        def loop(first, last):
+            time.sleep(0.05)
+            runs.append((first, last))
+
+        _loops.over_bounds(loop, range(7))
+        assert sorted(runs) == [(i, i + 1) for i in range(6)]
+    assert len(runs) == 6
+
+
+def refuse_to_start(thread):
+    raise RuntimeError("can't start new thread")
 
 
 AT_EXIT = """

@@ -81,8 +81,15 @@ def crowd(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "matcher",
-    [Matcher(0.5, 0.4, True), Matcher(0.7, 0.3, True), Matcher(0.5, 0.5, False), SSDMatcher(0.5)],
-    ids=["RetinaNet", "RPN", "RoI", "SSD"],
+    [
+        Matcher(0.5, 0.4, True),
+        Matcher(0.7, 0.3, True),
+        Matcher(0.5, 0.5, False),
+        SSDMatcher(0.5),
+        Matcher(0.5, -1.0, True),
+        Matcher(-0.5, -1.0, False),
+    ],
+    ids=["RetinaNet", "RPN", "RoI", "SSD", "no background", "no thresholds"],
 )
 @pytest.mark.parametrize(
     ("boxes_dtype", "anchors_dtype"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import glob
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from numba.core.caching import FunctionCache
@@ -21,7 +23,7 @@ PATIENCE = 2.0
 
 @functools.cache
 def _warn_that_nothing_is_kept(folder: str, error: str) -> None:
-    """Once for each folder."""
+    """Once for each folder and error."""
     logger.warning(
         "paa_gpu cannot keep its compiled loops in %s (%s). Every process compiles them again. Set NUMBA_CACHE_DIR to a folder "
         "that has room for some megabytes.",
@@ -36,16 +38,24 @@ class LoopCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
+        except (OSError, MemoryError):
+            return None
         except Exception:  # a file that was cut off raises errors of any kind
-            with contextlib.suppress(OSError):
-                self.flush()
+            self._drop()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
-        except OSError as error:
-            _warn_that_nothing_is_kept(self.cache_path, error.strerror or str(error))
+        except Exception as error:
+            self._drop()
+            _warn_that_nothing_is_kept(self.cache_path, getattr(error, "strerror", None) or str(error))
+
+    def _drop(self) -> None:
+        """Remove the index and all that it names: numbers are given again, and an index must not name the file of another loop."""
+        with contextlib.suppress(OSError):
+            for path in Path(self.cache_path).glob(f"{glob.escape(self._impl.filename_base)}.*nb[ic]"):
+                path.unlink()
 
 
 class CompilationListener(Listener):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,11 +86,19 @@ if hasattr(os, "register_at_fork"):
 
 
 def _hand_over(loop: Callable[..., None], *args: Any) -> Callable[[], None]:
-    """Call the loop on another thread; on this one, if Python is about to end and starts none. What is returned waits for it."""
+    """Call the loop on another thread; on this one, if no thread can be started. What is returned waits for it."""
+    lock, done = threading.Lock(), list[bool]()
+
+    def once() -> None:
+        with lock:
+            if not done:
+                loop(*args)
+                done.append(True)
+
     try:
-        return _executor().submit(loop, *args).result
-    except RuntimeError:
-        return functools.partial(loop, *args)
+        return _executor().submit(once).result
+    except RuntimeError:  # Python is about to end, or the system has too many threads
+        return once  # a thread that is there already may have taken it nevertheless
 
 
 def over_slices(loop: Callable[..., None], rows: int, serial_below: int, *args: Any) -> None:

@@ -24,7 +24,8 @@ def change_class(module: Any, base: Any) -> None:
 def restore_class(module: nn.Module) -> None:
     """Undo `change_class`. Other modules stay as they are, and so does a class that somebody derived from a `base`."""
     published = vars(type(module)).get("published")
-    if published is not None:
+    # Another class may have an attribute of this name.
+    if isinstance(published, type) and issubclass(type(module), published):
         module.__class__ = published
 
 

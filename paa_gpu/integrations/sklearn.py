@@ -261,7 +261,8 @@ class GaussianMixture(mixture.GaussianMixture):
         }
 
     def _fit_starts(self, x: Tensor, starts: dict[str, Any]) -> _Best:
-        """The best of all starts, fitted in one call, unless iterations are to be told, or counted as scikit-learn does."""
+        """The best of all starts, fitted in one call. Iterations run one by one if they are printed, or if scikit-learn would
+        count them differently."""
         more = self._more_at_first(len(x))
         if self.verbose:
             return self._iterate(x, self._split(starts), -np.inf, more)
@@ -270,7 +271,7 @@ class GaussianMixture(mixture.GaussianMixture):
         valid = _fits(fit, x.dtype)
         numbers = torch.stack([fit.lower_bound, fit.n_iter.double(), fit.converged.double(), valid.double()], 1).tolist()
         # The first lower bound decides whether the second iteration is the last one.
-        if more and (self.tol > -more or any(row[1] <= 2 for row in numbers)):
+        if more and any(row[1] <= 2 for row in numbers):
             return self._iterate(x, self._split(starts), -np.inf, more)._replace(lower_bounds=None)
         best = max((row for row in range(rows) if numbers[row][3]), key=lambda row: numbers[row][0], default=None)
         if best is None:
@@ -279,8 +280,8 @@ class GaussianMixture(mixture.GaussianMixture):
         return _Best(fit.weights[best], fit.means[best], fit.variances[best], lower_bound, int(n_iter), bool(converged), None)
 
     def _more_at_first(self, n_samples: int) -> float:
-        """What scikit-learn's first lower bound has more. It puts only the drawn values into components, and divides their number
-        by that of all values. So its first weights do not sum to 1."""
+        """What to add to the first lower bound to get scikit-learn's. It puts only the drawn values into components, and divides
+        their number by that of all values. So its first weights do not sum to 1."""
         drawn = self.init_params in ("random_from_data", "k-means++") and self.weights_init is None
         return float(np.log(self.n_components / n_samples)) if drawn else 0.0
 
@@ -295,7 +296,7 @@ class GaussianMixture(mixture.GaussianMixture):
     def _iterate(self, x: Tensor, starts: Sequence[dict[str, Any]], before: float, more: float) -> _Best:
         """The best of the starts. Iterations run one by one, with scikit-learn's messages.
 
-        `before`: the lower bound before the first iteration; `more`: what is added to the first.
+        `before`: the lower bound before the first iteration; `more`: what is added to the first lower bound of each start.
         """
         found = []
         for init, start in enumerate(starts):

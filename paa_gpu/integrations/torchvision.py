@@ -306,7 +306,8 @@ def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor
     if type(matcher) not in OPTIONS or not all(_in_float32(*pair) for pair in pairs):
         return [matcher(box_iou(*pair)) if len(pair[0]) else _background(pair[1]) for pair in pairs]
     levels, gts = [[own.float()] for own in anchors], [image.float() for image in boxes]
-    thresholds = {"pos_iou_thr": matcher.high_threshold, "neg_iou_thr": matcher.low_threshold}
+    # No IoU is negative, so a negative threshold says what 0 says.
+    thresholds = {"pos_iou_thr": max(matcher.high_threshold, 0.0), "neg_iou_thr": max(matcher.low_threshold, 0.0)}
     assigned = assign_max_iou(levels, gts, **thresholds, eps=0.0, **OPTIONS[type(matcher)](matcher))
     return [indices - 1 for indices in assigned.gt_inds]
 

@@ -163,6 +163,10 @@ OBSTACLES = [
     (lambda head: setattr(head.loss_centerness, "class_weight", [1.0]), "its IoU loss is a softmax, or has class weights"),
     (lambda head: setattr(head, "reg_decoded_bbox", False), "`reg_decoded_bbox` is False"),
     (lambda head: delattr(head, "assigner"), "it has no assigner (`train_cfg`)"),
+    (lambda head: setattr(head.assigner, "assign", lambda *args: None), "its assigner has its own `assign`"),
+    (lambda head: setattr(head.loss_bbox, "forward", lambda *args: None), "its box loss has its own `forward`"),
+    (lambda head: head.loss_bbox.register_forward_hook(lambda *args: None), "its box loss has hooks"),
+    (lambda head: head.loss_centerness.register_full_backward_hook(lambda *args: None), "its IoU loss has hooks"),
     (lambda head: setattr(head, "get_anchors", lambda *args: None), "it has a `get_anchors` of its own"),
 ]
 
@@ -194,6 +198,44 @@ def test_a_method_set_on_the_object_counts_as_overridden(inputs):
     head.paa_reassign = lambda *args: seen.append(1) or original(*args)
     step(head, *inputs)
     assert len(seen) == 3
+
+
+def test_hooks_of_the_losses_run(inputs):
+    """Forward and backward, as for the published head."""
+    head, seen = build(**SMALL), []
+    for name in ("loss_cls", "loss_bbox", "loss_centerness"):
+        getattr(head, name).register_forward_hook(lambda module, args, out: out * 10)
+        getattr(head, name).register_full_backward_hook(lambda module, *args, name=name: seen.append(name))
+    assert_same_step(step(accelerate(copy.deepcopy(head)), *inputs), step(as_class(head, TieRulePAAHead), *inputs))
+    assert seen.count("loss_bbox") == seen.count("loss_centerness") == 2 and seen.count("loss_cls") >= 2
+
+
+def test_a_method_replaced_in_the_published_class_counts_as_overridden(inputs, monkeypatch):
+    head, seen, original = accelerate(build(**SMALL)), [], PAAHead.gmm_separation_scheme
+    monkeypatch.setattr(PAAHead, "gmm_separation_scheme", lambda *args: seen.append(1) or original(*args))
+    step(head, *inputs)
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["in place", "replaced"])
+def test_anchors_that_somebody_changes(inputs, replaced):
+    used, head = accelerate(build(**SMALL)), accelerate(build(**SMALL))
+    used.load_state_dict(head.state_dict())
+    step(used, *inputs)
+    for each in (used, head):
+        base = versions.prior_generator(each).base_anchors
+        base[0] = base[0] * 2 if replaced else base[0].mul_(2)
+    assert_same_step(step(used, *inputs), step(head, *inputs))
+
+
+def test_an_attribute_of_another_meaning():
+    """What marks an accelerated class, its own subclass may use."""
+
+    class Mine(PAAHead):
+        published = True
+
+    head = accelerate(as_class(build(**SMALL), Mine))
+    assert isinstance(head, PAAHeadGPU) and type(restore(head)) is Mine
 
 
 @needs_lad

@@ -23,11 +23,24 @@ from .versions import AVERAGE_EPS, PAAHead, Truth, anchors_of, anchors_per_locat
 
 HALF = (torch.bfloat16, torch.float16)
 METHODS = ("get_anchors", "get_targets", "_get_targets_single", "get_pos_loss", "gmm_separation_scheme")
+# As they were when this module was imported: somebody may replace a method of the class itself.
+PUBLISHED = {(PAAHead, name): getattr(PAAHead, name) for name in METHODS}
 
 
 def overrides(head: Any, method: str, base: type) -> bool:
-    """Whether a head's method of this name differs from that of `base`, in its class or on the object."""
-    return getattr(getattr(head, method), "__func__", None) is not getattr(base, method)
+    """Whether a head's method of this name differs from that of `base`: in its class, on the object, or as replaced in `base`."""
+    published = PUBLISHED.get((base, method)) or getattr(base, method)
+    return getattr(getattr(head, method), "__func__", None) is not published
+
+
+def _own_methods(part: Any) -> list[str]:
+    """The methods that somebody has set on the object, in place of those of its class."""
+    return [name for name in vars(part) if callable(getattr(type(part), name, None))]
+
+
+def _has_hooks(loss: Any) -> bool:
+    """Whether a call of the module does more than to compute."""
+    return bool(loss._forward_pre_hooks or loss._forward_hooks or loss._backward_pre_hooks or loss._backward_hooks)
 
 
 def obstacles(head: Any) -> list[str]:
@@ -45,6 +58,7 @@ def obstacles(head: Any) -> list[str]:
     ):  # fmt: skip
         if type(part).__name__ != wanted or type(part).__module__.partition(".")[0] != "mmdet":
             found.append(f"its {name} is {type(part).__name__}, not mmdetection's {wanted}")
+        found += [f"its {name} has its own `{method}`" for method in _own_methods(part)]
     if found:
         return found
     negative = assigner.neg_iou_thr
@@ -61,6 +75,8 @@ def obstacles(head: Any) -> list[str]:
         (getattr(loss_cls, "activated", False), "its classification loss takes probabilities"),
         (loss_bbox.eps != 1e-6, f"`eps` of its box loss is {loss_bbox.eps}, not 1e-6"),
         (not loss_iou.use_sigmoid or loss_iou.class_weight is not None, "its IoU loss is a softmax, or has class weights"),
+        (_has_hooks(loss_bbox), "its box loss has hooks"),
+        (_has_hooks(loss_iou), "its IoU loss has hooks"),
         (any(loss.reduction != "mean" for loss in (loss_cls, loss_bbox, loss_iou)), "the reduction of a loss is not a mean"),
     ):
         if differs:
@@ -90,7 +106,10 @@ def assign(head: Any, cls_scores: list[Tensor], bbox_preds: list[Tensor], truth:
     """The anchors of an image [A, 4], and the targets of the batch."""
     sizes = [(level.shape[-2], level.shape[-1]) for level in cls_scores]
     kept, device = vars(head).setdefault("grids", Kept()), cls_scores[0].device
-    grid = kept.of(cls_scores, lambda: _grid(head, sizes, device), prior_generator(head))
+    generator = prior_generator(head)
+    base = generator.base_anchors  # which somebody may replace, or change in place
+    versions = [0 if boxes.is_inference() else boxes._version for boxes in base]
+    grid = kept.of(cls_scores, lambda: _grid(head, sizes, device), generator, *base, *versions)
     assigner, options = head.assigner, head.reassignment()
     names = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "match_low_quality", "gt_max_assign_all")
     weight = head.train_cfg.pos_weight
@@ -162,7 +181,7 @@ def losses(
 def _classification(loss: Any, scores: Tensor, targets: Targets, number: Tensor) -> Tensor:
     """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not. In half precision
     ours would round otherwise."""
-    if scores.is_cpu and scores.dtype not in HALF and not (loss._forward_pre_hooks or loss._forward_hooks):
+    if scores.is_cpu and scores.dtype not in HALF and not _has_hooks(loss):
         focal = focal_loss(scores, targets.label, loss.gamma, loss.alpha).sum(1)
         result: Tensor = loss.loss_weight * _mean(focal * targets.label_weight, number)
     else:
