@@ -52,7 +52,7 @@ class LoopCache(FunctionCache):
             _warn_that_nothing_is_kept(self.cache_path, getattr(error, "strerror", None) or str(error))
 
     def _drop(self) -> None:
-        """Remove the index and all that it names: numbers are given again, and an index must not name the file of another loop."""
+        """Remove the index and all that it names. Numbers are given again: an index must not name the file of another loop."""
         with contextlib.suppress(OSError):
             for path in Path(self.cache_path).glob(f"{glob.escape(self._impl.filename_base)}.*nb[ic]"):
                 path.unlink()
