@@ -155,6 +155,7 @@ OBSTACLES = [
     (with_assigner(ignore_iof_thr=0.5, ignore_wrt_candidates=False), "`ignore_wrt_candidates` of its assigner is False"),
     (lambda head: setattr(head.assigner, "__class__", Assigner), "its assigner is Assigner, not mmdetection's MaxIoUAssigner"),
     (lambda head: setattr(head.assigner.iou_calculator, "dtype", "fp16"), "its IoU calculator computes in half precision"),
+    (lambda head: delattr(head.assigner, "iou_calculator"), "its IoU calculator is object, not mmdetection's BboxOverlaps2D"),
     (lambda head: setattr(head, "sampler", nn.Identity()), "its sampler is Identity, not mmdetection's PseudoSampler"),
     (lambda head: setattr(head.bbox_coder, "means", (0.0, 0.0, 0.0, 0.1)), "its box coder has means, or clamps centres"),
     (lambda head: setattr(head, "loss_bbox", nn.L1Loss()), "its box loss is L1Loss, not mmdetection's GIoULoss"),

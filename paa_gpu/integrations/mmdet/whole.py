@@ -35,7 +35,7 @@ def overrides(head: Any, method: str, base: type) -> bool:
 
 def _own_methods(part: Any) -> list[str]:
     """The methods that somebody has set on the object, in place of those of its class."""
-    return [name for name in vars(part) if callable(getattr(type(part), name, None))]
+    return [name for name in getattr(part, "__dict__", ()) if callable(getattr(type(part), name, None))]
 
 
 def _has_hooks(loss: Any) -> bool:
