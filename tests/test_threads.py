@@ -159,7 +159,7 @@ def test_voting_does_not_depend_on_where_it_is_cut(classes):
     """A class that two threads share has the same voters, in the same order, as on one thread and in a batch."""
     rng = np.random.default_rng(0)
     boxes = testing.make_boxes(4000, (400, 400), rng)
-    det = torch.cat([boxes[:600], torch.rand(600, 1)], 1)
+    det = torch.cat([boxes[:600], torch.from_numpy(rng.random((600, 1))).float()], 1)
     det = det[det[:, 0].argsort()]
     labels, scores = torch.arange(600) * classes // 600, torch.from_numpy(rng.random((4000, classes))).float()
     arguments, usual, results = (det, labels, boxes, scores), torch.get_num_threads(), []
