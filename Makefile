@@ -20,7 +20,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_BIN = $(OLDEST_VENV)/bin
 OLDEST_READY = $(OLDEST_VENV)/.installed
 
-.PHONY: demo docs gpu test test-slow test-fast test-long test-ptxrun test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
+.PHONY: demo docs gpu test test-slow test-fast test-long test-ptxrun test-fakecuda test-mmdet test-mmdet-all test-torchvision test-oldest test-pythons fuzz lint release-check bench bench-quick bench-mmdet clean
 
 demo: $(READY)
 	$(BIN)/python -m paa_gpu --out demo.png
@@ -85,6 +85,8 @@ test-long: $(READY)
 	done
 	# The kernels again, with stores that other programs see late and in any order.
 	$(BIN)/python -m pytest -n 2 -m "not long" --ptxrun weak=1 $(KERNELS)
+	PYTHONPATH=tests $(BIN)/python -m fakecuda -m pytest -p fakecuda.plugin -n 2 -k "not compiled_prediction" \
+	  tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py
 	# The CPU's loops with every index checked; numba's cache does not tell such code from the usual one.
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=build/numba-boundscheck $(BIN)/python -m pytest -n 2 -m "not long" $(PUBLIC)
 
@@ -95,6 +97,12 @@ gpu: $(READY)
 
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
+
+# What is around a launch, on CUDA devices in the memory of the host. What has much to compute, or runs TorchInductor's own kernels,
+# is left to a GPU.
+test-fakecuda: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m fakecuda -m pytest -p fakecuda.plugin -n 2 -m "not long" \
+	  -k "not many_blocks and not compiled_prediction and not long_rows" tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py
 
 # Minutes, at random: the seed that it prints repeats it, with `make fuzz SEED=...`.
 SEED ?= $(shell date +%s)

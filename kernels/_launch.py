@@ -1,6 +1,6 @@
 """Everything around a launch: the tensors' device, numbers from the host, and rules that kernels share.
 
-Only `device_guard`, `stage` and `capability` have lines that never run without a GPU. Triton launches on the current stream of
+Only `device_guard`, `stage` and `capability` have lines for a GPU alone; `tests/fakecuda` runs them without one. Triton launches on the current stream of
 the current device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made them. For CPU
 tensors (in Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
 """

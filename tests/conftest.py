@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,10 @@ settings.register_profile(
 )
 settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=1200, derandomize=False, print_blob=True)
 settings.load_profile("suite")
+
+
+#: They run in processes of `python -m fakecuda`.
+collect_ignore = [] if "FAKECUDA_DEVICES" in os.environ else ["fakecuda/tests"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,113 @@
+"""The two libraries that replace CUDA's runtime and its driver, and the environment in which torch finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ptxrun.driver import MAX_SHARED
+
+#: What torch asks the loader for.
+RUNTIME, DRIVER = "libcudart.so.13", "libcuda.so.1"
+
+HERE = Path(__file__).parent
+SOURCES = ("fakecuda.h", "runtime.cpp", "driver.cpp")
+
+
+def _site(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    return Path(next(iter(spec.submodule_search_locations or []))) if spec else Path("/nowhere")
+
+
+def original() -> Path:
+    """The runtime that torch came with."""
+    return _site("nvidia") / "cu13" / "lib" / RUNTIME
+
+
+def unavailable() -> str | None:
+    """Why the devices cannot be had here; None if they can."""
+    if not sys.platform.startswith("linux"):
+        return "fakecuda runs on Linux"
+    if missing := [tool for tool in ("g++", "nm") if not shutil.which(tool)]:
+        return f"fakecuda needs {missing[0]}"
+    return None if original().exists() else "fakecuda needs a torch that is built for CUDA 13"
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+
+
+def _exported(library: Path) -> set[str]:
+    """The functions and variables of a library, without their versions."""
+    return {line.split()[-1].partition("@")[0] for line in _run("nm", "-D", "--defined-only", library).splitlines()} - {RUNTIME}
+
+
+def _stubs(names: list[str]) -> str:
+    """C++ of the functions that we do not have: a call of one ends the process with its name."""
+    lines = ["#include <cstdio>", "#include <cstdlib>"]
+    for name in names:
+        lines.append(f'extern "C" void {name}() {{ std::fputs("fakecuda has no {name}\\n", stderr); std::abort(); }}')
+    return "\n".join(lines)
+
+
+def _build(folder: Path) -> None:
+    include, compiler = _site("triton") / "backends" / "nvidia" / "include", ("g++", "-std=c++17", "-O1", "-fPIC")
+    for name in ("runtime", "driver"):
+        _run(*compiler, "-Wall", f"-I{include}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
+    ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", folder / "runtime.o").splitlines()}
+    (folder / "stubs.cpp").write_text(_stubs(sorted(_exported(original()) - ours)))
+    (folder / "versions").write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
+    objects = folder / "runtime.o", folder / "stubs.cpp"
+    runtime = folder / RUNTIME
+    _run(
+        *compiler,
+        "-shared",
+        f"-Wl,-soname,{RUNTIME}",
+        f"-Wl,--version-script={folder / 'versions'}",
+        *objects,
+        "-ldl",
+        "-o",
+        runtime,
+    )
+    _run(*compiler, "-shared", f"-Wl,-soname,{DRIVER}", folder / "driver.o", runtime, "-o", folder / DRIVER)
+
+
+def build() -> Path:
+    """The folder of the libraries, which are built if they are not there. Several processes may ask at once."""
+    key = hashlib.sha256(
+        b"".join((HERE / name).read_bytes() for name in SOURCES) + Path(__file__).read_bytes() + bytes(original())
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fakecuda" / key.hexdigest()[:16]
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+            built = Path(scratch) / "built"
+            built.mkdir()
+            _build(built)
+            try:
+                built.rename(cache)
+            except OSError:  # another process was faster
+                if not cache.exists():
+                    raise
+    return cache
+
+
+def environment(devices: int = 2, capability: int = 90) -> dict[str, str]:
+    """The environment of a process that has the devices, once it has imported `fakecuda.device`."""
+    folder = build()
+    settings = {"DEVICES": devices, "CAPABILITY": capability, "SHARED": MAX_SHARED[capability]}
+    return {
+        **os.environ,
+        **{f"FAKECUDA_{name}": str(value) for name, value in settings.items()},
+        "LD_PRELOAD": str(folder / RUNTIME),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
