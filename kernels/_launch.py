@@ -1,25 +1,47 @@
 """Everything around a launch: the tensors' device, numbers from the host, and rules that kernels share.
 
-Only `device_guard`, `stage` and `capability` have lines for a GPU alone; `tests/fakecuda` runs them without one. Triton launches on the current stream of
-the current device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made them. For CPU
-tensors (in Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
+Only `device_guard`, `stage` and `capability` have lines for a GPU alone. `tests/fakecuda` runs them without one. Triton launches on
+the current stream of the current device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made
+them. For CPU tensors (in Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
 """
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import triton
 from torch import Tensor
 
 from paa_gpu._staging import to_device
 
 
+# Triton (3.5 to 3.8) gives a second thread a kernel that the first is still loading, and the second thread's launch fails.
+_launching = threading.RLock()
+
+
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one; nothing for a CPU tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """Make the tensor's device the current one, and let one thread launch at a time; nothing for a CPU tensor.
+
+    Raises:
+        RuntimeError: Triton interprets kernels. It would read the addresses in our tables on the host, which ends the process.
+    """
+    if not tensor.is_cuda:
+        return nullcontext()
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "Triton's interpreter does not run paa_gpu for CUDA tensors: unset TRITON_INTERPRET, or use CPU tensors"
+        )
+    return _guard(tensor.device)
+
+
+@contextmanager
+def _guard(device: torch.device) -> Iterator[None]:
+    with _launching, torch.cuda.device(device):
+        yield
 
 
 def pointers(tensors: Sequence[Tensor]) -> list[int]:

@@ -63,9 +63,20 @@ def test_every_test_that_needs_a_gpu_runs_on_it(dry):
     """Those marked, wherever they are; a sanitizer, those of its selection."""
     marked = [command for command in dry if any("gpu and" in f"{a} {b}" for a, b in itertools.pairwise(command))]
     everywhere, *sanitized = marked
-    assert everywhere[-1] == "tests" and [command[0] for command in sanitized] == ["compute-sanitizer"] * len(gpu.SANITIZERS)
-    assert [command[2] for command in sanitized] == list(gpu.SANITIZERS)
+    assert everywhere[-1] == "tests"
+    beginning = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool"]
+    assert [command[:5] for command in sanitized] == [[*beginning, tool] for tool in gpu.SANITIZERS]
     assert all(set(gpu.SANITIZED) <= set(command) for command in sanitized)
+
+
+@pytest.mark.parametrize(
+    ("free", "cores", "wanted"), [(11 << 30, 24, 5), (140 << 30, 16, 8), (140 << 30, 2, 2), (1 << 30, 16, 1)]
+)
+def test_as_many_processes_as_the_memory_of_the_gpu_takes(monkeypatch, free, cores, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
+    assert gpu.workers() == wanted
 
 
 def test_with_a_gpu_every_kernel_is_among_those_tests():

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poison
 from test_fusion import make_models
 from test_voting import make_pools
@@ -24,6 +25,12 @@ from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batc
 def test_nothing_to_guard_on_the_cpu():
     with device_guard(torch.zeros(1)):
         pass
+
+
+def test_the_interpreter_is_refused_for_cuda_tensors(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET, or use CPU tensors"):
+        device_guard(SimpleNamespace(is_cuda=True))
 
 
 @pytest.mark.gpu
