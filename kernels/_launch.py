@@ -1,8 +1,9 @@
 """Everything around a launch: the tensors' device, numbers from the host, and rules that kernels share.
 
-Only `device_guard`, `stage` and `capability` have lines for a GPU alone. `tests/fakecuda` runs them without one. Triton launches on
-the current stream of the current device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work that made
-them. For CPU tensors (in Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and nothing to copy.
+Only `device_guard`, `stage` and `capability` have lines for a GPU alone. `tests/fakecuda` runs them without one. Triton launches
+on the current stream of the current device. Inside `device_guard`, a kernel runs on the device of its tensors, after the work
+that made them. For CPU tensors (in Triton's interpreter, or with compiled kernels on the CPU) there is nothing to guard and
+nothing to copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import triton
 from torch import Tensor
 
 from paa_gpu._staging import to_device
-
 
 # Triton (3.5 to 3.8) gives a second thread a kernel that the first is still loading, and the second thread's launch fails.
 _launching = threading.RLock()

@@ -28,7 +28,8 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "scikit-learn")
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, print, write the pictures, and return the exit status."""
     recordings = data.paths()
-    parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=__doc__)
+    description = "Without a command: what runs where on this machine, and the demonstration."
+    parser = argparse.ArgumentParser(prog="python -m paa_gpu", description=description)
     parser.add_argument(
         "--out", type=_picture, default=Path("demo.png"),
         help="the picture to write (default: %(default)s); a second picture, of score voting, goes beside it",
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--image", type=int, default=0, choices=range(len(recordings)), metavar="N",
         help=f"which recording, 0 to {len(recordings) - 1}; 0 is in the package, a checkout has the others",
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", metavar="check | compile")
+    commands = parser.add_subparsers(dest="command", metavar="[check | compile]")
     check = commands.add_parser("check", help="check every operation on this machine, and print a table to paste into a report")
     check.add_argument(
         "--device", type=_device, help="cpu, or a GPU such as cuda:1 (default: the current GPU, or the CPU if there is none)"
@@ -67,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _picture(text: str) -> Path:
     """A file of an existing folder; without a suffix, a .png."""
     path = Path(text)
-    if not path.name or path.is_dir() or not path.parent.is_dir():
+    try:
+        fits = bool(path.name) and not path.is_dir() and path.parent.is_dir()
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}: {error.strerror}") from None
+    if not fits:
         raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file in a folder that may be written to, got {text!r}")
@@ -85,7 +90,7 @@ def _count(text: str) -> int:
 def _device(text: str) -> str:
     """The CPU, or a CUDA device that is here."""
     kind, _, number = text.partition(":")
-    if text != "cpu" and (kind != "cuda" or not (number or "0").isdigit()):
+    if text != "cpu" and (kind != "cuda" or not (number or "0").isdecimal()):
         raise argparse.ArgumentTypeError(f"must be cpu, or a GPU such as cuda:0, got {text!r}")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"torch finds {torch.cuda.device_count()} CUDA devices here, got {text!r}")
@@ -196,4 +201,8 @@ def median_time(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -47,6 +47,8 @@ def test_the_demonstration(tmp_path, capsys):
             ["--out", "picture.xyz"],
             "must end in one of .png, .jpg, .jpeg, .pdf, .svg, .svgz, .webp, .tif, .tiff, .eps, .ps, got 'picture.xyz'",
         ),
+        (["check", "--device", "cuda:\u00b2"], "must be cpu, or a GPU such as cuda:0, got 'cuda:\u00b2'"),
+        (["--out", 300 * "a"], f"must be a file in a folder that exists, got '{300 * 'a'}': File name too long"),
         (["--out", "/"], "must be a file in a folder that exists, got '/'"),
     ],
 )
@@ -54,6 +56,15 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as raised:
         __main__.main(arguments)
     assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_whoever_reads_may_stop(tmp_path):
+    """`python -m paa_gpu check | head -1`"""
+    command = [sys.executable, "-m", "paa_gpu", "check", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="whoever may write to every folder is not refused")

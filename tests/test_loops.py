@@ -1,9 +1,11 @@
 """What holds the compiled loops of CPU tensors together: the disk cache sees a change in any of their files."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numba
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 import paa_gpu
+from paa_gpu.cpu import _loops
+from paa_gpu.cpu._loops import CONSTANTS
 
 FIT = """
 import torch, paa_gpu
@@ -18,19 +22,64 @@ print(paa_gpu.fit_gmm_1d(torch.tensor([[0.0, 0.5, 1.0, 1.5]]), max_iter=1).lower
 """
 
 
+LLOYD = """
+import torch, paa_gpu
+torch.manual_seed(0)
+x = torch.rand(1, 2000, dtype=torch.float64) ** 3
+print(paa_gpu.fit_gmm_1d(x, n_components=5, init="kmeans", max_iter=1).means[0, 0].item())
+"""
+
+
 @pytest.mark.long
-def test_the_disk_cache_sees_a_change_in_what_a_loop_calls(tmp_path):
-    """The fit lies in `em.py` and calls the exponential of `_numeric.py`."""
+@pytest.mark.parametrize(
+    ("script", "file", "old", "new"),
+    [
+        # the fit lies in `em.py` and calls the exponential of `_numeric.py`
+        (FIT, "cpu/_numeric.py", "return integer(real(series)", "return real(2) * integer(real(series)"),
+        (LLOYD, "_ops.py", "LLOYD_PASSES = 64, 50", "LLOYD_PASSES = 64, 1"),
+    ],
+    ids=["a function", "a constant"],
+)
+def test_the_disk_cache_sees_a_change_in_what_a_loop_uses(script, file, old, new, tmp_path):
     package = tmp_path / "paa_gpu"
     shutil.copytree(Path(paa_gpu.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def lower_bound():
-        return float(subprocess.run([sys.executable, "-c", FIT], cwd=tmp_path, check=True, capture_output=True, text=True).stdout)
+    def printed():
+        return float(
+            subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        )
 
-    before = lower_bound()
-    numeric = package / "cpu" / "_numeric.py"
-    numeric.write_text(numeric.read_text().replace("return integer(real(series)", "return real(2) * integer(real(series)"))
-    assert lower_bound() > before + 0.1
+    before, path = printed(), package / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert abs(printed() - before) > 1e-3
+
+
+def test_the_disk_cache_sees_all_files_that_a_loop_may_take_constants_from():
+    package = Path(paa_gpu.__file__).parent
+    named = {
+        name for path in (package / "cpu").glob("*.py") for name in re.findall(r"^from \.\.(\w+) import", path.read_text(), re.M)
+    }
+    assert {f"{name}.py" for name in named} == set(CONSTANTS)
+
+
+ZIPPED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from paa_gpu.cpu import _loops
+print(_loops._VERSION)
+"""
+
+
+def test_a_package_in_a_zip_file_has_the_same_version(tmp_path):
+    """Else numba would take the loops of an older one."""
+    package, archive = Path(paa_gpu.__file__).parent, tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in package.rglob("*.py"):
+            file.write(path, path.relative_to(package.parent))
+    command = [sys.executable, "-c", ZIPPED, str(archive)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert printed.split() == [_loops._VERSION]
 
 
 def run(script: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -167,6 +216,43 @@ def test_files_that_were_cut_off_on_a_full_disk(suffix, tmp_path):
         path.write_bytes(path.read_bytes()[:-20])
     assert run(FULL + SUPPRESS, tmp_path).stdout == wanted
     assert run(SUPPRESS, tmp_path).stdout == wanted
+
+
+@pytest.mark.slow
+def test_a_file_that_holds_another_loop_is_written_again(tmp_path):
+    """Two processes that compile for different types at once may both take the first free number, and one file has both names."""
+    wanted = run(SUPPRESS, tmp_path).stdout
+    found = list((tmp_path / "cache").rglob("*.2.nbc"))
+    assert found
+    for path in found:
+        shutil.copy(path.with_name(path.name.replace(".2.nbc", ".1.nbc")), path)
+    assert run(SUPPRESS, tmp_path).stdout == wanted  # writes the one, and removes the other
+    assert run(SUPPRESS, tmp_path).stdout == wanted
+    misses = "from paa_gpu.cpu import nms\nprint(sum(sum(loop.stats.cache_misses.values()) for loop in vars(nms).values() if hasattr(loop, 'stats')))"
+    assert run(SUPPRESS + misses, tmp_path).stdout == wanted + "0\n"
+
+
+FORK = """
+import gc, os, threading, time, torch, paa_gpu
+x = torch.rand(3, 45, dtype=torch.float64)
+thread = threading.Thread(target=paa_gpu.fit_gmm_1d, args=[x])
+thread.start()
+while gc.isenabled():
+    time.sleep(0.001)
+if os.fork() == 0:
+    from paa_gpu.cpu import _compilation
+    print(gc.isenabled(), _compilation.listener._depth, flush=True)
+    os._exit(0)
+os.wait()
+thread.join()
+print(gc.isenabled())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_that_is_forked_while_a_loop_is_compiled_collects_garbage(tmp_path):
+    assert run(FORK, tmp_path).stdout.split() == ["True", "0", "True"]
 
 
 def test_functions_of_others_may_have_no_module():

@@ -7,6 +7,7 @@ import functools
 import gc
 import glob
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -37,12 +38,16 @@ class LoopCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            loop = super().load_overload(sig, target_context)
         except (OSError, MemoryError):
             return None
         except Exception:  # a file that was cut off raises errors of any kind
+            loop, broken = None, True
+        else:  # two processes that compile at once may give two loops the same file
+            broken = loop is not None and loop.signature.args != sig
+        if broken:
             self._drop()
-            return None
+        return None if broken else loop
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
@@ -87,6 +92,11 @@ class CompilationListener(Listener):
         """Also called where nothing has begun."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """In a forked child: another thread of the parent may have been compiling. It is not here."""
+        self._depth = 0
+        self.end()
+
 
 class CompilationNotice(CompilationListener):
     """Warns when loops have been compiled for `PATIENCE` seconds altogether, and still are: once in a process."""
@@ -101,7 +111,7 @@ class CompilationNotice(CompilationListener):
     def begin(self, loop: Any) -> None:
         if not self._said:
             self._begun = time.monotonic()
-            self._timer = threading.Timer(max(self._patience, 0.0), self._say, [loop._cache.cache_path])
+            self._timer = threading.Timer(max(self._patience, 0.0), self._say, [loop])
             self._timer.daemon = True
             self._timer.start()
 
@@ -111,9 +121,12 @@ class CompilationNotice(CompilationListener):
             self._timer = None
             self._patience -= time.monotonic() - self._begun
 
-    def _say(self, folder: str | None) -> None:
+    def _say(self, loop: Any) -> None:
         self._said = True
-        if folder is None:
+        folder = loop._cache.cache_path
+        if not Path(loop.py_func.__code__.co_filename).exists():
+            kept = "Every process does this again: numba keeps no loops of a package whose source files are not on the disk."
+        elif folder is None:
             kept = "Every process does this again, as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."
         else:
             kept = f"It happens once: the result is kept in {folder}."
@@ -140,3 +153,5 @@ class NoCollection(CompilationListener):
 
 for listener in (CompilationNotice(), NoCollection()):
     register("numba:compile", listener)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=listener.forget)

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,20 @@ from ._compilation import LoopCache
 if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets it from the environment
     raise ImportError("tensors on the CPU need loops that numba compiles: unset NUMBA_DISABLE_JIT in the environment")
 
-# numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
-# function calls lies in other files, so the name tells all of them.
-_SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-_VERSION = hashlib.sha256(_SOURCES).hexdigest()[:12]
+#: Modules outside of this package whose constants are in the loops.
+CONSTANTS = ("_ops.py", "separation.py")
+
+
+def _version() -> str:
+    """Numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
+    function calls, and its constants, lie in other files. So the name tells all of them, also of a package in a zip file."""
+    package, root = files(__package__), files(__package__.rpartition(".")[0])
+    loops = sorted((path for path in package.iterdir() if path.name.endswith(".py")), key=lambda path: path.name)
+    sources = b"".join(path.read_bytes() for path in (*loops, *(root / name for name in CONSTANTS)) if path.is_file())
+    return hashlib.sha256(sources).hexdigest()[:12]
+
+
+_VERSION = _version()
 
 
 # error_model: a division by zero gives inf or NaN, as it does on a GPU, instead of an exception from inside the loop.
