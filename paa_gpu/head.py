@@ -247,8 +247,8 @@ class PAAHead(nn.Module):
                 the CPU also a label outside [0, C).
 
         On a GPU, a box with a label outside [0, C) belongs to no class. An error would have to wait for the device. An image
-        without an anchor inside it contributes nothing (mmdetection raises an error). Losses that are not finite: see
-        `paa_reassign`.
+        without an anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a potential positive make
+        no box, such as NaN, the losses are NaN. Other losses that are not finite: see `paa_reassign`.
         """
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)

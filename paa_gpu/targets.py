@@ -144,18 +144,32 @@ def positive_losses(
 
     Args:
         targets: of the batch. Its list of S positives ends in unused entries. Their losses and their IoU are 0.
+            If the offsets of a potential positive make no box, all losses are NaN: its ground truth gets no positives then, and
+            training would go on without it.
         anchors: Tensor[A, 4].
         bbox_preds, iou_preds: per level Tensor[N, 4, H_l, W_l] and Tensor[N, 1, H_l, W_l].
         stds: deviations that the offsets were divided by.
     """
     index, found = targets.positive, targets.found
-    deltas = flatten_levels(bbox_preds).flatten(0, 1).index_select(0, index)
-    lower, upper = corners(anchors.index_select(0, index % anchors.shape[0]), deltas, stds)
-    iou, giou = iou_and_giou_loss(lower, upper, targets.bbox_target.index_select(0, index))
-    iou = torch.where(found, iou.detach(), 0)
+    all_deltas = flatten_levels(bbox_preds).flatten(0, 1)
     iou_pred = torch.cat([level.flatten(1) for level in iou_preds], 1).flatten().index_select(0, index)
-    cross_entropy = F.binary_cross_entropy_with_logits(iou_pred, iou, reduction="none")
-    return giou * found, cross_entropy * found, iou
+    # Unused entries read anchor 0. Its values may be NaN, and NaN times 0 is NaN, so zeros take their place.
+    deltas, bbox_target = (
+        torch.where(found[:, None], rows.index_select(0, index), 0) for rows in (all_deltas, targets.bbox_target)
+    )
+    lower, upper = corners(anchors.index_select(0, index % anchors.shape[0]), deltas, stds)
+    iou, giou = iou_and_giou_loss(lower, upper, bbox_target)
+    iou = torch.where(found, iou.detach(), 0)
+    cross_entropy = F.binary_cross_entropy_with_logits(torch.where(found, iou_pred, 0), iou, reduction="none")
+    broken = ((targets.gt_inds > 0) & _no_box(all_deltas.detach())).any()
+    weight = torch.where(broken, torch.nan, found.to(iou.dtype))
+    return giou * weight, cross_entropy * weight, iou
+
+
+def _no_box(deltas: Tensor) -> Tensor:
+    """BoolTensor[n]: offsets [n, 4] whose box is NaN. Those of the size are clipped, so infinite ones make a box."""
+    position, log_size = deltas.chunk(2, 1)
+    return (~position.isfinite() | log_size.isnan()).any(1)
 
 
 def flatten_levels(levels: Sequence[Tensor]) -> Tensor:

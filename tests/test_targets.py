@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import paa_gpu
 from paa_gpu import testing
 from paa_gpu.boxes import decode, focal_loss
-from paa_gpu.targets import Kept, assign_targets, flatten_levels
+from paa_gpu.targets import Kept, assign_targets, flatten_levels, positive_losses
 
 SHAPES = ((12, 16), (6, 8), (3, 4))
 CLASSES, ANCHORS = 5, sum(height * width for height, width in SHAPES)
@@ -129,6 +129,61 @@ def test_nothing_waits_and_nothing_changes(rng):
     assert mode.count == 0
     assert not any(tensor.requires_grad for tensor in got[:7])
     assert all(map(torch.equal, before, [tensor for column in inputs for tensor in column]))
+
+
+# --- losses of the positives ---
+
+STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+def losses_and_gradients(anchors, targets, bbox_preds, iou_preds):
+    """[S] each, and the gradients of their sums in all maps, [N * A, 5]."""
+    maps = [[level.clone().requires_grad_() for level in levels] for levels in (bbox_preds, iou_preds)]
+    losses = positive_losses(targets, torch.cat(anchors), *maps, STDS)
+    sum(losses).sum().backward()
+    return losses, torch.cat([flatten_levels([level.grad for level in levels]).flatten(0, 1) for levels in maps], 1)
+
+
+def replaced(levels, where, value):
+    """Maps with other values at the anchors `where` [N * A]."""
+    masks = where.view(len(levels[0]), -1).split([level.shape[2] * level.shape[3] for level in levels], 1)
+    return [level.masked_fill(mask.view(-1, 1, *level.shape[2:]), value) for level, mask in zip(levels, masks, strict=True)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_outputs_that_no_box_trains_have_no_part_in_its_losses(value, rng):
+    """Anchor 0 is one of them, which unused entries of the list of positives read. Nor has a ground truth without positives."""
+    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 2])
+    boxes[1][0] = torch.tensor([-torch.inf, -torch.inf, torch.inf, torch.inf])
+    iou_preds = [level[:, :1] for level in cls_scores]
+    valid = [torch.arange(ANCHORS) > 0] * 2
+    targets = assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, valid=valid, num_classes=CLASSES)
+    targets.bbox_target[0] = torch.inf  # as where the infinite ground truth has anchor 0
+    untrained, unread = targets.gt_inds <= 0, targets.label == CLASSES
+    assert untrained[0] and unread[0] and targets.found.any() and not targets.found.all()
+    wanted, wanted_gradients = losses_and_gradients(anchors, targets, bbox_preds, iou_preds)
+    maps = replaced(bbox_preds, untrained, value), replaced(iou_preds, unread, value)
+    got, gradients = losses_and_gradients(anchors, targets, *maps)
+    assert all(map(torch.equal, got, wanted))
+    assert torch.equal(gradients, wanted_gradients) and gradients.isfinite().all() and gradients.any()
+
+
+@pytest.mark.parametrize(
+    ("channel", "value", "broken"), [(0, torch.nan, True), (1, -torch.inf, True), (3, torch.nan, True), (3, torch.inf, False)]
+)
+def test_offsets_of_a_candidate_that_make_no_box(channel, value, broken, rng):
+    """Its ground truth gets no positives. The published head stops with an error, so the losses are NaN. Sizes are clipped."""
+    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 2])
+    first = assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, num_classes=CLASSES)
+    candidate = (first.gt_inds > 0) & ((first.gt_inds > 0).cumsum(0) == 1)
+    changed = replaced(bbox_preds, candidate, value)
+    maps = [level.clone() for level in bbox_preds]
+    for level, new in zip(maps, changed, strict=True):
+        level[:, channel] = new[:, channel]
+    targets = assign_targets(anchors, cls_scores, maps, boxes, labels, num_classes=CLASSES)
+    giou, cross_entropy, _ = positive_losses(targets, torch.cat(anchors), maps, [level[:, :1] for level in cls_scores], STDS)
+    assert targets.found.any()
+    assert giou.sum().isnan() == cross_entropy.sum().isnan() == broken
 
 
 @pytest.mark.parametrize("stds", [(0.1, 0.1, 0.2, 0.2), (0.1, 0.3, 0.2, 0.5)])
