@@ -6,6 +6,7 @@ read tensors, and those that ask `values_of`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -116,6 +117,19 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Not negative and finite."""
+    check_non_negative(name, value)
+    if value == math.inf:
+        raise ValueError(f"`{name}` must be finite, got {value}")
+
+
+def check_share(name: str, value: Any) -> None:
+    check_non_negative(name, value)
+    if value > 1:
+        raise ValueError(f"`{name}` must be at most 1, got {value}")
+
+
 def values_of(tensor: Tensor) -> Array | None:
     """The values if they can be read at once. On a device they would have to be waited for, and a compiler, a transform and a
     fake tensor have none."""
@@ -164,44 +178,65 @@ def check_levels(name: str, levels: Sequence[Tensor], channels: int | None, floa
         shape, dtypes = (*first.shape[:2], None, None), (first.dtype,)
 
 
+def check_corners(name: str, boxes: Tensor) -> None:
+    """Boxes that know their format, as torchvision's `tv_tensors` do, have that of corners."""
+    layout = getattr(boxes, "format", None)
+    if layout is not None and (said := getattr(layout, "value", layout)) != "XYXY":
+        raise ValueError(f"`{name}` must have the format XYXY, got {said}")
+
+
 def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None) -> None:
-    """(height, width) of each image, or Tensor[N, 2]."""
+    """(height, width) of each image, or Tensor[N, 2]. Not negative, if the values can be read."""
     if isinstance(image_sizes, Tensor):
         check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES), device)
+        values = values_of(image_sizes)
+        if values is not None:
+            refuse(~(values.min(1) >= 0), "image_sizes", values, "not be negative")
         return
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
-        _check_pair(f"image_sizes[{i}]", size, "(height, width)")
+        name = f"image_sizes[{i}]"
+        for number in _pair(name, size, "(height, width)"):
+            known = _check_number(name, number)
+            if known is not None and not known >= 0:
+                raise ValueError(f"`{name}` must not be negative, got {known}")
 
 
-def check_scale_factors(scale_factors: Any, num_images: int) -> None:
-    """A positive number or (in x, in y) for each image."""
+def check_scale_factors(scale_factors: Any, num_images: int, device: torch.device | None) -> None:
+    """A number or (in x, in y) for each image, or Tensor[N] or Tensor[N, 2]. Positive, if the values can be read."""
+    if isinstance(scale_factors, Tensor):
+        pairs = (2,) * (scale_factors.dim() != 1)
+        check_tensor("scale_factors", scale_factors, (num_images, *pairs), (*FLOATS, *INDICES), device)
+        values = values_of(scale_factors)
+        if values is not None:
+            least = values.min(1) if pairs else values
+            refuse(~(least > 0), "scale_factors", values, "be positive")
+        return
     check_list("scale_factors", scale_factors, length=num_images, like="`image_sizes`")
     for i, factor in enumerate(scale_factors):
         name = f"scale_factors[{i}]"
-        if isinstance(factor, LIST):
-            _check_pair(name, factor, "a number or (in x, in y)")
-        for number in factor if isinstance(factor, LIST) else (factor,):
-            _check_number(name, number)
-            values = values_of(number) if isinstance(number, Tensor) else None
-            known = number if values is None else values.item()
-            if isinstance(known, Real) and not float(known) > 0:
+        for number in _pair(name, factor, "a number or (in x, in y)") if isinstance(factor, LIST) else (factor,):
+            known = _check_number(name, number)
+            if known is not None and not known > 0:
                 raise ValueError(f"`{name}` must be positive, got {known}")
 
 
-def _check_pair(name: str, value: Any, what: str) -> None:
+def _pair(name: str, value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, LIST) or len(value) != 2:
         raise ValueError(f"`{name}` must be {what}, got {value!r}")
-    for number in value:
-        _check_number(name, number)
+    return value
 
 
-def _check_number(name: str, value: Any) -> None:
-    """A number of Python, numpy or torch. It may be unknown yet, on the way to another runtime."""
+def _check_number(name: str, value: Any) -> Any:
+    """A number of Python, numpy or torch. Returns its value, or None if it is not known yet, as on the way to another runtime."""
     if isinstance(value, bool) or not isinstance(value, NUMBER):
         raise TypeError(f"`{name}` must be a number, got {type_name(value)}")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"`{name}` must be a number, got a tensor of shape {list(value.shape)}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"`{name}` must be a number, got a tensor of shape {list(value.shape)}")
+        values = values_of(value)
+        return None if values is None else values.item()
+    return value if isinstance(value, Real) else None
 
 
 def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at position {}") -> None:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, LIST, check_bool, check_float, check_list, check_non_negative, check_option, check_tensor
+from ._checks import (
+    FLOATS,
+    LIST,
+    check_bool,
+    check_corners,
+    check_float,
+    check_list,
+    check_non_negative,
+    check_option,
+    check_tensor,
+)
 
 __all__ = ["Assignment", "assign_max_iou"]
 
@@ -126,6 +136,7 @@ def assignment_of(
         check_list("gt_bboxes_ignore", gt_bboxes_ignore, length=len(gt_bboxes), like="`gt_bboxes`")
         for image, boxes in enumerate(gt_bboxes_ignore):
             check_tensor(f"gt_bboxes_ignore[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,), device)
+            check_corners(f"gt_bboxes_ignore[{image}]", boxes)
     if valid is not None:
         check_list("valid", valid, length=len(gt_bboxes), like="`gt_bboxes`")
         for image, flags in enumerate(valid):
@@ -148,6 +159,7 @@ def assignment_of(
 def check_boxes(gt_bboxes: Sequence[Tensor], device: torch.device) -> None:
     for image, boxes in enumerate(gt_bboxes):
         check_tensor(f"gt_bboxes[{image}]", boxes, (None, 4), (gt_bboxes[0].dtype,) if image else FLOATS, device)
+        check_corners(f"gt_bboxes[{image}]", boxes)
 
 
 def _levels(anchors: Sequence[Any], images: int) -> tuple[list[Tensor], list[int]]:

@@ -22,6 +22,8 @@ from ._checks import (
     LIST,
     check_bool,
     check_classes,
+    check_corners,
+    check_finite,
     check_float,
     check_image_sizes,
     check_int,
@@ -30,6 +32,7 @@ from ._checks import (
     check_non_negative,
     check_positive,
     check_scale_factors,
+    check_share,
     check_tensor,
 )
 from ._staging import on_device
@@ -46,7 +49,7 @@ EPS = float(torch.finfo(torch.float32).eps)  # added to what losses are divided 
 
 Size = tuple[int, int]
 Sizes = Sequence[Size] | Tensor
-Scales = Sequence[float | tuple[float, float]] | None
+Scales = Sequence[float | tuple[float, float]] | Tensor
 
 
 def levels_to_images(mlvl_tensor: Sequence[Tensor]) -> list[Tensor]:
@@ -144,13 +147,19 @@ class PAAHead(nn.Module):
         check_list("target_stds", target_stds, "offset", length=4, like="a box")
         for i, std in enumerate(target_stds):
             check_positive(f"target_stds[{i}]", std)
+            check_finite(f"target_stds[{i}]", std)
         check_positive("anchor_scale", anchor_scale)
         for name, value in (
-            ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou), ("gamma", gamma),
-            ("alpha", alpha), ("bbox_loss_weight", bbox_loss_weight), ("iou_loss_weight", iou_loss_weight),
+            ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou),
             ("iou_threshold", iou_threshold),
         ):  # fmt: skip
             check_non_negative(name, value)
+        for name, value in (
+            ("anchor_scale", anchor_scale), ("gamma", gamma), ("bbox_loss_weight", bbox_loss_weight),
+            ("iou_loss_weight", iou_loss_weight),
+        ):  # fmt: skip
+            check_finite(name, value)
+        check_share("alpha", alpha)
         for name, value in (
             ("ignore_iof_thr", ignore_iof_thr), ("allowed_border", allowed_border), ("score_thr", score_thr),
         ):  # fmt: skip
@@ -243,12 +252,12 @@ class PAAHead(nn.Module):
 
         Raises:
             TypeError, ValueError: as `forward`; a batch without images; a list without N entries; a target without `boxes` or
-                `labels`, or of the wrong shape, dtype or device; no `image_sizes` although `allowed_border` is not negative; on
-                the CPU also a label outside [0, C).
+                `labels`, or of the wrong shape, dtype, device or format (of `tv_tensors`); a negative size, or no `image_sizes`
+                although `allowed_border` is not negative; on the CPU, outside of `torch.compile`, also a label outside [0, C).
 
-        On a GPU, a box with a label outside [0, C) belongs to no class. An error would have to wait for the device. An image
-        without an anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a potential positive make
-        no box, such as NaN, the losses are NaN. Other losses that are not finite: see `paa_reassign`.
+        On a GPU and in a compiled graph, a box with a label outside [0, C) belongs to no class. An error would have to wait for
+        the device. An image without an anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a
+        potential positive make no box, such as NaN, the losses are NaN. Other losses that are not finite: see `paa_reassign`.
         """
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)
@@ -273,7 +282,7 @@ class PAAHead(nn.Module):
         self,
         features: Sequence[Tensor],
         image_sizes: Sizes,
-        scale_factors: Scales = ...,
+        scale_factors: Scales | None = ...,
         padded: Literal[False] = ...,
     ) -> list[dict[str, Tensor]]: ...
 
@@ -282,7 +291,7 @@ class PAAHead(nn.Module):
         self,
         features: Sequence[Tensor],
         image_sizes: Sizes,
-        scale_factors: Scales = ...,
+        scale_factors: Scales | None = ...,
         *,
         padded: Literal[True],
     ) -> dict[str, Tensor]: ...
@@ -292,7 +301,7 @@ class PAAHead(nn.Module):
         self,
         features: Sequence[Tensor],
         image_sizes: Sizes,
-        scale_factors: Scales = None,
+        scale_factors: Scales | None = None,
         padded: bool = False,
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """The detections of a batch. They are float32, also under autocast.
@@ -300,8 +309,9 @@ class PAAHead(nn.Module):
         Args:
             features: as for `forward`.
             image_sizes: (height, width) of each image within the batch, or Tensor[N, 2]. Boxes are clipped to it.
-            scale_factors: how much each image was enlarged before: a number, or (in x, in y). The boxes are divided by it before
-                NMS. None: boxes stay in pixels of the batch.
+            scale_factors: how much each image was enlarged before: a number, or (in x, in y). Or Tensor[N] or Tensor[N, 2], for
+                which `torch.compile` makes one graph. The boxes are divided by it before NMS. None: boxes stay in pixels of the
+                batch.
             padded: give the result a fixed shape, with room for M = `max_per_img` detections in each image. Then nothing waits
                 for the device. One CUDA graph can hold the call. `torch.compile(fullgraph=True)` and `torch.export` can take it.
 
@@ -312,14 +322,16 @@ class PAAHead(nn.Module):
             Tensor[N, M], and `count` Tensor[N] int64, the numbers k. The rest of a row is zeros, and -1 for labels.
 
         Raises:
-            TypeError, ValueError: as `forward`; a list without N entries; a size or a factor that is no number or pair of
-                numbers; a factor that is not positive.
+            TypeError, ValueError: as `forward`; a list without N entries, or a tensor of the wrong shape, dtype or device; a size
+                or a factor that is no number or pair of numbers; a size that is negative or NaN; a factor that is not positive.
+                The values of tensors on a device are not checked, because that would wait.
 
         NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
-        check_image_sizes(image_sizes, _num_images(features), getattr(features[0], "device", None))
+        num_images, device = _num_images(features), getattr(features[0], "device", None)
+        check_image_sizes(image_sizes, num_images, device)
         if scale_factors is not None:
-            check_scale_factors(scale_factors, len(image_sizes))
+            check_scale_factors(scale_factors, num_images, device)
         check_bool("padded", padded)
         cls_scores, bbox_preds, iou_preds = self(features)
         mlvl_bboxes, mlvl_scores = self._decode(cls_scores, bbox_preds, iou_preds, image_sizes)
@@ -421,11 +433,12 @@ class PAAHead(nn.Module):
             for key in ("boxes", "labels"):
                 if key not in target:
                     raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
-            check_tensor(f"targets[{i}]['boxes']", target["boxes"], (None, 4), FLOATS, device)
+            for key in ("boxes", "ignored_boxes"):
+                if key in target:
+                    check_tensor(f"targets[{i}]['{key}']", target[key], (None, 4), FLOATS, device)
+                    check_corners(f"targets[{i}]['{key}']", target[key])
             check_tensor(f"targets[{i}]['labels']", target["labels"], (target["boxes"].shape[0],), INDICES, device)
             check_classes(f"targets[{i}]['labels']", target["labels"], self.num_classes)
-            if "ignored_boxes" in target:
-                check_tensor(f"targets[{i}]['ignored_boxes']", target["ignored_boxes"], (None, 4), FLOATS, device)
         if image_sizes is not None:
             check_image_sizes(image_sizes, num_images, device)
         elif self.allowed_border >= 0:
@@ -457,16 +470,19 @@ def _tower(in_channels: int, feat_channels: int, stacked_convs: int, groups: int
     )
 
 
-def _pairs(values: Sequence[float | tuple[float, float]], like: Tensor) -> Tensor:
+def _pairs(values: Scales, like: Tensor) -> Tensor:
     """Tensor[N, 1, 4] of x, y, x, y of each image, on the device of `like`."""
-    pairs = [value if isinstance(value, LIST) else (value, value) for value in values]
-    return on_device([[x, y, x, y] for x, y in pairs], like.dtype, like.device).view(-1, 1, 4)
+    if isinstance(values, Tensor):
+        pairs = values if values.dim() == 2 else values[:, None].expand(-1, 2)
+        return pairs.to(like.dtype).repeat(1, 2)[:, None]
+    each = [value if isinstance(value, LIST) else (value, value) for value in values]
+    return on_device([[x, y, x, y] for x, y in each], like.dtype, like.device).view(-1, 1, 4)
 
 
 def _limits(image_sizes: Sizes, like: Tensor) -> Tensor:
     """Tensor[N, 1, 4] of width, height, width, height of each image, on the device of `like`."""
     if isinstance(image_sizes, Tensor):
-        return image_sizes.to(like.dtype).flip(1).repeat(1, 2)[:, None]
+        return _pairs(image_sizes.flip(1), like)
     return _pairs([(width, height) for height, width in image_sizes], like)
 
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import FLOATS, INDICES, check_list, check_non_negative, check_option, check_positive, check_tensor
+from ._checks import (
+    FLOATS,
+    INDICES,
+    check_finite,
+    check_list,
+    check_non_negative,
+    check_option,
+    check_positive,
+    check_share,
+    check_tensor,
+)
 from .boxes import WH_RATIO_CLIP
 
 __all__ = ["candidate_losses"]
@@ -75,8 +85,9 @@ def candidate_losses(
         The focal losses are computed in this dtype. Half precision is converted to it before any arithmetic.
 
     Raises:
-        TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a negative
-            weight or `gamma`; `wh_ratio_clip` not positive; an unknown `box_loss` or `convention`.
+        TypeError, ValueError: wrong type, rank, shape, dtype or device; lists that are empty or differ in length; a weight or
+            `gamma` that is negative or not finite; `alpha` outside [0, 1]; `wh_ratio_clip` not positive; an unknown `box_loss` or
+            `convention`.
 
     Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
     NaN. `paa_reassign_batch` then gives its ground truth no positives. An index out of range gives NaN and reads nothing. The
@@ -126,7 +137,7 @@ def losses_of(
     """
     numbers = {"gamma": gamma, "alpha": alpha, "loss_cls_weight": loss_cls_weight, "loss_bbox_weight": loss_bbox_weight}
     for name, number in numbers.items():
-        check_non_negative(name, number)
+        (check_share if name == "alpha" else check_finite)(name, number)
     check_positive("wh_ratio_clip", wh_ratio_clip)
     check_option("box_loss", box_loss, BOX_LOSSES)
     check_list("stds", stds, "delta", 4, "a box")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from refusals import assert_refused
 from test_checks_detections import FUSION, NMS, VOTING
-from test_head import INPUTS, SETTINGS
+from test_head import INPUTS, SETTINGS, as_tv
 from test_sklearn import OWN_ERRORS
 
 import paa_gpu
@@ -288,7 +288,9 @@ HEAD = [
     (second_of_head("pos_inds", Z.int()), TypeError, "`pos_inds[1]` must be int64, got int32"),
     (second_of_head("pos_inds", Z.to("meta")), ValueError, "`pos_inds[1]` must be on cpu as the other tensors are, got meta"),
     ({"gamma": -1}, ValueError, "`gamma` must not be negative, got -1"),
+    ({"gamma": float("inf")}, ValueError, "`gamma` must be finite, got inf"),
     ({"alpha": "a"}, TypeError, "`alpha` must be a float, got str"),
+    ({"alpha": 1.1}, ValueError, "`alpha` must be at most 1, got 1.1"),
     ({"loss_bbox_weight": None}, TypeError, "`loss_bbox_weight` must be a float, got NoneType"),
     ({"stds": (0.1, 0.1)}, ValueError, "`stds` must have 4 entries as a box has, got 2"),
     ({"stds": (0.1, 0.1, 0.2, -0.2)}, ValueError, "`stds[3]` must not be negative, got -0.2"),
@@ -344,11 +346,17 @@ ASSIGNMENT = [
         ValueError,
         "`gt_bboxes[0]` must be on cpu as the other tensors are, got meta",
     ),
+    ({"gt_bboxes": [as_tv(torch.ones(3, 4), "XYWH")]}, ValueError, "`gt_bboxes[0]` must have the format XYXY, got XYWH"),
     ({"gt_bboxes_ignore": [torch.ones(1, 4)]}, ValueError, "`gt_bboxes_ignore` must have 2 entries as `gt_bboxes` has, got 1"),
     (
         {"gt_bboxes_ignore": [torch.ones(1, 4), torch.ones(1, 3)]},
         ValueError,
         "`gt_bboxes_ignore[1]` must have shape [any, 4], got [1, 3]",
+    ),
+    (
+        {"gt_bboxes_ignore": [torch.ones(1, 4), as_tv(torch.ones(1, 4), "XYWH")]},
+        ValueError,
+        "`gt_bboxes_ignore[1]` must have the format XYXY, got XYWH",
     ),
     ({"valid": [torch.ones(6, dtype=torch.bool), torch.ones(6)]}, TypeError, "`valid[1]` must be bool, got float32"),
     ({"valid": [torch.ones(6, dtype=torch.bool)]}, ValueError, "`valid` must have 2 entries as `gt_bboxes` has, got 1"),

@@ -131,17 +131,6 @@ def test_the_list_waits_once():
     assert mode.count == 1
 
 
-@pytest.mark.slow
-def test_prediction_compiles_whole():
-    head, features = make_head(**OPTIONS), make_features(3)
-
-    def predict(features):
-        return head.predict(features, SIZES, padded=True)
-
-    got, wanted = torch.compile(predict, fullgraph=True, backend="aot_eager")(features), predict(features)
-    assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
-
-
 class Detector(nn.Module):
     """A head over the pixels of an image."""
 
@@ -189,8 +178,11 @@ def test_a_transform_leaves_nothing_behind():
 @pytest.mark.parametrize("sizes", [[], torch.empty(0, 2)], ids=["list", "tensor"])
 def test_a_batch_without_images(sizes):
     head, features = make_head(**OPTIONS), make_features(0)
-    assert head.predict(features, sizes) == []
+    assert head.predict(features, sizes) == head.predict(features, sizes, sizes) == []
     assert head.predict(features, sizes, padded=True)["boxes"].shape == (0, 20, 4)
+
+
+DTYPES = "float16, bfloat16, float32, float64, int64 or int32"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +200,15 @@ def test_a_batch_without_images(sizes):
         ([SIZE], [torch.tensor([-1])], ValueError, "`scale_factors[0]` must be positive, got -1"),
         ([SIZE], [torch.ones(2)], ValueError, "`scale_factors[0]` must be a number, got a tensor of shape [2]"),
         ([SIZE], [1.0, 2.0], ValueError, "`scale_factors` must have 1 entry as `image_sizes` has, got 2"),
+        ([SIZE], torch.ones(1, 3), ValueError, "`scale_factors` must have shape [1, 2], got [1, 3]"),
+        ([SIZE], torch.ones(2), ValueError, "`scale_factors` must have shape [1], got [2]"),
+        ([SIZE], torch.ones(1).bool(), TypeError, f"`scale_factors` must be {DTYPES}, got bool"),
+        ([SIZE], torch.ones(1, device="meta"), ValueError, "`scale_factors` must be on cpu as the other tensors are, got meta"),
+        ([SIZE], torch.tensor([0.0]), ValueError, "`scale_factors` must be positive, got 0.0 at position 0"),
+        ([SIZE], torch.tensor([[1, torch.nan]]), ValueError, "`scale_factors` must be positive, got [1.0, nan] at position 0"),
         ([(None, 3)], None, TypeError, "`image_sizes[0]` must be a number, got NoneType"),
+        ([(3, torch.tensor(-1))], None, ValueError, "`image_sizes[0]` must not be negative, got -1"),
+        (torch.tensor([[torch.nan, 3]]), None, ValueError, "`image_sizes` must not be negative, got [nan, 3.0] at position 0"),
     ],
     ids=str,
 )
@@ -216,6 +216,15 @@ def test_wrong_sizes(sizes, factors, error, message):
     with pytest.raises(error) as raised:
         make_head().predict(make_features(1), sizes, factors)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32], ids=str)
+def test_factors_in_a_tensor(dtype):
+    head, features = make_head(**OPTIONS), make_features(3)
+    for factors in ([2.0, 1.0, 3.0], [(2.0, 1.0), (1.0, 4.0), (3.0, 3.0)]):
+        wanted = head.predict(features, SIZES, factors, padded=True)
+        got = head.predict(features, SIZES, torch.tensor(factors, dtype=dtype), padded=True)
+        assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
 
 
 @torch.no_grad()
