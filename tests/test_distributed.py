@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_head import make_features, make_head, make_targets
+from test_head import gradients, make_features, make_head, make_targets
 from test_threads import bits, make
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import paa_gpu
 
@@ -94,3 +96,40 @@ def test_two_processes(tmp_path):
         assert torch.equal(result["strides"], VALUES)
         assert result["nan"][0] == 0 and result["nan"][1].isnan()
     assert int(first["num_pos"].sum()) != int(second["num_pos"].sum())
+
+
+def head_with_long_scales():
+    """As docs/head.md says."""
+    head = make_head()
+    for level in head.scales:
+        level.scale = nn.Parameter(level.scale.detach().view(1))
+    return head
+
+
+def sharded_one_of_two(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    head = head_with_long_scales()
+    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    register_fsdp_forward_method(head, "loss")
+    own = slice(0, 1) if rank == 0 else slice(1, 3)
+    sum(head.loss([level[own] for level in make_features(3)], make_targets([5, 0, 2])[own]).values()).backward()
+    torch.save([gradient.full_tensor() for gradient in gradients(head)], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_head_has_the_gradients_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(sharded_one_of_two, (str(tmp_path),), nprocs=2)
+    alone = make_head()
+    sum(alone.loss(make_features(3), make_targets([5, 0, 2])).values()).backward()
+    for got, wanted in zip(torch.load(tmp_path / "0.pt"), gradients(alone), strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_weights_with_long_scales_load():
+    head, usual = head_with_long_scales(), make_head()
+    with torch.no_grad():
+        head.scales[1].scale.fill_(3.0)
+    usual.load_state_dict(head.state_dict())
+    assert usual.scales[1].scale == 3 and usual.scales[1].scale.shape == ()
