@@ -72,18 +72,23 @@ def make_body(name: str, pretrained: bool) -> tuple[nn.Module, list[int]]:
 
 
 class CocoBoxes(torch.utils.data.Dataset[Sample]):
-    """The images of a COCO file with their boxes. A class is the position of its category in the sorted list of ids."""
+    """The images of a COCO file, for training with their boxes. A class is the position of its category in the sorted ids."""
 
     def __init__(self, images: str, annotations: str, size: int, training: bool) -> None:
-        raw = torchvision.datasets.CocoDetection(images, annotations)
-        self.coco: COCO = raw.coco
+        self.data = torchvision.datasets.CocoDetection(images, annotations)
+        self.coco: COCO = self.data.coco
         self.categories = sorted(self.coco.getCatIds())
-        self.data = torchvision.datasets.wrap_dataset_for_transforms_v2(raw, target_keys=["boxes", "labels", "image_id"])
+        self.training = training
+        for annotation in self.coco.anns.values():  # what pycocotools needs, and many files leave out
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         self.transform = v2.Compose(
             [
                 v2.ToImage(),
+                v2.ConvertBoundingBoxFormat("XYXY"),
                 v2.RandomHorizontalFlip(0.5 if training else 0),
                 v2.Resize(size, max_size=size * 5 // 3, antialias=True),
+                v2.ClampBoundingBoxes(),  # the next step drops what reaches beyond the image, if only by a rounding
                 v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1].get("labels")),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(MEAN, STD),
@@ -94,14 +99,15 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Sample:
-        image, target = self.data[index]
-        none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=image.size[::-1])
-        labels = torch.tensor([self.categories.index(int(label)) for label in target.get("labels", [])], dtype=torch.int64)
+        image, annotations = self.data[index]
         before = image.width
-        image, changed = self.transform(image, {"boxes": target.get("boxes", none), "labels": labels})
-        boxes = changed["boxes"].as_subclass(Tensor).float()
-        scale = image.shape[2] / before
-        return image, {"boxes": boxes, "labels": changed["labels"], "image_id": target["image_id"], "scale": scale}
+        used = [each for each in annotations if self.training and not each["iscrowd"]]  # a crowd is not one object
+        bboxes = torch.tensor([each["bbox"] for each in used], dtype=torch.float32).view(-1, 4)
+        boxes = tv_tensors.BoundingBoxes(bboxes, format="XYWH", canvas_size=image.size[::-1])
+        labels = torch.tensor([self.categories.index(each["category_id"]) for each in used], dtype=torch.int64)
+        image, target = self.transform(image, {"boxes": boxes, "labels": labels})
+        target["boxes"] = target["boxes"].as_subclass(Tensor)
+        return image, {**target, "image_id": self.data.ids[index], "scale": image.shape[2] / before}
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:
@@ -123,6 +129,7 @@ def batches(loader: DataLoader[Any], device: torch.device) -> Iterator[Any]:
 
 
 def train_epoch(model: nn.Module, optimizer: Any, schedule: Any, loader: Any, device: torch.device, epoch: int) -> None:
+    torch.manual_seed(1000 * epoch + rank())  # training that goes on draws what it would have drawn
     model.train()
     bar = tqdm(batches(loader, device), total=len(loader), desc=f"epoch {epoch + 1}", disable=rank() != 0)
     for step, batch in enumerate(bar):
@@ -137,8 +144,8 @@ def train_epoch(model: nn.Module, optimizer: Any, schedule: Any, loader: Any, de
 
 
 @torch.no_grad()
-def detect(model: Detector, data: CocoBoxes, loader: Any, device: torch.device) -> list[dict[str, Any]]:
-    """The detections in COCO's format, in pixels of the images on the disk."""
+def detect(model: Detector, categories: list[int], loader: Any, device: torch.device) -> list[dict[str, Any]]:
+    """The detections in COCO's format, in pixels of the images on the disk. `categories`: those of the training set."""
     model.eval()
     found = []
     for images, sizes, targets in tqdm(batches(loader, device), total=len(loader), desc="detect"):
@@ -147,7 +154,7 @@ def detect(model: Detector, data: CocoBoxes, loader: Any, device: torch.device) 
             x1, y1, x2, y2 = image["boxes"].cpu().unbind(1)
             boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1)
             for box, score, label in zip(boxes.tolist(), image["scores"].tolist(), image["labels"].tolist(), strict=True):
-                found.append({"image_id": target["image_id"], "category_id": data.categories[label], "bbox": box, "score": score})
+                found.append({"image_id": target["image_id"], "category_id": categories[label], "bbox": box, "score": score})
     return found
 
 
@@ -187,7 +194,7 @@ def main(argv: list[str] | None = None) -> float | None:
     parser.add_argument("--test-annotations", help="COCO file to evaluate with; none: no evaluation")
     parser.add_argument("--backbone", default="resnet18", help="a torchvision ResNet, or timm:NAME")
     parser.add_argument("--pretrained", action="store_true", help="start from public weights of the backbone")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=12, help="0 with --resume: evaluate alone")
     parser.add_argument("--batch-size", type=int, default=4, help="images of each process")
     parser.add_argument("--size", type=int, default=480, help="the shorter side of an image, in pixels")
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -211,13 +218,17 @@ def main(argv: list[str] | None = None) -> float | None:
     checkpoint, start = options.out / "checkpoint.pt", 0
     if options.resume:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["categories"] != data.categories:
+            raise ValueError(
+                f"--annotations must have the categories of {checkpoint}, {state['categories']}, got {data.categories}"
+            )
         detector.load_state_dict(state["detector"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
-    steps = options.epochs * len(loader)
+    steps = max(1, options.epochs * len(loader))
     # The learning rate follows the number of epochs asked for now, also where training goes on.
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - step / steps) ** 0.9, last_epoch=start * len(loader) - 1
+        optimizer, lambda step: min(1, (step + 1) / 100) * max(0, 1 - step / steps) ** 0.9, last_epoch=start * len(loader) - 1
     )
     model: Any = DistributedDataParallel(detector, [device] if cuda else None) if dist.is_initialized() else detector
     options.out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +242,7 @@ def main(argv: list[str] | None = None) -> float | None:
     precision = None
     if rank() == 0 and options.test_annotations:
         test = CocoBoxes(options.images, options.test_annotations, options.size, training=False)
-        found = detect(detector, test, DataLoader(test, options.batch_size, collate_fn=collate), device)
+        found = detect(detector, data.categories, DataLoader(test, options.batch_size, collate_fn=collate), device)
         (options.out / "detections.json").write_text(json.dumps(found))
         precision = evaluate(test.coco, found)
         draw(options.out / "detections.png", options.images, test.coco, found)

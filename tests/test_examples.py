@@ -37,6 +37,13 @@ def coco_data(tmp_path) -> Path:
     return tmp_path
 
 
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run(*command: str) -> str:
     result = subprocess.run([sys.executable, *command], env=os.environ, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -63,17 +70,78 @@ def test_training_on_coco_data_and_going_on_from_a_checkpoint(coco_data):
     assert {entry["category_id"] for entry in json.loads((coco_data / "out" / "detections.json").read_text())} <= {5, 7}
 
 
+def changed(file: Path, change) -> str:
+    """A COCO file like this one, changed by a function, beside it."""
+    content = json.loads(file.read_text())
+    change(content)
+    (file.parent / "changed.json").write_text(json.dumps(content))
+    return str(file.parent / "changed.json")
+
+
+def only_bushes(content) -> None:
+    content["categories"] = content["categories"][1:]
+    content["annotations"] = [each for each in content["annotations"] if each["category_id"] == 7]
+
+
+@pytest.mark.slow
+def test_training_that_goes_on_is_the_same_training(coco_data, monkeypatch):
+    """As if nobody had interrupted it, after its first epoch."""
+    example, save = load("train_coco"), torch.save
+
+    def weights(*more: str):
+        example.main(arguments(coco_data, "--epochs", "2", *more)[1:])
+        return torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["detector"]
+
+    def save_and_stop(*args) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    wanted = weights()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", save_and_stop)
+        weights()
+    assert torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    got = weights("--resume")
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
+def test_detections_have_the_categories_of_the_training_set(coco_data):
+    """Also with a test file that has fewer of them, no areas and no crowds. Without an epoch, the example evaluates alone."""
+    example, boxes = load("train_coco"), coco_data / "boxes.json"
+    example.main(arguments(coco_data, "--epochs", "1")[1:])
+
+    def change(content) -> None:
+        only_bushes(content)
+        for annotation in content["annotations"]:
+            del annotation["iscrowd"], annotation["area"]
+
+    example.main(arguments(coco_data, "--epochs", "0", "--resume", "--test-annotations", changed(boxes, change))[1:])
+    found = {entry["category_id"] for entry in json.loads((coco_data / "out" / "detections.json").read_text())}
+    assert found == {5, 7}
+    with pytest.raises(ValueError, match=r"must have the categories of .*checkpoint.pt, \[5, 7\], got \[7\]$"):
+        example.main([*arguments(coco_data, "--resume")[1:], "--annotations", changed(boxes, only_bushes)])
+
+
+def test_boxes_that_train(coco_data):
+    """No crowds; and of boxes that reach beyond the image, the part within."""
+    example, boxes = load("train_coco"), coco_data / "boxes.json"
+
+    def change(content) -> None:
+        whole = {"image_id": 12, "category_id": 7, "bbox": [-10, 0, 200, 128], "area": 25600}
+        content["annotations"] += [{**whole, "id": 1000, "iscrowd": 1}, {**whole, "id": 1001}]
+
+    samples = [example.CocoBoxes(str(coco_data), changed(boxes, change), 128, training) for training in (True, False)]
+    (_, target), (_, unused) = (data[2] for data in samples)
+    assert target["boxes"].tolist() == [[0, 0, 160, 128]] and target["labels"].tolist() == [1]
+    assert unused["boxes"].shape == (0, 4) and target["image_id"] == unused["image_id"] == 12
+    assert len(samples[0].coco.anns) == len(samples[1].coco.anns)
+
+
 @pytest.mark.long
 def test_the_same_example_in_two_processes(coco_data):
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments(coco_data, "--epochs", "1"))
     assert torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["epoch"] == 1
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
