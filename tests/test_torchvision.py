@@ -15,7 +15,7 @@ from torchvision.models import detection
 from torchvision.models.detection._utils import Matcher, SSDMatcher
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from paa_gpu.integrations import torchvision as integration
 from paa_gpu.integrations.torchvision import accelerate, restore, use_paa
@@ -228,6 +228,39 @@ def test_what_accelerate_refuses():
     model.rpn.box_similarity = torch.cdist
     with pytest.raises(ValueError, match=r"`model.rpn.box_similarity` must be box_iou of torchvision, got"):
         accelerate(model)
+
+    class OwnHeads(RoIHeads):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    with pytest.raises(ValueError, match=r"`model.proposal_matcher` must be a Matcher or SSDMatcher .*, got NoneType"):
+        accelerate(OwnHeads())
+
+
+def test_a_measure_of_ones_own(generator):
+    """The RPN matches by its own. RoIHeads has one too, and does not call it."""
+    model, batch = models.faster_rcnn(), models.batch(generator)
+    plain = step(model, batch)
+    model.roi_heads.box_similarity = model.rpn.box_similarity = generalized_box_iou
+    wanted = step(model, batch)
+    assert not same(wanted, plain)
+    model.rpn.box_similarity = box_iou
+    assert same(step(accelerate(model), batch), plain)
+    model.rpn.box_similarity = generalized_box_iou  # replaced later
+    assert same(step(model, batch), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("RetinaNet", "accelerate"), ("SSD", "accelerate"), ("FasterRCNN", "accelerate"), ("RetinaNet", "use_paa")],
+)
+def test_as_many_targets_as_images(name, change, generator):
+    model, (images, targets) = CHANGES[change](models.MODELS[name]()).train(), models.batch(generator)
+    with pytest.raises(ValueError, match="`targets` must have one entry for each of the 2 images, got 3"):
+        model(images[:2], targets)
+    if name == "SSD" or change == "use_paa":  # the others raise torchvision's own error before they match
+        with pytest.raises(ValueError, match="`targets` must have one entry for each of the 3 images, got 2"):
+            model(images, targets[:2])
 
 
 @pytest.mark.parametrize(("name", "change"), [("RetinaNet", "accelerate"), ("SSD", "accelerate"), ("RetinaNet", "use_paa")])

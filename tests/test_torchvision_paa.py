@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 import torchvision_models as models
 from synchronisations import Synchronisations
 from torch import nn
 from torchvision.models.detection._utils import _box_loss
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from paa_gpu import reference
@@ -217,6 +220,66 @@ def test_score_voting(generator):
         wanted, _ = reference.score_voting(rows, image["labels"], boxes, logits.sigmoid(), 0.5, keep_order=True)
         torch.testing.assert_close(got["boxes"], wanted[:, :4].float())
         assert not torch.allclose(got["boxes"], image["boxes"])
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), torch.tensor(0.3), 0])
+def test_thresholds_that_torchvision_takes(number, generator):
+    images, _ = models.batch(generator, (0,))
+    model = use_paa(models.retinanet(), score_voting=True).eval()
+    model.score_thresh = float(number)
+    wanted = model(images)
+    model.score_thresh = number
+    assert all(torch.equal(got["boxes"], image["boxes"]) for got, image in zip(model(images), wanted, strict=True))
+
+
+class UnevenHead(nn.Module):
+    """As many outputs at a location of a level as it has anchors. torchvision's head has the same number at each level."""
+
+    def __init__(self, each: list[int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(RetinaNetHead(16, number, CLASSES) for number in each)
+        self.regression_head = self.heads[0].regression_head
+
+    def forward(self, features):
+        levels = [head([feature]) for head, feature in zip(self.heads, features, strict=True)]
+        return {name: torch.cat([level[name] for level in levels], 1) for name in levels[0]}
+
+    def compute_loss(self, *arguments):
+        return self.heads[0].compute_loss(*arguments)
+
+
+def test_levels_with_different_numbers_of_anchors(generator, monkeypatch):
+    model, batch = use_paa(models.retinanet()), models.batch(generator)
+    model.anchor_generator = AnchorGenerator(((8, 12), (16,), (32, 48, 72)), (models.RATIOS,) * 3)
+    with pytest.raises(ValueError, match=re.escape("`head_outputs['cls_logits'][0]` must have ")):
+        train(model, batch)
+    model.head = UnevenHead([6, 3, 9])
+    targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
+    (low, high) = (sizes[0] // 6, sizes[1] // 3)
+    assert low == 4 * high  # strides 8 and 16
+    assert sizes == [6 * low, 3 * high, len(anchors[0]) - 6 * low - 3 * high]
+    for i, own in enumerate(matches):
+        values = (targets[i], outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i], sizes, model)
+        assert torch.equal(own, expected(*values)), i
+
+
+def test_parts_that_are_replaced_later(generator):
+    model, batch = use_paa(models.retinanet()), models.batch(generator)
+
+    class Shifted(AnchorGenerator):
+        def forward(self, *arguments):
+            return [own + i for i, own in enumerate(super().forward(*arguments))]
+
+    published = model.anchor_generator
+    model.anchor_generator = Shifted(published.sizes, published.aspect_ratios)
+    message = "`model.anchor_generator` must be an AnchorGenerator of torchvision, got Shifted"
+    with pytest.raises(ValueError, match=message):
+        train(model, batch)
+    model.eval()(batch[0])  # only training needs the same anchors for all images
+    model.anchor_generator = published
+    model.head.regression_head._loss_type = "ciou"
+    with pytest.raises(ValueError, match=r"`model.head.regression_head` must have the box loss"):
+        train(model, batch)
 
 
 def test_what_it_refuses(generator):

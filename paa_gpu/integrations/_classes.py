@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["change_class", "restore_class"]
+__all__ = ["change_class", "class_before", "restore_class"]
 
 
 def change_class(module: Any, base: Any) -> None:
@@ -23,10 +23,16 @@ def change_class(module: Any, base: Any) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `change_class`. Other modules stay as they are, and so does a class that somebody derived from a `base`."""
+    published = class_before(module)
+    if published is not None:
+        module.__class__ = published
+
+
+def class_before(module: nn.Module) -> type | None:
+    """The class that `restore_class` gives a module, or None if it stays as it is."""
     published = vars(type(module)).get("published")
     # Another class may have an attribute of this name.
-    if isinstance(published, type) and issubclass(type(module), published):
-        module.__class__ = published
+    return published if isinstance(published, type) and issubclass(type(module), published) else None
 
 
 @functools.cache

@@ -14,7 +14,9 @@ outside.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -39,14 +41,15 @@ from ..reassign import SINGLETONS, Separation
 from ..separation import SCHEMES
 from ..targets import assign_targets
 from ..voting import score_voting_batch
-from ._classes import change_class, restore_class
+from ._classes import change_class, class_before, restore_class
 
-__all__ = ["PAAOptions", "RetinaNetPAA", "accelerate", "restore", "use_paa"]
+__all__ = [
+    "AcceleratedRPN", "AcceleratedRetinaNet", "AcceleratedRoIHeads", "AcceleratedSSD", "PAAOptions", "RetinaNetPAA",
+    "accelerate", "restore", "use_paa",
+]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 Targets = Sequence[dict[str, Tensor]]
-
-LEVELS = "anchors_per_level"  # beside the outputs of a head, on their way from `forward` to `compute_loss`
 
 
 class PAAOptions(NamedTuple):
@@ -151,17 +154,28 @@ def restore(model: Model) -> Model:
     """Undo `accelerate` and `use_paa`. Every module gets its old class back. Other modules do not change.
 
     Raises:
-        TypeError: not a module, or a scripted one.
+        TypeError: not a module, or a scripted one; or its class was derived from a class of this library, as `fully_shard` does.
+            Then nothing has changed. Restore a model before `fully_shard`.
     """
-    for _, module in _modules(model):
-        if isinstance(module, _Accelerated):
-            restore_class(module)
-            vars(module).pop("paa_options", None)
+    found = [(name, module) for name, module in _modules(model) if isinstance(module, _Accelerated)]
+    for name, module in found:
+        if class_before(module) is None:
+            raise TypeError(
+                f"`{name}` must have the class that `accelerate` or `use_paa` gave it, got {type(module).__name__}, "
+                "a class derived from it"
+            )
+    for _, module in found:
+        restore_class(module)
+        vars(module).pop("paa_options", None)
     return model
 
 
 class _Accelerated:
     """What `accelerate` and `use_paa` change a module to."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """`torch.jit.script` asks each module for what to script in its place."""
+        raise TypeError(f"`model` must be restored before torch.jit.script: restore(model), got {type(self).__name__}")
 
 
 class AcceleratedRetinaNet(_Accelerated, RetinaNet):
@@ -187,7 +201,7 @@ class AcceleratedSSD(_Accelerated, SSD):
         if batch is None:
             return super().forward(images, targets)
         matches = _matches(self.proposal_matcher, [target["boxes"] for target in batch.targets], batch.anchors)
-        return self.compute_loss(batch.targets, batch.head_outputs, batch.anchors, matches)
+        return self.eager_outputs(self.compute_loss(batch.targets, batch.head_outputs, batch.anchors, matches), [])
 
 
 class AcceleratedRPN(_Accelerated, RegionProposalNetwork):
@@ -197,6 +211,8 @@ class AcceleratedRPN(_Accelerated, RegionProposalNetwork):
 
     def assign_targets_to_anchors(self, anchors: list[Tensor], targets: Targets) -> tuple[list[Tensor], list[Tensor]]:
         """Per image Tensor[A] float32, 1 for a ground truth, 0 for background, -1 for neither, and Tensor[A, 4], its box."""
+        if self.box_similarity is not box_iou:  # somebody replaced it since
+            return super().assign_targets_to_anchors(anchors, targets)  # type: ignore[no-any-return]
         boxes = [target["boxes"] for target in targets]
         matches = _matches(self.proposal_matcher, boxes, anchors)
         labels = [torch.where(own == Matcher.BETWEEN_THRESHOLDS, -1, own >= 0).to(torch.float32) for own in matches]
@@ -221,7 +237,7 @@ class AcceleratedRoIHeads(_Accelerated, RoIHeads):
         return indices, labels
 
 
-class RetinaNetPAA(_Accelerated, RetinaNet):
+class RetinaNetPAA(AcceleratedRetinaNet):
     """torchvision's RetinaNet, trained by PAA; see `use_paa`. It takes RetinaNet's arguments."""
 
     published: ClassVar[type] = RetinaNet
@@ -229,22 +245,23 @@ class RetinaNetPAA(_Accelerated, RetinaNet):
 
     def forward(self, images: list[Tensor], targets: Targets | None = None) -> Any:
         """As RetinaNet: the losses of a batch in training, else its detections."""
+        if self.training:
+            _check_head("model", self)  # again, since somebody may have replaced a part
         batch = _training_batch(self, images, targets)
         if batch is None:
             return super().forward(images, targets)
-        each = batch.head_outputs["cls_logits"].shape[1] // sum(batch.locations)
-        outputs = {**batch.head_outputs, LEVELS: [each * size for size in batch.locations]}
-        return self.compute_loss(batch.targets, outputs, batch.anchors)
+        return self.eager_outputs(_losses_of_step(self, batch), [])
 
-    def compute_loss(self, targets: Targets, head_outputs: dict[str, Any], anchors: list[Tensor]) -> dict[str, Tensor]:
+    def compute_loss(self, targets: Targets, head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict[str, Tensor]:
         """The head's losses on the anchors that PAA assigns."""
-        if LEVELS not in head_outputs:
+        step = getattr(_THREAD, "step", None)
+        if step is None or step.model is not self:
             raise RuntimeError(
                 f"`{self.published.__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
             )
-        outputs = {name: output for name, output in head_outputs.items() if name != LEVELS}
-        matches = _paa_matches(self, targets, outputs, anchors, head_outputs[LEVELS])
-        losses: dict[str, Tensor] = self.head.compute_loss(targets, outputs, anchors, list(matches))
+        step.reached = True
+        matches = _paa_matches(self, targets, head_outputs, anchors, step.level_sizes)
+        losses: dict[str, Tensor] = self.head.compute_loss(targets, head_outputs, anchors, list(matches))
         return losses
 
     def postprocess_detections(
@@ -262,7 +279,7 @@ class RetinaNetPAA(_Accelerated, RetinaNet):
         ]
         rows = [torch.cat([image["boxes"], image["scores"][:, None]], 1) for image in detections]
         labels = [image["labels"] for image in detections]
-        voted, _ = score_voting_batch(rows, labels, voters, list(scores), self.score_thresh, keep_order=True)
+        voted, _ = score_voting_batch(rows, labels, voters, list(scores), float(self.score_thresh), keep_order=True)
         return [{**image, "boxes": row[:, :4]} for image, row in zip(detections, voted, strict=True)]
 
 
@@ -275,13 +292,44 @@ class _Batch(NamedTuple):
     locations: list[int]  # of each level
 
 
+@dataclass
+class _Step:
+    """A training step of a `RetinaNetPAA`, between its `forward` and its `compute_loss`."""
+
+    model: RetinaNetPAA
+    level_sizes: list[int]
+    reached: bool = False
+
+
+#: Its `step` is the step of this thread. A subclass may stand between the two methods, with torchvision's arguments only.
+_THREAD = threading.local()
+
+
+def _losses_of_step(model: RetinaNetPAA, batch: _Batch) -> dict[str, Tensor]:
+    """What `model.compute_loss` returns, if it came to that of `RetinaNetPAA`."""
+    cells = [len(cell) for cell in model.anchor_generator.cell_anchors]
+    step = _Step(model, [each * size for each, size in zip(cells, batch.locations, strict=True)])
+    outer, _THREAD.step = getattr(_THREAD, "step", None), step
+    try:
+        losses: dict[str, Tensor] = model.compute_loss(batch.targets, batch.head_outputs, batch.anchors)
+    finally:
+        _THREAD.step = outer
+    if not step.reached:
+        raise RuntimeError(
+            f"`{model.published.__name__}.compute_loss` must call super().compute_loss(targets, head_outputs, anchors), "
+            "for PAA to assign the anchors"
+        )
+    return losses
+
+
 def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -> _Batch | None:
     """The part of `forward` of RetinaNet and SSD before they match.
 
-    None outside training. Also None if the targets are wrong, because torchvision's own `forward` reports this.
+    None outside training. Also None if the boxes are wrong, because torchvision's own `forward` reports this.
     """
     if not model.training or targets is None or not all(_are_boxes(target["boxes"]) for target in targets):
         return None
+    _check_targets(targets, images)
     batch, sized = model.transform(images, targets)
     boxes = torch.cat([target["boxes"] for target in sized]) if sized else batch.tensors.new_zeros(0, 4)
     if (boxes[:, 2:] <= boxes[:, :2]).any():  # one look at the values, where torchvision takes one for each image
@@ -293,6 +341,11 @@ def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -
     return _Batch(sized, head_outputs, model.anchor_generator(batch, features), locations)
 
 
+def _check_targets(targets: Sequence[Any], images: Sequence[Any]) -> None:
+    if len(targets) != len(images):
+        raise ValueError(f"`targets` must have one entry for each of the {len(images)} images, got {len(targets)}")
+
+
 def _are_boxes(boxes: Any) -> bool:
     return isinstance(boxes, Tensor) and boxes.dim() == 2 and boxes.shape[1] == 4
 
@@ -302,6 +355,7 @@ def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor
 
     Tensor[A] int64: the ground truth, -1 below the low threshold, -2 between the two. In an image without boxes, all are -1.
     """
+    _check_targets(boxes, anchors)
     pairs = list(zip(boxes, anchors, strict=True))
     if type(matcher) not in OPTIONS or not all(_in_float32(*pair) for pair in pairs):
         return [matcher(box_iou(*pair)) if len(pair[0]) else _background(pair[1]) for pair in pairs]
@@ -340,6 +394,7 @@ def _paa_matches(
     scores, offsets = head_outputs["cls_logits"], head_outputs["bbox_regression"]
     boxes, labels = [target["boxes"] for target in targets], [target["labels"] for target in targets]
     num_classes, options = scores.shape[2], model.paa_options
+    _check_anchors(anchors, head_outputs, sum(level_sizes))
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         check_tensor(f"targets[{i}]['boxes']", box, (None, 4), FLOATS, scores.device)
         check_tensor(f"targets[{i}]['labels']", label, (len(box),), INDICES, scores.device)
@@ -356,6 +411,13 @@ def _paa_matches(
     )  # fmt: skip
     background = torch.where(found.label_weight > 0, Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS)
     return torch.where(found.label != num_classes, found.gt_inds - 1, background).view(len(targets), -1)
+
+
+def _check_anchors(anchors: list[Tensor], head_outputs: dict[str, Tensor], number: int) -> None:
+    outputs = {f"head_outputs['{name}'][0]": head_outputs[name][0] for name in ("cls_logits", "bbox_regression")}
+    for name, rows in {"anchors[0]": anchors[0], **outputs}.items():
+        if len(rows) != number:
+            raise ValueError(f"`{name}` must have {number} anchors as the levels of `anchor_generator` have, got {len(rows)}")
 
 
 def _maps(outputs: Tensor, level_sizes: list[int]) -> list[Tensor]:
@@ -386,12 +448,12 @@ def _base_of(module: nn.Module) -> Any:
 
 
 def _check_matching(name: str, module: Any) -> None:
-    if type(module.proposal_matcher) not in OPTIONS:
-        matcher = type(module.proposal_matcher).__name__
-        raise ValueError(f"`{name}.proposal_matcher` must be a Matcher or SSDMatcher of torchvision, got {matcher}")
-    similarity = getattr(module, "box_similarity", box_iou)
-    if similarity is not box_iou:
-        raise ValueError(f"`{name}.box_similarity` must be box_iou of torchvision, got {similarity!r}")
+    matcher = type(getattr(module, "proposal_matcher", None))
+    if matcher not in OPTIONS:
+        raise ValueError(f"`{name}.proposal_matcher` must be a Matcher or SSDMatcher of torchvision, got {matcher.__name__}")
+    # RoIHeads has one too, which torchvision never calls.
+    if isinstance(module, RegionProposalNetwork) and module.box_similarity is not box_iou:
+        raise ValueError(f"`{name}.box_similarity` must be box_iou of torchvision, got {module.box_similarity!r}")
 
 
 def _check_head(name: str, model: Any) -> None:
