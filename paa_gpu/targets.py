@@ -42,6 +42,7 @@ class Targets(NamedTuple):
     found: Tensor  #: BoolTensor[S], False for what follows the positives
     num_pos: Tensor  #: Tensor[N] int64, positives of each image
     gt_inds: Tensor  #: Tensor[N * A] int64 before the reassignment: i + 1, the ground truth i; 0, background; -1, not trained
+    pos_losses: Tensor  #: Tensor[N * A], the losses of the anchors with a ground truth, NaN for the others
 
 
 #: The defaults of the three functions. What they do after their checks of tensors is called here.
@@ -134,7 +135,7 @@ def assign_targets(
     # A list of a length that depends on the number of positives could only be had by waiting for it.
     size = min(sum(num_gts) * most, label.shape[0])
     index = torch.nonzero_static(label != background, size=size, fill_value=-1).flatten()
-    return Targets(label, label_weight, bbox_target, index.clamp(min=0), index > nowhere, num_pos, gt_inds.flatten())
+    return Targets(label, label_weight, bbox_target, index.clamp(min=0), index > nowhere, num_pos, gt_inds.flatten(), pos_losses)
 
 
 def positive_losses(

@@ -116,6 +116,36 @@ def test_images_without_boxes_or_anchors(dtype):
         integration._matches(matcher, [anchors], [none])
 
 
+@pytest.mark.parametrize("matcher", [Matcher(0.5, 0.4, True), Matcher(0.5, 0.5, False)], ids=["RetinaNet", "RoI"])
+def test_matches_of_a_box_with_a_nan(matcher, generator):
+    """All anchors go to the first such box, and so the loss becomes NaN."""
+    anchors, boxes = crowd(generator)
+    boxes[3, 2] = boxes[5, 1] = torch.nan
+    wanted = [matcher(box_iou(each, anchors)) for each in (boxes, boxes[3:4])]
+    got = integration._matches(matcher, [boxes, boxes[3:4], boxes[:3]], [anchors] * 3)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    assert set(got[0].tolist()) == {3}
+    assert torch.equal(got[2], matcher(box_iou(boxes[:3], anchors)))  # other images stay as they are
+
+
+@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize("name", ["RetinaNet", "SSD", "FasterRCNN"])
+def test_a_box_with_a_nan_makes_the_loss_nan(name, only, generator):
+    model, (images, targets) = models.MODELS[name]().train(), models.batch(generator, (7,))
+    targets[0]["boxes"][0] = torch.nan
+    if only:
+        targets = [{key: value[:1] for key, value in targets[0].items()}]
+
+    def losses() -> dict[str, bool]:
+        torch.manual_seed(5)
+        return {name: bool(loss.isnan()) for name, loss in model(images, copy.deepcopy(targets)).items()}
+
+    wanted = losses()
+    assert any(wanted.values())
+    accelerate(model)
+    assert losses() == wanted
+
+
 def test_matching_does_without_the_matrix(generator):
     anchors = torch.rand(20_000, 4, generator=generator) * 400
     anchors[:, 2:] += anchors[:, :2] + 4

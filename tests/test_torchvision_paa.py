@@ -183,6 +183,50 @@ def test_half_precision(generator, monkeypatch):
     sum(losses.values()).backward()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["bias", "channel", "weight"])
+@pytest.mark.parametrize("half", [False, True])
+def test_training_that_diverges_shows_it(value, part, half, generator):
+    """PAA takes no anchor without a finite loss. But the head's loss sees it, as in torchvision."""
+    model, batch = models.retinanet(), models.batch(generator)
+    head = model.head.regression_head
+    with torch.no_grad():
+        spoiled = {"bias": head.bbox_reg.bias, "channel": head.bbox_reg.bias[2:3], "weight": head.conv[0][0].weight[0, 0, 0, :1]}
+        spoiled[part][:] = value
+    with torch.autocast("cpu", torch.float16, enabled=half):
+        plain, ours = train(model, batch), train(use_paa(model), batch)
+    assert part == "channel" or not plain["bbox_regression"].isfinite()  # of some anchors, torchvision may choose others
+    assert not ours["bbox_regression"].isfinite()
+
+
+def test_large_offsets_in_half_precision_are_finite(generator, monkeypatch):
+    """The sum of the four offsets of a box is too large for float16, and each of them is not."""
+    model, batch = use_paa(models.retinanet()), models.batch(generator)
+    with torch.no_grad():
+        model.head.regression_head.bbox_reg.bias.fill_(2e4)
+    with torch.autocast("cpu", torch.float16):
+        targets, outputs, anchors, matches, _ = recorded(model, batch, monkeypatch)
+    offsets = outputs["bbox_regression"]
+    assert offsets.dtype == torch.float16 and offsets.isfinite().all() and offsets.sum(2).isinf().all()
+    potential = sum(
+        int((box_iou(target["boxes"], own.float()).amax(0) >= 0.1).sum())
+        for target, own in zip(targets, anchors, strict=True)
+        if len(target["boxes"])
+    )
+    assert 10 <= sum(int((own >= 0).sum()) for own in matches) < potential / 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("only", [False, True])
+def test_a_box_that_is_not_finite_shows_in_the_loss(value, only, generator):
+    model, (images, targets) = models.retinanet(), models.batch(generator)
+    targets[0]["boxes"][0, 2] = value
+    if only:
+        targets[0] = {key: column[:1] for key, column in targets[0].items()}
+    for change in (restore, use_paa):
+        assert not train(change(model), (images, targets))["bbox_regression"].isfinite()
+
+
 @pytest.mark.long
 def test_it_compiles(generator):
     model, batch = use_paa(models.retinanet()), models.batch(generator)

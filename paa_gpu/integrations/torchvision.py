@@ -260,8 +260,9 @@ class RetinaNetPAA(AcceleratedRetinaNet):
                 f"`{self.published.__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
             )
         step.reached = True
-        matches = _paa_matches(self, targets, head_outputs, anchors, step.level_sizes)
-        losses: dict[str, Tensor] = self.head.compute_loss(targets, head_outputs, anchors, list(matches))
+        found = _paa_matches(self, targets, head_outputs, anchors, step.level_sizes)
+        matches = [_marked(own, target["boxes"]) for own, target in zip(found, targets, strict=True)]
+        losses: dict[str, Tensor] = self.head.compute_loss(targets, head_outputs, anchors, matches)
         return losses
 
     def postprocess_detections(
@@ -363,7 +364,15 @@ def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor
     # No IoU is negative, so a negative threshold says what 0 says.
     thresholds = {"pos_iou_thr": max(matcher.high_threshold, 0.0), "neg_iou_thr": max(matcher.low_threshold, 0.0)}
     assigned = assign_max_iou(levels, gts, **thresholds, eps=0.0, **OPTIONS[type(matcher)](matcher))
-    return [indices - 1 for indices in assigned.gt_inds]
+    return [_marked(indices - 1, image) for indices, image in zip(assigned.gt_inds, gts, strict=True)]
+
+
+def _marked(matches: Tensor, boxes: Tensor) -> Tensor:
+    """`matches`, modified: all anchors get the first box with a NaN, as with torchvision's matchers. So the loss becomes NaN."""
+    if len(boxes) == 0:
+        return matches
+    largest, first = boxes.amax(1).max(0)  # both are NaN if any value is
+    return torch.where(largest.isnan(), first, matches, out=matches)
 
 
 #: For the matchers of torchvision: the options of `assign_max_iou` that say what becomes of a box's best anchors.
@@ -410,7 +419,10 @@ def _paa_matches(
         },
     )  # fmt: skip
     background = torch.where(found.label_weight > 0, Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS)
-    return torch.where(found.label != num_classes, found.gt_inds - 1, background).view(len(targets), -1)
+    # PAA takes no anchor without a finite loss. But the head must see it, or nobody would notice that training diverges.
+    values = found.pos_losses + offsets.sum(2, dtype=found.pos_losses.dtype).flatten()
+    positive = (found.label != num_classes) | ((found.gt_inds > 0) & ~values.isfinite())
+    return torch.where(positive, found.gt_inds - 1, background).view(len(targets), -1)
 
 
 def _check_anchors(anchors: list[Tensor], head_outputs: dict[str, Tensor], number: int) -> None:
