@@ -410,7 +410,9 @@ class PAAHead(nn.Module):
             # A size that is not known yet, on the way to another runtime, decides nothing: then even all are sorted.
             unknown = isinstance(size, torch.SymInt) or torch.compiler.is_exporting()
             if self.nms_pre and (unknown or self.nms_pre < size):
-                best = score.amax(2).topk(torch.sym_min(self.nms_pre, size)).indices[..., None]
+                # Dynamo of torch 2.9 knows `min`, and says of every graph that it is exported.
+                least = min if torch.compiler.is_dynamo_compiling() else torch.sym_min
+                best = score.amax(2).topk(least(self.nms_pre, size)).indices[..., None]
                 score, bbox_pred, priors = (
                     tensor.gather(1, best.expand(-1, -1, tensor.shape[2])) for tensor in (score, bbox_pred, priors)
                 )

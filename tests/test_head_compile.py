@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from test_head import SIZE, make_features, make_head, make_targets
-from test_predict import OPTIONS, SIZES
+from test_predict import OLD_TORCH, OPTIONS, SIZES
 from torch._dynamo.testing import CompileCounter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
@@ -39,7 +39,9 @@ def test_prediction_compiles_whole():
         return head.predict(features, SIZES, padded=True)
 
     got, wanted = torch.compile(predict, fullgraph=True, backend="aot_eager")(features), predict(features)
-    assert all(torch.equal(got[name], rows) for name, rows in wanted.items())
+    # torch 2.9 says that it exports, so candidates are sorted although all take part, and summed in another order.
+    torch.testing.assert_close(got.pop("boxes"), wanted["boxes"], rtol=0, atol=1e-5 if OLD_TORCH else 0)
+    assert all(torch.equal(rows, wanted[name]) for name, rows in got.items())
 
 
 @pytest.mark.slow
