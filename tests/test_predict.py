@@ -239,6 +239,7 @@ def test_numbers_of_numpy_and_torch():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(OLD_TORCH, reason="the program that torch 2.9 exports checks its sizes by a name that it does not have")
 def test_sizes_that_are_not_known_yet():
     """`torch.export` without Dynamo has symbols for them."""
 
