@@ -98,11 +98,12 @@ gpu: $(READY)
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
 
-# What is around a launch, on CUDA devices in the memory of the host. What has much to compute, or runs TorchInductor's own kernels,
-# is left to a GPU.
+# What is around a launch, on CUDA devices in the memory of the host. What has much to compute, runs TorchInductor's own kernels, or
+# starts a Python of its own, is left to a GPU.
 test-fakecuda: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m fakecuda -m pytest -p fakecuda.plugin -n 2 -m "not long" \
-	  -k "not many_blocks and not compiled_prediction and not long_rows" tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py
+	  -k "not many_blocks and not compiled_prediction and not long_rows and not going_on" tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py \
+	  tests/test_examples.py
 
 # Minutes, at random: the seed that it prints repeats it, with `make fuzz SEED=...`.
 SEED ?= $(shell date +%s)
@@ -112,6 +113,7 @@ fuzz: $(READY)
 # More threads than one make scikit-learn slower and erratic.
 test-mmdet: $(MMDET_READY) .venv-mmdet-2.28.2/.installed
 	OMP_NUM_THREADS=1 $(MMDET_BIN)/python -m pytest -n 2 tests/mmdet
+	PYTHONPATH=tests:tests/mmdet $(MMDET_BIN)/python -m fakecuda -m pytest -p fakecuda.plugin tests/mmdet/test_cuda.py
 	OMP_NUM_THREADS=1 .venv-mmdet-2.28.2/bin/python -m pytest -n 2 tests/mmdet
 
 test-mmdet-all: test-mmdet $(MMDET_OTHERS:%=.venv-mmdet-%/.installed)

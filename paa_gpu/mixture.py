@@ -27,7 +27,8 @@ class GaussianMixture1D(NamedTuple):
     The methods take data in the same forms as `fit_gmm_1d`: Tensor[G, K] of any strides with an optional `count`, Tensor[N] for
     one row, or a list of G 1-D tensors. The data must be on the device of the fit. The result has the form of the data. Its
     floats have the dtype of the fit. Probabilities are NaN and labels are -1 at padding, in rows that are not valid, and for
-    values that are not finite.
+    values that are not finite in the dtype of the fit. If the square of a value is not finite, its probabilities may be NaN too,
+    and its label is then the first one, as in scikit-learn.
 
     Each method is one launch, or one compiled loop. It needs no memory of the size of `x` besides its result. A list is first
     joined into one tensor. No graph is recorded, and nothing waits for the device. Names and meaning are those of scikit-learn's
