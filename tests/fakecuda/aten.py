@@ -17,21 +17,9 @@ from .runtime import queue
 
 #: Operations that only arrange memory, or whose CUDA code calls other operations and the runtime. They stay as they are.
 OWN = {
-    *(
-        "empty",
-        "empty_strided",
-        "empty_like",
-        "as_strided",
-        "view",
-        "set_",
-        "resize_",
-        "resize_as_",
-        "_reshape_alias",
-        "_unsafe_view",
-        "unfold",
-    ),
-    *("_local_scalar_dense", "record_stream", "is_set_to", "is_pinned", "_pin_memory", "_copy_from", "_copy_from_and_resize"),
-}
+    "empty", "empty_strided", "empty_like", "as_strided", "view", "set_", "resize_", "resize_as_", "_reshape_alias", "_unsafe_view",
+    "unfold", "_local_scalar_dense", "record_stream", "is_set_to", "is_pinned", "_pin_memory", "_copy_from", "_copy_from_and_resize",
+}  # fmt: skip
 
 
 def aliased(tensor: Tensor) -> Tensor:
@@ -87,13 +75,13 @@ class OnDevice:
         """The arguments for another device: the same memory for "cpu", shapes alone for "meta"."""
 
         def moved(value: Any) -> Any:
+            if isinstance(value, Tensor) and device == "cpu":
+                return aliased(value) if value.is_cuda else value.clone()  # now: a launch takes a number with it
             if isinstance(value, Tensor):
-                if device == "cpu":
-                    return aliased(value) if value.is_cuda else value.clone()  # now: a launch takes a number with it
-                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
-            return (
-                None if isinstance(value, torch.Generator) else torch.device(device) if isinstance(value, torch.device) else value
-            )
+                return _empty(value, torch.device(device))
+            if isinstance(value, torch.device):
+                return torch.device(device)
+            return None if isinstance(value, torch.Generator) else value
 
         there = {name: map_values(moved, value) for name, value in named.items()}
         for name in self.tensors & there.keys():

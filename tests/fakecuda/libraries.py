@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ptxrun.driver import MAX_SHARED
+from ptxrun.program import cache_dir
 
 #: What torch asks the loader for.
 RUNTIME, DRIVER = "libcudart.so.13", "libcuda.so.1"
@@ -63,29 +64,17 @@ def _build(folder: Path) -> None:
     ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", folder / "runtime.o").splitlines()}
     (folder / "stubs.cpp").write_text(_stubs(sorted(_exported(original()) - ours)))
     (folder / "versions").write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
-    objects = folder / "runtime.o", folder / "stubs.cpp"
-    runtime = folder / RUNTIME
-    _run(
-        *compiler,
-        "-shared",
-        f"-Wl,-soname,{RUNTIME}",
-        f"-Wl,--version-script={folder / 'versions'}",
-        *objects,
-        "-ldl",
-        "-o",
-        runtime,
-    )
-    _run(*compiler, "-shared", f"-Wl,-soname,{DRIVER}", folder / "driver.o", runtime, "-o", folder / DRIVER)
+    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", folder / "runtime.o", folder / "stubs.cpp")
+    _run(*linked, f"-Wl,-soname,{RUNTIME}", "-ldl", "-o", folder / RUNTIME)
+    _run(*compiler, "-shared", f"-Wl,-soname,{DRIVER}", folder / "driver.o", folder / RUNTIME, "-o", folder / DRIVER)
 
 
 def build() -> Path:
     """The folder of the libraries, which are built if they are not there. Several processes may ask at once."""
-    key = hashlib.sha256(
-        b"".join((HERE / name).read_bytes() for name in SOURCES) + Path(__file__).read_bytes() + bytes(original())
-    )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fakecuda" / key.hexdigest()[:16]
+    sources = [(HERE / name).read_bytes() for name in SOURCES] + [Path(__file__).read_bytes(), bytes(original())]
+    key = hashlib.sha256(b"".join(sources))
+    cache = cache_dir() / f"fakecuda-{key.hexdigest()[:32]}"
     if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
             built = Path(scratch) / "built"
             built.mkdir()
@@ -99,7 +88,7 @@ def build() -> Path:
 
 
 def environment(devices: int = 2, capability: int = 90) -> dict[str, str]:
-    """The environment of a process that has the devices, once it has imported `fakecuda.device`."""
+    """The environment of a process that has the devices, once it has imported `fakecuda.devices`."""
     folder = build()
     settings = {"DEVICES": devices, "CAPABILITY": capability, "SHARED": MAX_SHARED[capability]}
     return {
