@@ -59,8 +59,14 @@ class Outcome(NamedTuple):
 
 def workers() -> int:
     """Processes that test at once. Each has a CUDA context, and copies of its inputs: up to 2 GiB."""
-    room = torch.cuda.mem_get_info()[0] // 2**31 if torch.cuda.is_available() else 1
+    room = _free_memory() // 2**31 if torch.cuda.is_available() else 1
     return max(1, min(room, os.cpu_count() or 1, 8))
+
+
+def _free_memory() -> int:
+    """Bytes on the GPU. Another process asks: a context of this one would stay there while the steps run."""
+    code = "import torch; print(torch.cuda.mem_get_info()[0])"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def steps(folder: Path, public: list[str]) -> list[Step]:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from paa_gpu._staging import to_device
 
+#: Whether Triton interprets kernels. It decides when it decorates them, as this package is imported.
+INTERPRETED = triton.knobs.runtime.interpret
+
 # Triton (3.5 to 3.8) gives a second thread a kernel that the first is still loading, and the second thread's launch fails.
 _launching = threading.RLock()
 
@@ -31,9 +34,9 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """
     if not tensor.is_cuda:
         return nullcontext()
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         raise RuntimeError(
-            "Triton's interpreter does not run paa_gpu for CUDA tensors: unset TRITON_INTERPRET, or use CPU tensors"
+            "Triton's interpreter cannot take CUDA tensors in paa_gpu: start Python without TRITON_INTERPRET, or use CPU tensors"
         )
     return _guard(tensor.device)
 

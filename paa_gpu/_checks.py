@@ -191,7 +191,7 @@ def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | 
         check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES), device)
         values = values_of(image_sizes)
         if values is not None:
-            refuse(~(values.min(1) >= 0), "image_sizes", values, "not be negative")
+            refuse(~(values.min(1) >= 0), "image_sizes", values, "be at least 0")
         return
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
@@ -199,20 +199,23 @@ def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | 
         for number in _pair(name, size, "(height, width)"):
             known = _check_number(name, number)
             if known is not None and not known >= 0:
-                raise ValueError(f"`{name}` must not be negative, got {known}")
+                raise ValueError(f"`{name}` must be at least 0, got {known}")
 
 
 def check_scale_factors(scale_factors: Any, num_images: int, device: torch.device | None) -> None:
     """A number or (in x, in y) for each image, or Tensor[N] or Tensor[N, 2]. Positive, if the values can be read."""
     if isinstance(scale_factors, Tensor):
-        pairs = (2,) * (scale_factors.dim() != 1)
-        check_tensor("scale_factors", scale_factors, (num_images, *pairs), (*FLOATS, *INDICES), device)
+        if scale_factors.dim() not in (1, 2):
+            expected = f"[{num_images}] or [{num_images}, 2]"
+            raise ValueError(f"`scale_factors` must have shape {expected}, got {list(scale_factors.shape)}")
+        shape = (num_images,) if scale_factors.dim() == 1 else (num_images, 2)
+        check_tensor("scale_factors", scale_factors, shape, (*FLOATS, *INDICES), device)
         values = values_of(scale_factors)
         if values is not None:
-            least = values.min(1) if pairs else values
+            least = values if scale_factors.dim() == 1 else values.min(1)
             refuse(~(least > 0), "scale_factors", values, "be positive")
         return
-    check_list("scale_factors", scale_factors, length=num_images, like="`image_sizes`")
+    check_list("scale_factors", scale_factors, length=num_images, like="the batch")
     for i, factor in enumerate(scale_factors):
         name = f"scale_factors[{i}]"
         for number in _pair(name, factor, "a number or (in x, in y)") if isinstance(factor, LIST) else (factor,):

@@ -257,7 +257,8 @@ class PAAHead(nn.Module):
 
         On a GPU and in a compiled graph, a box with a label outside [0, C) belongs to no class. An error would have to wait for
         the device. An image without an anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a
-        potential positive make no box, such as NaN, the losses are NaN. Other losses that are not finite: see `paa_reassign`.
+        potential positive make no box, such as NaN, `loss_bbox` and `loss_iou` are NaN. Other losses that are not finite: see
+        `paa_reassign`.
         """
         num_images = _num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)

@@ -13,7 +13,6 @@ from ._checks import (
     INDICES,
     check_finite,
     check_list,
-    check_non_negative,
     check_option,
     check_positive,
     check_share,
@@ -142,7 +141,9 @@ def losses_of(
     check_option("box_loss", box_loss, BOX_LOSSES)
     check_list("stds", stds, "delta", 4, "a box")
     for i, std in enumerate(stds):
-        (check_positive if box_loss == "l1" else check_non_negative)(f"stds[{i}]", std)  # the one divides by them
+        check_finite(f"stds[{i}]", std)
+        if box_loss == "l1":  # divides by them
+            check_positive(f"stds[{i}]", std)
     check_option("convention", convention, CONVENTIONS)
     options = (*map(float, numbers.values()), [*map(float, stds)], float(wh_ratio_clip), box_loss, convention)
     losses: Tensor = _ops.candidate_losses(*tensors, *options)

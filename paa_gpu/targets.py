@@ -145,7 +145,7 @@ def positive_losses(
 
     Args:
         targets: of the batch. Its list of S positives ends in unused entries. Their losses and their IoU are 0.
-            If the offsets of a potential positive make no box, all losses are NaN: its ground truth gets no positives then, and
+            If the offsets of a potential positive make no box, both losses are NaN: its ground truth gets no positives then, and
             training would go on without it.
         anchors: Tensor[A, 4].
         bbox_preds, iou_preds: per level Tensor[N, 4, H_l, W_l] and Tensor[N, 1, H_l, W_l].
@@ -170,7 +170,7 @@ def positive_losses(
 def _no_box(deltas: Tensor) -> Tensor:
     """BoolTensor[n]: offsets [n, 4] whose box is NaN. Those of the size are clipped, so infinite ones make a box."""
     position, log_size = deltas.chunk(2, 1)
-    return (~position.isfinite() | log_size.isnan()).any(1)
+    return (position * 0 + log_size.clamp(-1, 1)).isnan().any(1)  # infinity times 0 is NaN, and a clip keeps a NaN
 
 
 def flatten_levels(levels: Sequence[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def test_the_demonstration(tmp_path, capsys):
             "must end in one of .png, .jpg, .jpeg, .pdf, .svg, .svgz, .webp, .tif, .tiff, .eps, .ps, got 'picture.xyz'",
         ),
         (["check", "--device", "cuda:\u00b2"], "must be cpu, or a GPU such as cuda:0, got 'cuda:\u00b2'"),
-        (["--out", 300 * "a"], f"must be a file in a folder that exists, got '{300 * 'a'}': File name too long"),
+        (["--out", 300 * "a"], f"must be a file in a folder that exists, got '{300 * 'a'}': "),
         (["--out", "/"], "must be a file in a folder that exists, got '/'"),
     ],
 )

@@ -74,7 +74,7 @@ def test_every_test_that_needs_a_gpu_runs_on_it(dry):
 )
 def test_as_many_processes_as_the_memory_of_the_gpu_takes(monkeypatch, free, cores, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    monkeypatch.setattr(gpu, "_free_memory", lambda: free)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cores)
     assert gpu.workers() == wanted
 

@@ -316,9 +316,9 @@ INPUTS = [
     (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entry as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
     (make_features(1), make_targets([2]), torch.zeros(2, 2), "`image_sizes` must have shape [1, 2], got [2, 2]"),
-    (make_features(1), make_targets([2]), [(96, -1)], "`image_sizes[0]` must not be negative, got -1"),
-    (make_features(1), make_targets([2]), [(float("nan"), 96)], "`image_sizes[0]` must not be negative, got nan"),
-    (make_features(1), make_targets([2]), torch.tensor([[96, -1]]), "`image_sizes` must not be negative, got [96, -1] at position 0"),
+    (make_features(1), make_targets([2]), [(96, -1)], "`image_sizes[0]` must be at least 0, got -1"),
+    (make_features(1), make_targets([2]), [(float("nan"), 96)], "`image_sizes[0]` must be at least 0, got nan"),
+    (make_features(1), make_targets([2]), torch.tensor([[96, -1]]), "`image_sizes` must be at least 0, got [96, -1] at position 0"),
     (make_features(1), boxes_of(boxes=as_tv(torch.rand(2, 4), "XYWH")), None, "`targets[0]['boxes']` must have the format XYXY, got XYWH"),
     (make_features(1), boxes_of(ignored_boxes=as_tv(torch.rand(1, 4), "CXCYWH")), None, "`targets[0]['ignored_boxes']` must have the format XYXY, got CXCYWH"),
 ]  # fmt: skip

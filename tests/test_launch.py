@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from kernel_execution import EXECUTIONS, INTERPRETER, assert_written, compiled_only, execute, poison
 from test_fusion import make_models
 from test_voting import make_pools
@@ -17,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
 from paa_gpu._dispatch import kernels_on_cpu
-from paa_gpu.kernels import assign, em, fusion, losses, reassign, topk, voting
+from paa_gpu.kernels import _launch, assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import device_guard, mixes, stage
 from paa_gpu.testing import make_anchors, make_batch, make_boxes, make_head_batch, make_predictions, triton_on_cpu
 
@@ -28,8 +27,9 @@ def test_nothing_to_guard_on_the_cpu():
 
 
 def test_the_interpreter_is_refused_for_cuda_tensors(monkeypatch):
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET, or use CPU tensors"):
+    assert _launch.INTERPRETED == INTERPRETER
+    monkeypatch.setattr(_launch, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="start Python without TRITON_INTERPRET, or use CPU tensors"):
         device_guard(SimpleNamespace(is_cuda=True))
 
 

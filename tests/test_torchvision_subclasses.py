@@ -187,6 +187,19 @@ def test_a_loss_that_goes_past_the_library(batch):
     assert train(restore(model), batch) == train(made(RetinaNet), batch)
 
 
+class Other(RetinaNet):
+    def compute_loss(self, targets, head_outputs, anchors):
+        return self.other.compute_loss(targets, head_outputs, anchors)
+
+
+def test_a_loss_of_another_model(batch):
+    """Its levels are not those of this step."""
+    model = use_paa(made(Other))
+    vars(model)["other"] = use_paa(made(RetinaNet)).train()
+    with pytest.raises(RuntimeError, match=r"`RetinaNet.forward` must call super\(\).forward\(images, targets\)"):
+        train(model, batch)
+
+
 def test_what_scripting_says():
     for model in (accelerate(models.retinanet()), accelerate(models.faster_rcnn()), use_paa(models.retinanet())):
         with pytest.raises(TypeError, match=r"`model` must be restored before torch.jit.script: restore\(model\), got \w+"):

@@ -93,9 +93,9 @@ class CompilationListener(Listener):
         raise NotImplementedError
 
     def forget(self) -> None:
-        """In a forked child: another thread of the parent may have been compiling. It is not here."""
+        """In a forked child: another thread of the parent may have been compiling. It is not here. The lock of numba's compiler
+        stays locked then, which nothing here can change."""
         self._depth = 0
-        self.end()
 
 
 class CompilationNotice(CompilationListener):
@@ -121,15 +121,19 @@ class CompilationNotice(CompilationListener):
             self._timer = None
             self._patience -= time.monotonic() - self._begun
 
+    def forget(self) -> None:
+        super().forget()
+        self._timer = None  # its thread is not here either
+
     def _say(self, loop: Any) -> None:
         self._said = True
         folder = loop._cache.cache_path
-        if not Path(loop.py_func.__code__.co_filename).exists():
-            kept = "Every process does this again: numba keeps no loops of a package whose source files are not on the disk."
-        elif folder is None:
+        if folder is not None:
+            kept = f"It happens once: the result is kept in {folder}."
+        elif Path(loop.py_func.__code__.co_filename).exists():
             kept = "Every process does this again, as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."
         else:
-            kept = f"It happens once: the result is kept in {folder}."
+            kept = "Every process does this again, as numba finds no source files of the package on the disk."
         logger.warning("paa_gpu is compiling its loops for this machine, which may take ten seconds. %s", kept)
 
 
@@ -149,6 +153,10 @@ class NoCollection(CompilationListener):
         if self._stopped:
             self._stopped = False
             gc.enable()
+
+    def forget(self) -> None:
+        super().forget()
+        self.end()
 
 
 for listener in (CompilationNotice(), NoCollection()):

@@ -37,7 +37,8 @@ def _version() -> str:
     """Numba keeps compiled code on disk under a function's name, and looks whether the function's own file has changed. What the
     function calls, and its constants, lie in other files. So the name tells all of them, also of a package in a zip file."""
     package, root = files(__package__), files(__package__.rpartition(".")[0])
-    loops = sorted((path for path in package.iterdir() if path.name.endswith(".py")), key=lambda path: path.name)
+    inside = package.iterdir() if package.is_dir() else ()  # a frozen application may have no such folder
+    loops = sorted((path for path in inside if path.name.endswith(".py")), key=lambda path: path.name)
     sources = b"".join(path.read_bytes() for path in (*loops, *(root / name for name in CONSTANTS)) if path.is_file())
     return hashlib.sha256(sources).hexdigest()[:12]
 

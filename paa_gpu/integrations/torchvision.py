@@ -330,7 +330,7 @@ def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -
     """
     if not model.training or targets is None or not all(_are_boxes(target["boxes"]) for target in targets):
         return None
-    _check_targets(targets, images)
+    _check_targets(len(targets), len(images))
     batch, sized = model.transform(images, targets)
     boxes = torch.cat([target["boxes"] for target in sized]) if sized else batch.tensors.new_zeros(0, 4)
     if (boxes[:, 2:] <= boxes[:, :2]).any():  # one look at the values, where torchvision takes one for each image
@@ -342,9 +342,9 @@ def _training_batch(model: Any, images: list[Tensor], targets: Targets | None) -
     return _Batch(sized, head_outputs, model.anchor_generator(batch, features), locations)
 
 
-def _check_targets(targets: Sequence[Any], images: Sequence[Any]) -> None:
-    if len(targets) != len(images):
-        raise ValueError(f"`targets` must have one entry for each of the {len(images)} images, got {len(targets)}")
+def _check_targets(number: int, images: int) -> None:
+    if number != images:
+        raise ValueError(f"`targets` must have one entry for each of the {images} images, got {number}")
 
 
 def _are_boxes(boxes: Any) -> bool:
@@ -356,7 +356,7 @@ def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor
 
     Tensor[A] int64: the ground truth, -1 below the low threshold, -2 between the two. In an image without boxes, all are -1.
     """
-    _check_targets(boxes, anchors)
+    _check_targets(len(boxes), len(anchors))
     pairs = list(zip(boxes, anchors, strict=True))
     if type(matcher) not in OPTIONS or not all(_in_float32(*pair) for pair in pairs):
         return [matcher(box_iou(*pair)) if len(pair[0]) else _background(pair[1]) for pair in pairs]
@@ -368,7 +368,7 @@ def _matches(matcher: Matcher, boxes: Sequence[Tensor], anchors: Sequence[Tensor
 
 
 def _marked(matches: Tensor, boxes: Tensor) -> Tensor:
-    """`matches`, modified: all anchors get the first box with a NaN, as with torchvision's matchers. So the loss becomes NaN."""
+    """`matches`, modified: all anchors get the first box with a NaN, as with torchvision's `Matcher`. So the loss becomes NaN."""
     if len(boxes) == 0:
         return matches
     largest, first = boxes.amax(1).max(0)  # both are NaN if any value is
@@ -420,8 +420,10 @@ def _paa_matches(
     )  # fmt: skip
     background = torch.where(found.label_weight > 0, Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS)
     # PAA takes no anchor without a finite loss. But the head must see it, or nobody would notice that training diverges.
-    values = found.pos_losses + offsets.sum(2, dtype=found.pos_losses.dtype).flatten()
-    positive = (found.label != num_classes) | ((found.gt_inds > 0) & ~values.isfinite())
+    broken = ~found.pos_losses.isfinite()
+    if model.head.regression_head._loss_type == "l1":  # GIoU clips the size: then an infinite one makes a box
+        broken |= ~offsets.isfinite().all(2).flatten()
+    positive = (found.label != num_classes) | ((found.gt_inds > 0) & broken)
     return torch.where(positive, found.gt_inds - 1, background).view(len(targets), -1)
 
 
