@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import paa_gpu
 from paa_gpu.cpu import _loops
+from paa_gpu.cpu._compilation import CompilationNotice
 from paa_gpu.cpu._loops import CONSTANTS
 
 FIT = """
@@ -126,6 +128,22 @@ def test_whoever_waits_for_the_compiler_is_told_once(tmp_path):
     assert first.stderr.count("paa_gpu is compiling its loops") == 1
     assert str(tmp_path / "cache") in first.stderr
     assert not run(NOTICE.format(setup=""), tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "said"),
+    [
+        ("/cache", __file__, "It happens once: the result is kept in /cache."),
+        ("/cache", "/package.zip/em.py", "It happens once: the result is kept in /cache."),
+        (None, __file__, "as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."),
+        (None, "/package.pyz/em.py", "as numba finds no source files of the package on the disk."),
+    ],
+)
+def test_what_is_said_of_the_folder(folder, source, said, caplog):
+    function = SimpleNamespace(__code__=SimpleNamespace(co_filename=source))
+    CompilationNotice()._say(SimpleNamespace(_cache=SimpleNamespace(cache_path=folder), py_func=function))
+    (record,) = caplog.records
+    assert record.getMessage().endswith(said)
 
 
 COLLECTIONS = """
