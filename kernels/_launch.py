@@ -8,10 +8,9 @@ nothing to copy.
 
 from __future__ import annotations
 
-import threading
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -22,12 +21,9 @@ from paa_gpu._staging import to_device
 #: Whether Triton interprets kernels. It decides when it decorates them, as this package is imported.
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Triton (3.5 to 3.8) gives a second thread a kernel that the first is still loading, and the second thread's launch fails.
-_launching = threading.RLock()
-
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one, and let one thread launch at a time; nothing for a CPU tensor.
+    """Make the tensor's device the current one; nothing for a CPU tensor.
 
     Raises:
         RuntimeError: Triton interprets kernels. It would read the addresses in our tables on the host, which ends the process.
@@ -38,13 +34,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
         raise RuntimeError(
             "Triton's interpreter cannot take CUDA tensors in paa_gpu: start Python without TRITON_INTERPRET, or use CPU tensors"
         )
-    return _guard(tensor.device)
-
-
-@contextmanager
-def _guard(device: torch.device) -> Iterator[None]:
-    with _launching, torch.cuda.device(device):
-        yield
+    return torch.cuda.device(tensor.device)
 
 
 def pointers(tensors: Sequence[Tensor]) -> list[int]:

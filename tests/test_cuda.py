@@ -6,15 +6,11 @@ That the results are right is shown there by the same suite as everywhere: `pyte
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-import triton
 
 import paa_gpu
 from paa_gpu import testing
@@ -279,25 +275,6 @@ def test_assignment_of_many_blocks_at_once():
         got = paa_gpu.assign_max_iou(*on_device)
         for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
             assert torch.equal(a.cpu(), b)
-
-
-def test_the_first_calls_of_two_threads():
-    """While one thread loads a kernel, the other finds it in Triton's cache."""
-    x, loading = torch.rand(3, 700, device="cuda"), threading.Event()  # no other test has loaded the kernel for this width
-
-    def load_slowly(*_: object) -> None:
-        loading.set()
-        time.sleep(0.5)
-
-    usual, triton.knobs.runtime.kernel_load_start_hook = triton.knobs.runtime.kernel_load_start_hook, load_slowly
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(paa_gpu.fit_gmm_1d, x)
-            assert loading.wait(60)
-            second = paa_gpu.fit_gmm_1d(x)
-    finally:
-        triton.knobs.runtime.kernel_load_start_hook = usual
-    assert torch.equal(first.result().means, second.means)
 
 
 def test_losses_of_a_large_batch():

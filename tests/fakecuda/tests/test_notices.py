@@ -76,12 +76,6 @@ def test_a_copy_that_waits(batch, monkeypatch, request):
         test_cuda.test_the_batch_call_does_not_synchronise(batch, "mmdet", request)
 
 
-def test_a_launch_of_a_kernel_that_is_still_loading(monkeypatch):
-    monkeypatch.setattr(_launch, "_launching", contextlib.nullcontext())
-    with noticed():
-        test_cuda.test_the_first_calls_of_two_threads()
-
-
 def test_work_beside_the_current_stream(batch, monkeypatch):
     """The kernels run on the default stream instead."""
     guard = _launch.device_guard
