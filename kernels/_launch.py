@@ -26,7 +26,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device the current one; nothing for a CPU tensor.
 
     Raises:
-        RuntimeError: Triton interprets kernels. It would read the addresses in our tables on the host, which ends the process.
+        RuntimeError: Triton interprets kernels. It would read the addresses in our tables on the host.
     """
     if not tensor.is_cuda:
         return nullcontext()
