@@ -1,4 +1,4 @@
-// The CUDA driver for Triton: modules and launches. The rest is in runtime.cpp.
+// The CUDA driver for Triton: modules and launches. The other parts are the runtime, see world.h.
 #include <cuda.h>
 
 #include <cstdio>
@@ -79,7 +79,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **) {
     unsigned grid[] = {config->gridDimX, config->gridDimY, config->gridDimZ};
-    if (grid[0] > 2147483647u || grid[1] > 65535 || grid[2] > 65535 || int(config->sharedMemBytes) > fakecuda_shared())
+    if (grid[0] > 2147483647u || grid[1] > 65535 || grid[2] > 65535)
         return CUDA_ERROR_INVALID_VALUE;
     return CUresult(fakecuda_queue_launch(
         (fakecuda_function *)function, grid, config->blockDimX, config->sharedMemBytes, config->hStream, parameters));

@@ -18,7 +18,7 @@ from ptxrun.program import cache_dir
 RUNTIME, DRIVER = "libcudart.so.13", "libcuda.so.1"
 
 HERE = Path(__file__).parent
-SOURCES = ("fakecuda.h", "runtime.cpp", "driver.cpp")
+PARTS = ("world", "devices", "memory", "streams", "graphs", "kernels")  # of the runtime
 
 
 def _site(package: str) -> Path:
@@ -59,20 +59,21 @@ def _stubs(names: list[str]) -> str:
 
 def _build(folder: Path) -> None:
     include, compiler = _site("triton") / "backends" / "nvidia" / "include", ("g++", "-std=c++17", "-O1", "-fPIC")
-    for name in ("runtime", "driver"):
+    for name in (*PARTS, "driver"):
         _run(*compiler, "-Wall", f"-I{include}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
-    ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", folder / "runtime.o").splitlines()}
+    parts = [folder / f"{name}.o" for name in PARTS]
+    ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", *parts).splitlines() if line.strip()}
     (folder / "stubs.cpp").write_text(_stubs(sorted(_exported(original()) - ours)))
     (folder / "versions").write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
-    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", folder / "runtime.o", folder / "stubs.cpp")
+    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", *parts, folder / "stubs.cpp")
     _run(*linked, f"-Wl,-soname,{RUNTIME}", "-ldl", "-o", folder / RUNTIME)
     _run(*compiler, "-shared", f"-Wl,-soname,{DRIVER}", folder / "driver.o", folder / RUNTIME, "-o", folder / DRIVER)
 
 
 def build() -> Path:
     """The folder of the libraries, which are built if they are not there. Several processes may ask at once."""
-    sources = [(HERE / name).read_bytes() for name in SOURCES] + [Path(__file__).read_bytes(), bytes(original())]
-    key = hashlib.sha256(b"".join(sources))
+    sources = [*sorted(HERE.glob("*.h")), *sorted(HERE.glob("*.cpp")), Path(__file__)]
+    key = hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), bytes(original())]))
     cache = cache_dir() / f"fakecuda-{key.hexdigest()[:32]}"
     if not cache.exists():
         with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 import triton
@@ -89,19 +91,50 @@ def test_a_graph_runs_again():
         assert y.tolist() == [2 * value] * 3
 
 
+def _wait_for_an_event_from_outside(x):
+    torch.cuda.current_stream().wait_event(_outside())
+
+
+def _outside() -> torch.cuda.Event:
+    """An event of a stream that takes no part in a capture."""
+    return torch.cuda.Stream().record_event()
+
+
+def _allocate_outside_of_the_pool(x):
+    if error := runtime.library.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(8)):
+        raise RuntimeError(f"cudaMalloc: {error}")
+
+
+def _load_a_kernel(x):
+    @triton.jit
+    def _first_call_kernel(x):
+        tl.store(x, 1.0)
+
+    _first_call_kernel[(1,)](x)
+
+
 @pytest.mark.parametrize(
     "forbidden",
     [
         lambda x: x.sum().item(),
         lambda x: torch.ones(3).to("cuda", non_blocking=True),
         lambda x: torch.cuda.synchronize(),
+        _wait_for_an_event_from_outside,
+        _allocate_outside_of_the_pool,
+        _load_a_kernel,
     ],
-    ids=["item", "pageable copy", "synchronize"],
+    ids=["item", "pageable copy", "synchronize", "event", "cudaMalloc", "first call of a kernel"],
 )
-def test_a_capture_refuses_what_waits(forbidden):
+def test_a_capture_refuses(forbidden):
     x, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+    refused = None
     with pytest.raises((RuntimeError, torch.AcceleratorError)), torch.cuda.graph(graph):
-        forbidden(x)
+        try:
+            forbidden(x)
+        except Exception as error:
+            refused = error
+            raise
+    assert refused is not None
     runtime.forget_errors()
 
 
@@ -145,9 +178,36 @@ def test_a_kernel_on_another_device_than_the_current_one_is_refused():
 
 def test_an_access_outside_of_the_memory_is_an_error_at_the_next_wait():
     x = torch.ones(5, device="cuda")
-    _double_kernel[(1,)](x, 1 << 20, 1 << 21, 8)  # 4 MiB beyond: torch takes 2 MiB at once
+    _double_kernel[(1,)](x, 1 << 30, (1 << 30) + 1, 8)  # 4 GiB beyond: all that torch has is nearer
     with pytest.raises(RuntimeError):
         x.tolist()
     with pytest.raises(Exception, match="outside every tensor"):
         devices.synchronize()
     runtime.forget_errors()
+
+
+def test_a_kernel_is_of_one_device():
+    x = torch.ones(8, device="cuda")
+    loaded = _double_kernel[(1,)](x, 0, 8, 8)
+    with torch.cuda.device(1), pytest.raises(RuntimeError):
+        loaded[(1, 1, 1)](x, 0, 8)
+    assert x.tolist() == [2] * 8
+
+
+def test_a_grid_that_is_too_large_is_refused():
+    x = torch.ones(8, device="cuda")
+    for grid in ((1, 65_536), (1, 1, 65_536)):
+        with pytest.raises(RuntimeError):
+            _double_kernel[grid](x, 0, 8, 8)
+    assert x.tolist() == [1] * 8
+
+
+@triton.jit
+def _gather_kernel(x, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(x + at, tl.gather(tl.load(x + at), (at * 7 + 3) % SIZE, 0))
+
+
+def test_too_much_shared_memory_is_refused():
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        _gather_kernel[(1,)](torch.ones(1 << 17, device="cuda"), 1 << 17, num_warps=4)
