@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from bench import threads as bench
 from bench.threads import calls
 from paa_gpu import _dispatch, _ops, testing
 from paa_gpu.cpu import _loops, em, fusion, losses, nms, reassign, voting
+from paa_gpu.cpu._compilation import CompilationNotice
 
 
 @pytest.fixture
@@ -184,6 +186,7 @@ FIRST_USE = """
 import sys
 sys.path.insert(0, "tests")
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from test_threads import bits, make
 batch = make()
 with ThreadPoolExecutor(4) as pool:
@@ -291,6 +294,15 @@ def test_each_slice_runs_once_where_no_thread_can_be_started(monkeypatch):
 
 def refuse_to_start(thread):
     raise RuntimeError("can't start new thread")
+
+
+def test_the_word_about_compilation_needs_no_thread(monkeypatch):
+    """Without one nobody is told, and the loop is compiled."""
+    notice = CompilationNotice(0.0)
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+    notice.begin(SimpleNamespace())
+    notice.end()
+    assert not notice._said
 
 
 AT_EXIT = """

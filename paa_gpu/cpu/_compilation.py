@@ -113,7 +113,8 @@ class CompilationNotice(CompilationListener):
             self._begun = time.monotonic()
             self._timer = threading.Timer(max(self._patience, 0.0), self._say, [loop])
             self._timer.daemon = True
-            self._timer.start()
+            with contextlib.suppress(RuntimeError):  # Python is about to end, or the system has too many threads: nobody is told
+                self._timer.start()
 
     def end(self) -> None:
         if self._timer is not None:
