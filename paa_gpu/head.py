@@ -232,6 +232,13 @@ class PAAHead(nn.Module):
             iou_preds.append(self.atss_centerness(reg_feature))
         return cls_scores, bbox_preds, iou_preds
 
+    def _num_images(self, features: Any) -> int:
+        """Of the first level. `forward` checks the others."""
+        check_list("features", features, "level")
+        check_levels("features", features[:1], self.in_channels)
+        images: int = features[0].shape[0]
+        return images
+
     def loss(
         self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], image_sizes: Sizes | None = None
     ) -> dict[str, Tensor]:
@@ -260,7 +267,7 @@ class PAAHead(nn.Module):
         potential positive make no box, such as NaN, `loss_bbox` and `loss_iou` are NaN. Other losses that are not finite: see
         `paa_reassign`.
         """
-        num_images = _num_images(features)
+        num_images = self._num_images(features)
         self._check_targets(targets, image_sizes, num_images, features[0].device)
         cls_scores, bbox_preds, iou_preds = self(features)
         # Autocast keeps to float32 what starts there: there are neither products of matrices nor convolutions behind the towers.
@@ -329,7 +336,7 @@ class PAAHead(nn.Module):
 
         NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
-        num_images, device = _num_images(features), getattr(features[0], "device", None)
+        num_images, device = self._num_images(features), features[0].device
         check_image_sizes(image_sizes, num_images, device)
         if scale_factors is not None:
             check_scale_factors(scale_factors, num_images, device)
@@ -487,8 +494,3 @@ def _limits(image_sizes: Sizes, like: Tensor) -> Tensor:
     if isinstance(image_sizes, Tensor):
         return _pairs(image_sizes.flip(1), like)
     return _pairs([(width, height) for height, width in image_sizes], like)
-
-
-def _num_images(features: Any) -> int:
-    check_list("features", features, "level")
-    return features[0].shape[0] if isinstance(features[0], Tensor) and features[0].dim() else 0

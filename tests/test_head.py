@@ -331,6 +331,27 @@ def test_wrong_inputs(features, targets, sizes, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda level: level[0], ValueError, "`features[0]` must have 4 dimensions, got shape [8, 8, 12]"),
+        (lambda level: level.numpy(), TypeError, "`features[0]` must be a Tensor, got numpy.ndarray"),
+        (lambda level: level.tolist(), TypeError, "`features[0]` must be a Tensor, got list"),
+    ],
+    ids=["one image", "arrays", "lists"],
+)
+def test_features_that_are_no_batch(change, error, message):
+    """They are named, not what is counted by them."""
+    features = [change(level) for level in make_features(2)]
+    for call in (
+        lambda: make_head().loss(features, make_targets([2, 1])),
+        lambda: make_head().predict(features, [SIZE, SIZE]),
+    ):
+        with pytest.raises(error) as raised:
+            call()
+        assert str(raised.value) == message
+
+
 def test_boxes_of_torchvision_are_corners():
     head, features, (target,) = make_head(), make_features(1), make_targets([3])
     got = head.loss(features, [{**target, "boxes": as_tv(target["boxes"], "XYXY")}])
