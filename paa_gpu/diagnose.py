@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -310,14 +310,21 @@ def check_layouts(operation: Operation) -> Finding:
     return Finding(f"{operation.name}, layouts", "cpu", *_judge(problems, f"{len(LAYOUTS)} layouts, equal bits"))
 
 
-def check_repetitions(operation: Operation, device: str, arguments: Any, repeats: int) -> Finding:
-    """The same bits every time."""
+def check_repetitions(operation: Operation, repeats: int) -> Finding:
+    """The CPU, again and again."""
+    problem = repetition(operation, operation.arguments, repeats)
+    name = f"{operation.name}, repetitions"
+    return Finding(name, "cpu", *_judge([problem] if problem else [], f"{repeats} times, equal bits"))
+
+
+def repetition(operation: Operation, arguments: Any, repeats: int) -> str | None:
+    """How another call differs from the first one; None if all give the same bits."""
     wanted = [tensor.clone() for tensor in leaves(operation.run(*arguments))]
     exact = operation._replace(relative=0.0, absolute=0.0)
     for _ in range(repeats):
         if problem := difference(list(leaves(operation.run(*arguments))), wanted, exact):
-            return Finding(f"{operation.name}, repetitions", device, FAILED, problem)
-    return Finding(f"{operation.name}, repetitions", device, OK, f"{repeats} times, equal bits")
+            return problem
+    return None
 
 
 class NothingShownError(Exception):
@@ -325,19 +332,29 @@ class NothingShownError(Exception):
 
 
 class DeviceChecks:
-    """The checks of one operation on a device. Each method returns what is wrong, or None. `NothingShownError`: neither."""
+    """The checks of one operation on a device. Each method returns what is wrong, or None. `NothingShownError`: neither.
 
-    def __init__(self, operation: Operation, other: Operation, cuda: Any) -> None:
-        self.operation, self.other, self.cuda = operation, other, cuda
-        self.inputs, self.others = cuda.move(operation.arguments), cuda.move(other.arguments)
+    `other` is the same operation on other values of the same shapes.
+    """
 
-    def _changed(self) -> Any:
-        return self.other.run(*self.other.arguments)
+    def __init__(self, operation: Operation, other: Operation, cuda: Any, repeats: int) -> None:
+        self.operation, self.other, self.cuda, self.repeats = operation, other, cuda, repeats
 
-    def _change(self) -> None:
-        """Write the values of the other operation into the inputs, in place. Nothing waits: they are on the device already."""
-        for tensor, source in zip(leaves(self.inputs), leaves(self.others), strict=True):
-            tensor.copy_(source)
+    def _inputs(self) -> Any:
+        return self.cuda.move(self.operation.arguments)
+
+    def _inputs_and_change(self) -> tuple[Any, Callable[[], None]]:
+        """Inputs, and what writes those of the other operation into them, in place. It does not wait: all is on the device."""
+        inputs, others = self._inputs(), self.cuda.move(self.other.arguments)
+
+        def change() -> None:
+            for tensor, source in zip(leaves(inputs), leaves(others), strict=True):
+                tensor.copy_(source)
+
+        return inputs, change
+
+    def _is_changed(self, result: Any) -> str | None:
+        return difference(result, self.other.run(*self.other.arguments), self.operation)
 
     def results(self) -> str | None:
         """Every dtype and layout gives the result of the CPU."""
@@ -352,35 +369,45 @@ class DeviceChecks:
 
     def waiting(self) -> str | None:
         """Nothing waits for the device, after a first call that compiles."""
-        self.operation.run(*self.inputs)
+        inputs = self._inputs()
+        self.operation.run(*inputs)
         with self.cuda.nothing_waits():
-            self.operation.run(*self.inputs)
+            self.operation.run(*inputs)
         return None
 
     def captured_graph(self) -> str | None:
         """A replay with changed inputs gives their result."""
-        result, replay = self.cuda.capture(lambda: self.operation.run(*self.inputs))
-        self._change()
+        inputs, change = self._inputs_and_change()
+        result, replay = self.cuda.capture(lambda: self.operation.run(*inputs))
+        change()
         for _ in range(3):
             replay()
         self.cuda.wait()
-        return difference(result, self._changed(), self.operation)
+        return self._is_changed(result)
 
     def busy_stream(self) -> str | None:
         """The call sees the earlier work of its stream."""
-        self.inputs = self.cuda.move(self.operation.arguments)
+        inputs, change = self._inputs_and_change()
         self.cuda.wait()
-        got, busy = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*self.inputs), self._change)
-        problem = difference(got, self._changed(), self.operation)
+        got, busy = self.cuda.beside_a_busy_stream(lambda: self.operation.run(*inputs), change)
+        problem = self._is_changed(got)
         if problem is None and not busy:
             raise NothingShownError("the stream was not busy until the call returned")
         return problem
 
+    def repetitions(self) -> str | None:
+        """Equal bits every time."""
+        return repetition(self.operation, self._inputs(), self.repeats)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:160]}"
+
 
 def check_device(operation: Operation, other: Operation, cuda: Any, repeats: int) -> Iterator[Finding]:
-    """Check one operation on the device. `other` has other values of the same shapes."""
-    checks = DeviceChecks(operation, other, cuda)
-    for run in (checks.results, checks.waiting, checks.captured_graph, checks.busy_stream):
+    """Check one operation on the device; see `DeviceChecks`."""
+    checks = DeviceChecks(operation, other, cuda, repeats)
+    for run in (checks.results, checks.waiting, checks.captured_graph, checks.busy_stream, checks.repetitions):
         name = f"{operation.name}, {run.__name__.replace('_', ' ')}"
         try:
             problem = run()
@@ -388,27 +415,27 @@ def check_device(operation: Operation, other: Operation, cuda: Any, repeats: int
             yield Finding(name, str(cuda.device), NOT_CHECKED, str(reason))
             continue
         except Exception as error:  # whatever a device raises belongs in the report
-            problem = f"{type(error).__name__}: {str(error)[:160]}"
+            problem = _said(error)
         yield Finding(name, str(cuda.device), FAILED if problem else OK, problem or (run.__doc__ or "").rstrip("."))
-    yield check_repetitions(operation, str(cuda.device), checks.inputs, repeats)
 
 
-def check(cuda: Any = None, repeats: int = 1000) -> list[Finding]:
+def check(cuda: Any = None, repeats: int = 1000) -> Iterator[Finding]:
     """All findings for the CPU and, with `cuda`, for this device. There, `repeats` calls must give equal bits."""
-    findings = [check_reassignment(), check_voting()]
+    yield check_reassignment()
+    yield check_voting()
     usual, other = operations(0), operations(1)
     for operation in usual:
-        findings += [check_layouts(operation), check_repetitions(operation, "cpu", operation.arguments, 20)]
+        yield check_layouts(operation)
+        yield check_repetitions(operation, 20)
     if cuda is None:
-        return [*findings, Finding("kernels on a GPU", "cuda", NOT_CHECKED, "torch finds no CUDA device here")]
+        yield Finding("kernels on a GPU", "cuda", NOT_CHECKED, "torch finds no CUDA device here")
+        return
     for operation, changed in zip(usual, other, strict=True):
-        findings += check_device(operation, changed, cuda, repeats)
-    return findings
+        yield from check_device(operation, changed, cuda, repeats)
 
 
-def times(cuda: Any = None) -> list[tuple[str, ...]]:
+def times(cuda: Any = None) -> Iterator[tuple[str, ...]]:
     """Medians of each operation: on the CPU, and on the device and the host that launches it."""
-    rows = []
     for operation in operations():
         taken = []
         for _ in range(10):
@@ -419,24 +446,35 @@ def times(cuda: Any = None) -> list[tuple[str, ...]]:
         if cuda is not None:
             there = cuda.move(operation.arguments)
             row += [f"{seconds * 1e6:.0f} us" for seconds in cuda.seconds(lambda: operation.run(*there))]  # noqa: B023
-        rows.append(tuple(row))
-    return rows
+        yield tuple(row)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown, to paste into a report."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+def _print_row(cells: Iterable[str]) -> None:
+    """Of a table in Markdown, to paste into a report. Whatever ends the process, the rows before are there."""
+    print("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |", flush=True)
+
+
+def _print_header(*cells: str) -> None:
+    _print_row(cells)
+    _print_row("---" for _ in cells)
 
 
 def run_check(device: str | None = None, repeats: int = 1000) -> int:
     """Print the report; 1 if something failed, else 0."""
     cuda = Cuda(device or "cuda") if torch.cuda.is_available() and device != "cpu" else None
-    start = time.perf_counter()
-    findings = check(cuda, repeats)
-    print(table(("check", "device", "status", "detail"), list(findings)))
-    print("\n" + table(("median time", "CPU", *((f"{cuda.name}", "host that launches") if cuda else ())), times(cuda)))
-    count = {status: sum(finding.status == status for finding in findings) for status in (OK, FAILED, NOT_CHECKED)}
+    start, count = time.perf_counter(), dict.fromkeys((OK, FAILED, NOT_CHECKED), 0)
+    _print_header("check", "device", "status", "detail")
+    for finding in check(cuda, repeats):
+        _print_row(finding)
+        count[finding.status] += 1
+    print()
+    _print_header("median time", "CPU", *((cuda.name, "host that launches") if cuda else ()))
+    try:
+        for row in times(cuda):
+            _print_row(row)
+    except Exception as error:  # of a device that has failed before
+        print(f"\nThe times {FAILED}: {_said(error)}")
+        count[FAILED] += 1
     spent = time.perf_counter() - start
     print(f"\n{count[OK]} checks passed, {count[FAILED]} failed, {count[NOT_CHECKED]} could not be made here; {spent:.0f} s")
     return int(count[FAILED] > 0)

@@ -123,9 +123,12 @@ def test_a_stream_that_was_not_busy_shows_nothing(two):
 
 def test_repetitions_that_differ(two):
     calls = iter(range(100))
-    drifting = two[0][2]._replace(run=lambda x: x + next(calls) * 1e-16)
-    finding = diagnose.check_repetitions(drifting, "cpu", (torch.zeros(3, dtype=torch.float64),), 3)
+    zeros = (torch.zeros(3, dtype=torch.float64),)
+    drifting = two[0][2]._replace(run=lambda x: x + next(calls) * 1e-16, arguments=zeros)
+    finding = diagnose.check_repetitions(drifting, 3)
     assert finding.status == FAILED and "result 1 of 1" in finding.detail
+    calls = iter(range(100))
+    assert "result 1 of 1" in diagnose.DeviceChecks(drifting, drifting, StandIn(), 3).repetitions()
 
 
 def test_layouts_that_differ(two):
@@ -261,6 +264,38 @@ def test_without_scikit_learn(monkeypatch):
     monkeypatch.setattr(diagnose, "RECORDINGS", 1)
     first = diagnose.check_reassignment()
     assert (first.status, first.detail) == (NOT_CHECKED, "scikit-learn is not installed")
+
+
+class Fails(StandIn):
+    """A device after an illegal access: nothing works any more."""
+
+    def move(self, value):
+        raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+
+def test_a_device_that_has_failed_is_in_the_report(two, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(diagnose, "Cuda", lambda device: Fails())
+    monkeypatch.setattr(diagnose, "check", lambda cuda, repeats: diagnose.check_device(two[0][4], two[1][4], cuda, repeats))
+    assert diagnose.run_check() == 1
+    printed = capsys.readouterr().out
+    said = "RuntimeError: CUDA error: an illegal memory access"
+    assert printed.count(f"| cpu | FAILED | {said} was encountered |") == 5
+    assert f"The times FAILED: {said}" in printed
+    assert "0 checks passed, 6 failed, 0 could not be made here" in printed
+
+
+def test_rows_are_printed_as_they_come(monkeypatch, capsys):
+    """What ends the process leaves the rows before."""
+
+    def check(cuda, repeats):
+        yield diagnose.Finding("first", "cpu", OK, "equal")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnose, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose.run_check("cpu")
+    assert "| first | cpu | ok | equal |" in capsys.readouterr().out
 
 
 def test_a_device_in_the_report(monkeypatch, capsys):

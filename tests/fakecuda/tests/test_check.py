@@ -11,7 +11,7 @@ PAIRS = list(zip(diagnose.operations(0), diagnose.operations(1), strict=True))
 
 
 def checks(number: int) -> diagnose.DeviceChecks:
-    return diagnose.DeviceChecks(*PAIRS[number], diagnose.Cuda("cuda:1"))
+    return diagnose.DeviceChecks(*PAIRS[number], diagnose.Cuda("cuda:1"), repeats=2)
 
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=[operation.name for operation, _ in PAIRS])
@@ -25,6 +25,10 @@ class TestEveryOperation:
 
     def test_sees_the_earlier_work_of_its_stream(self, number):
         assert checks(number).busy_stream() is None
+
+    @pytest.mark.long
+    def test_gives_the_same_bits(self, number):
+        assert checks(number).repetitions() is None
 
     @pytest.mark.long
     def test_gives_the_results_of_the_cpu(self, number):
