@@ -62,6 +62,7 @@ def test_a_reserve_of_inference_mode_serves_training(dtype):
     reserve = Reserve(pinned=False)
     with torch.inference_mode():
         reserve.fill(integers(1).to(dtype))
+    assert not reserve._pieces[-1].is_inference()
     assert reserve.take(integers(1).to(dtype)).tolist() == [1]
 
 
