@@ -1,9 +1,12 @@
-"""Device functions that several kernels use: floats as ordered integers, rounding, the highest of pairs, masks."""
+"""What several kernels use: constants, floats as ordered integers, rounding, the highest of pairs, masks."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
+
 
 @triton.jit
 def load_pairs(ptr, offset, mask, other):

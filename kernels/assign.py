@@ -223,12 +223,11 @@ def _second_block(
     return assigned
 
 
-_SIZES = ["n_images", "n_levels", "level_step", "n_rows", "n_gts"]
-_NUMBERS = ["pos_iou_thr", "neg_iou_thr", "min_pos_iou", "ignore_iof_thr", "eps"]
+_SIZES = ["n_levels", "level_step", "n_rows", "n_gts"]
 
 
 # One compiled form whatever the number of images, boxes and anchors.
-@triton.jit(do_not_specialize=[*_SIZES, *_NUMBERS], do_not_specialize_on_alignment=["level_ptr"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["level_ptr"])
 def _first_kernel(
     # One tensor of each kind. Read at the addresses in the table: here for their dtypes.
     anchor_like,
@@ -280,7 +279,7 @@ def _first_kernel(
         tl.store(overlap_ptr + offset, most, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_NUMBERS], do_not_specialize_on_alignment=["level_ptr"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["level_ptr"])
 def _second_kernel(
     anchor_like,  # these and the others, see _first_kernel
     box_like,

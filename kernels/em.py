@@ -32,20 +32,16 @@ from torch import Tensor
 from paa_gpu._ops import Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
-from paa_gpu.kernels._numeric import only_if
+from paa_gpu.kernels._numeric import EPS, HALF_LOG_2PI, only_if
 from paa_gpu.kernels._rows import check_width, choose_best, given_are_finite, locate, strided, take_given
 from paa_gpu.kernels._targets import give_back
-from paa_gpu.kernels._tiles import find_range, load_pairs, load_tile, positions, store_pairs, tile_at
+from paa_gpu.kernels._tiles import NOBODY, find_range, load_pairs, load_tile, positions, store_pairs, tile_at
 from paa_gpu.kernels.em_k import launch_components
 from paa_gpu.kernels.em_k import launch_rule as components_rule
 from paa_gpu.kernels.em_long import LONG_ROW, launch_long
 from paa_gpu.kernels.em_mixed import choose, decide_narrow, fit_narrow
 from paa_gpu.kernels.starts import begin
 from paa_gpu.separation import SCHEMES, tie_tolerance
-
-HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
-NOBODY = tl.constexpr(2**31 - 1)  # no position in a row
-EPS = tl.constexpr(2.220446049250313e-16)  # of float64, in every precision, as scikit-learn has it
 
 
 @triton.jit

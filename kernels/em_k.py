@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from paa_gpu.kernels._launch import compile_options
+from paa_gpu.kernels._numeric import HALF_LOG_2PI
 from paa_gpu.kernels._rows import given_are_finite, locate, store_fit, take_given
 from paa_gpu.kernels.starts import begin, load_values, maximisation, merge, moments
-
-HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit

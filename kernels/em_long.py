@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu.kernels._launch import compile_options
+from paa_gpu.kernels._numeric import HALF_LOG_2PI
 from paa_gpu.kernels._rows import given_are_finite, locate, store_fit, take_given
-from paa_gpu.kernels.em_k import HALF_LOG_2PI, expectation, row_range
+from paa_gpu.kernels.em_k import expectation, row_range
 from paa_gpu.kernels.starts import (
     EXACT_VALUES,
     MOST_PASSES,

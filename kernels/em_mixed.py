@@ -19,12 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paa_gpu.kernels._tiles import positions
+from paa_gpu.kernels._numeric import EPS, HALF_LOG_2PI
+from paa_gpu.kernels._tiles import NOBODY, positions
 
 UNIT = tl.constexpr(2.0**-24)  # half the distance of 1 and the next float32
-EPS = tl.constexpr(2.220446049250313e-16)  # of float64, see `em`
-HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
-NOBODY = tl.constexpr(2**31 - 1)
 
 
 @triton.jit

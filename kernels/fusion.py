@@ -369,12 +369,12 @@ def weighted_boxes_fusion(
     models, parts = len(weights), len(lengths)
     starts = [0, *itertools.accumulate(lengths)]
     images, room = parts // models, max(end - begin for begin, end in itertools.pairwise(starts[::models]))
+    if images * room >= 2**31:
+        raise ValueError(f"`boxes` must have fewer than 2^31 boxes over images of one length on a GPU, got {images * room}")
     results = empty_fused(boxes, scores, images, room)
     if room == 0:
         results[3].zero_()
         return results
-    if images * room >= 2**31:
-        raise ValueError(f"`boxes` must have fewer than 2^31 boxes over images of one length on a GPU, got {images * room}")
     weight = np.array(weights, np.float64)
     table = stage([*starts, *weight.view(np.int64).tolist()], boxes)
 

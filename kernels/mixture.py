@@ -21,10 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from paa_gpu._ops import empty_answer
+from paa_gpu.kernels._batch import image_of
 from paa_gpu.kernels._launch import compile_options, device_guard, stage
-from paa_gpu.kernels.topk import image_of
-
-HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+from paa_gpu.kernels._numeric import HALF_LOG_2PI
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paa_gpu._ops import empty_detections
 from paa_gpu.cpu._arrays import at_most
 from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow, ordered_key, smallest_integer
@@ -362,16 +363,6 @@ def merge_rule(lists: int) -> dict[str, int]:
     return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 128, "num_warps": 4, **compile_options(fuse=True)}
 
 
-def _empty(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        boxes.new_empty((images, room, 4)),
-        scores.new_empty((images, room)),
-        boxes.new_empty((images, room), dtype=torch.int64),
-        boxes.new_empty((images, room), dtype=torch.int64),
-        boxes.new_empty(images, dtype=torch.int64),
-    )
-
-
 def _nothing(results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     for result, value in zip(results, (0, 0, -1, -1, 0), strict=True):
         result.fill_(value)
@@ -406,7 +397,7 @@ def batched_nms(
     if most * classes >= 2**31:
         raise ValueError(f"`scores` must have fewer than 2^31 scores per image on a GPU, got {most * classes}")
     room = max_per_img or most * classes
-    results = _empty(boxes, scores, images, room)
+    results = empty_detections(boxes, scores, images, room)
     if results[0].numel() == 0 or entries == 0:
         return _nothing(results)
     capacity, key = min(entries, nms_pre) if nms_pre else entries, torch.int64 if wide else torch.int32

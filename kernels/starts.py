@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from paa_gpu._ops import EXACT, LLOYD_PASSES
+from paa_gpu.kernels._numeric import EPS
 
 EXACT_VALUES, MOST_PASSES = tl.constexpr(EXACT), tl.constexpr(LLOYD_PASSES)
-EPS10 = tl.constexpr(2.220446049250313e-15)  # scikit-learn's guard against an empty component
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def merge(number, mean, square, number_, mean_, square_):
 def maximisation(number, mean, square, reg_covar, K: tl.constexpr, TIED: tl.constexpr):
     """Weights, means and variances [KP] from the moments of a row: scikit-learn's M-step, its guard included."""
     used = tl.arange(0, number.shape[0]) < K
-    n = tl.where(used, number + EPS10, 0.0)
+    n = tl.where(used, number + 10 * EPS, 0.0)
     total = tl.sum(n, 0)
     safe = tl.where(used, n, 1.0)
     new_mean = tl.where(used, number * mean / safe, 0.0)

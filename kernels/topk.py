@@ -49,27 +49,6 @@ from paa_gpu.kernels._sort import count_in_order, count_in_slots, sort_slots
 
 
 @triton.jit
-def positions(start_ptr, n_images, BLOCK: tl.constexpr):
-    """This program's image, its positions [BLOCK] among all potential positives, and which of them are the image's."""
-    block = tl.program_id(0)
-    image = image_of(start_ptr, n_images, block)
-    image_ptr = start_ptr + image
-    begin = tl.load(image_ptr + n_images + 1)
-    end = tl.load(image_ptr + n_images + 2)
-    position = begin + (block - tl.load(image_ptr)) * BLOCK + tl.arange(0, BLOCK)
-    return image, position, position < end
-
-
-@triton.jit
-def anchors(inds_ptr, stride_inds, start_ptr, n_images, image, position, inside):
-    """The anchors [BLOCK] within the image, its first one, and which of them exist."""
-    anchor = tl.load(inds_ptr + position * stride_inds, mask=inside, other=-1).to(tl.int64)
-    first = tl.load(start_ptr + 3 * (n_images + 1) + image)
-    n_anchors = tl.load(start_ptr + 3 * (n_images + 1) + image + 1) - first
-    return anchor, first, inside & (anchor >= 0) & (anchor < n_anchors)
-
-
-@triton.jit
 def _counts_to_starts(bucket_ptr, n_rows, BLOCK: tl.constexpr):
     """Exclusive prefix sums in place, the total behind them."""
     total = tl.full((), 0, tl.int64)
@@ -237,9 +216,6 @@ def _eligible(key, tie, new, last_key, last_tie, again, bounds, bounded, LOG_LEV
     if bounded:
         new = new & _before(key, tie, bounds, LOG_LEVELS)
     return new
-
-
-_SIZES = ["n_images", "n_levels", "topk", "width"]
 
 
 @triton.jit(
@@ -421,11 +397,6 @@ def gather_batch(
         max(map(min, sizes, room)),
         {"LOSS": DTYPES[like.dtype], "INDS": DTYPES[pos_inds[0].dtype], "GT_INDS": DTYPES[pos_gt_inds[0].dtype]},
     )
-
-
-def concatenate(images: Sequence[Tensor]) -> Tensor:
-    """The images' tensors one after the other; a single one as it is."""
-    return images[0] if len(images) == 1 else torch.cat(list(images))
 
 
 class Selection(NamedTuple):

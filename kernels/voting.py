@@ -33,10 +33,11 @@ from torch import Tensor
 from paa_gpu._ops import empty_voted
 from paa_gpu.kernels._batch import DTYPES, addresses, field, image_of, sizes_of, starts_of, vector
 from paa_gpu.kernels._launch import compile_options, device_guard, has_slow_float64, stage
+from paa_gpu.kernels._numeric import narrow
 
 # In the table: where the blocks of boxes, the boxes and the detections of each image begin; then addresses and strides.
-FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(field) for field in range(3))
-DETECTIONS, LABELS, BOXES, SCORES, WEIGHT = (tl.constexpr(field) for field in (3, 6, 8, 11, 14))
+FIRST_BOX_BLOCK, FIRST_BOX, FIRST_DETECTION = (tl.constexpr(number) for number in range(3))
+DETECTIONS, LABELS, BOXES, SCORES, WEIGHT = (tl.constexpr(number) for number in (3, 6, 8, 11, 14))
 
 BLOCK_N = 32  # boxes of a program that gathers: four numbers each, one a thread
 BLOCK_C = tl.constexpr(32)
@@ -129,7 +130,7 @@ def _gather_kernel(
         if WEIGHTED:
             real: tl.constexpr = score_ptr.dtype.element_ty
             weight = field(images, image, WEIGHT).to(tl.float64, bitcast=True).to(real)
-            above = score.to(real) > _narrow(tl.full((), score_thr, tl.float64), source[0]).to(real)
+            above = score.to(real) > narrow(tl.full((), score_thr, tl.float64), source[0]).to(real)
             score = tl.where(above, score.to(real) * weight, float("-inf"))
         tl.store(score_ptr + c[None, :] * n_boxes + (first + box)[:, None], score, mask=here)
 
@@ -175,12 +176,6 @@ def _add(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
 
 
-@triton.jit
-def _narrow(x, ptr):
-    """`x` in the dtype that the pointer points to, by way of float32: no target turns float64 into less at once."""
-    return (x if ptr.dtype.element_ty == tl.float64 else x.to(tl.float32)).to(ptr.dtype.element_ty)
-
-
 @triton.jit(do_not_specialize=["n_images", "n_boxes", "n_classes"])
 def _vote_kernel(
     table_ptr,  # the images, see above; None: one image, whose tensors and strides the next two are
@@ -220,14 +215,14 @@ def _vote_kernel(
     own_x1, own_y1 = tl.load(own_ptr).to(REAL), tl.load(own_ptr + stride_side).to(REAL)
     own_x2, own_y2 = tl.load(own_ptr + 2 * stride_side).to(REAL), tl.load(own_ptr + 3 * stride_side).to(REAL)
     # As torch rounds a number before it compares a tensor with it.
-    score_limit = _narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
+    score_limit = narrow(tl.full((), score_thr, tl.float64), score_ptr).to(REAL)
     iou_limit = tl.full((), iou_thr, REAL)
     slope, margin = tl.full((), -decay, REAL), tl.full((), offset, REAL)
     total = tl.zeros([BLOCK], REAL)
     x1_sum, y1_sum, x2_sum, y2_sum = total, total, total, total
     box_end = tl.where((c >= 0) & (c < n_classes), box_end, box_begin)
-    for first in range(box_begin, box_end, BLOCK):
-        box = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+    for tile in range(box_begin, box_end, BLOCK):
+        box = tile + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         inside = box < box_end
         score = tl.load(score_ptr + c * n_boxes + box, mask=inside, other=0.0).to(REAL)
         candidate = inside & (score > score_limit)
@@ -244,10 +239,10 @@ def _vote_kernel(
     weights, x1, y1, x2, y2 = tl.reduce((total, x1_sum, y1_sum, x2_sum, y2_sum), 0, _add)
 
     out_ptr, voted = voted_ptr + place * 5, weights != 0
-    tl.store(out_ptr, _narrow(tl.where(voted, own_x1 + x1 / weights, own_x1), voted_ptr))
-    tl.store(out_ptr + 1, _narrow(tl.where(voted, own_y1 + y1 / weights, own_y1), voted_ptr))
-    tl.store(out_ptr + 2, _narrow(tl.where(voted, own_x2 + x2 / weights, own_x2), voted_ptr))
-    tl.store(out_ptr + 3, _narrow(tl.where(voted, own_y2 + y2 / weights, own_y2), voted_ptr))
+    tl.store(out_ptr, narrow(tl.where(voted, own_x1 + x1 / weights, own_x1), voted_ptr))
+    tl.store(out_ptr + 1, narrow(tl.where(voted, own_y1 + y1 / weights, own_y1), voted_ptr))
+    tl.store(out_ptr + 2, narrow(tl.where(voted, own_x2 + x2 / weights, own_x2), voted_ptr))
+    tl.store(out_ptr + 3, narrow(tl.where(voted, own_y2 + y2 / weights, own_y2), voted_ptr))
     tl.store(out_ptr + 4, tl.load(own_ptr + 4 * stride_side))
     tl.store(voted_label_ptr + place, label)
 

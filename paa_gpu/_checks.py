@@ -86,12 +86,12 @@ def check_option(name: str, value: Any, options: Iterable[str]) -> None:
         raise ValueError(f"`{name}` must be {_names(options)}, got {value!r}")
 
 
-def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+def check_int(name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, INT):
         raise TypeError(f"`{name}` must be an int, got {type_name(value)}")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}")
-    if maximum is not None and value > maximum:
+    if value > maximum:
         raise ValueError(f"`{name}` must be at most {maximum}, got {value}")
 
 
@@ -249,16 +249,9 @@ def refuse(wrong: Array, name: str, value: Array, must: str, where: str = "at po
         raise ValueError(f"`{name}` must {must}, got {value[row].tolist()} {where.format(row)}")
 
 
-def check_values(
-    image: str,
-    pos_losses: Tensor,
-    label: Tensor,
-    pos_inds: Tensor,
-    pos_gt_inds: Tensor,
-    num_gt: int,
-    num_classes: int,
-) -> None:
-    """The values of one image. Reading them waits for the device. In messages, `image` follows an argument's name."""
+def check_values(tensors: Sequence[Tensor], num_gt: int, num_classes: int, image: str) -> None:
+    """The values of the six tensors of one image. Reading them waits for the device. In messages, `image` follows a name."""
+    pos_losses, label, _, _, pos_inds, pos_gt_inds = tensors
     losses, labels, inds, gts = (view(tensor.cpu()) for tensor in (pos_losses, label, pos_inds, pos_gt_inds))
     anchors = len(labels)
     refuse((labels < 0) | (labels > num_classes), f"label{image}", labels, f"be in [0, {num_classes}]")

@@ -388,6 +388,17 @@ def empty_fused(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[
     )
 
 
+def empty_detections(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of `batched_nms`."""
+    return (
+        boxes.new_empty((images, room, 4)),
+        scores.new_empty((images, room)),
+        boxes.new_empty((images, room), dtype=torch.int64),
+        boxes.new_empty((images, room), dtype=torch.int64),
+        boxes.new_empty(images, dtype=torch.int64),
+    )
+
+
 @_operator("nms")
 def batched_nms(
     boxes: Tensor,
@@ -411,14 +422,7 @@ def batched_nms(
     images = boxes.shape[0] if lengths is None else len(lengths)
     # Not the largest length where it does not matter: it may depend on data.
     room = max_per_img or (boxes.shape[1] if lengths is None else max(lengths)) * scores.shape[-1]
-    shape = images, room
-    return (
-        boxes.new_empty((*shape, 4)),
-        scores.new_empty(shape),
-        boxes.new_empty(shape, dtype=torch.int64),
-        boxes.new_empty(shape, dtype=torch.int64),
-        boxes.new_empty(images, dtype=torch.int64),
-    )
+    return empty_detections(boxes, scores, images, room)
 
 
 def empty_targets(

@@ -30,9 +30,8 @@ class Assignment(NamedTuple):
     """The assignment of the anchors of N images."""
 
     gt_inds: list[Tensor]  #: per image Tensor[A_n] int64: i + 1 is ground truth i, 0 is background, -1 is neither
-    max_overlaps: list[
-        Tensor
-    ]  #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
+    #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
+    max_overlaps: list[Tensor]
 
 
 def assign_max_iou(

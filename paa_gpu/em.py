@@ -54,7 +54,8 @@ def fit_gmm_1d(
         covariance_type: "full", "diag" and "spherical" are the same model in one dimension; "tied" shares one variance.
         tol: a row stops when its lower bound changes by less than this.
         reg_covar: added to the variances.
-        max_iter: the most iterations. A row that has not converged by then raises no error; its `converged` is False.
+        max_iter: the most iterations. A row that has not converged by then raises no error; its `converged` is False. On a GPU,
+            rows of more than 16,384 values take so many launches, even if they converge earlier.
         weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k], where k = n_components (tied
             precisions: Tensor[1] or Tensor[G, 1]). They replace the values of the start. If one of a row's initial values is not
             finite, the row ignores them all. So a warm start recovers from a row that was not valid.

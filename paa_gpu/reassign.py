@@ -111,7 +111,7 @@ def paa_reassign(
         check_int("num_gt", num_gt, 0)
     image = _ops.detached(image)
     if validate:
-        _check_values(image, _ops.count_gts(image[-1:])[0] if num_gt is None else num_gt, num_classes, "")
+        check_values(image, _ops.count_gts(image[-1:])[0] if num_gt is None else num_gt, num_classes, "")
     if callable(separation):
         num_gts = _ops.count_gts(image[-1:]) if num_gt is None else [num_gt]
         results = _with_callable([[tensor] for tensor in image], sizes, num_gts, *options)
@@ -180,7 +180,7 @@ def paa_reassign_batch(
     num_gts = num_gts or _ops.count_gts(checked[-1])
     if validate:
         for i in range(images):
-            _check_values([column[i] for column in checked], num_gts[i], num_classes, f"[{i}]")
+            check_values([column[i] for column in checked], num_gts[i], num_classes, f"[{i}]")
     results = reassignment_of(checked, [size for levels in sizes for size in levels], num_gts, *options)
     anchors_of, potential = ([tensor.shape[0] for tensor in checked[i]] for i in (1, 4))
     return Reassignment(
@@ -282,11 +282,6 @@ def _check_image(
     check_tensor("pos_gt_inds" + end, pos_gt_inds, potential, dtypes[5], device)
     if sum(level_sizes) != anchors[0]:
         raise ValueError(f"`anchors` must hold {anchors[0]} anchors over all levels as `label{end}` does, got {sum(level_sizes)}")
-
-
-def _check_values(image: Sequence[Tensor], num_gt: int, num_classes: int, end: str) -> None:
-    pos_losses, label, _, _, pos_inds, pos_gt_inds = image
-    check_values(end, pos_losses, label, pos_inds, pos_gt_inds, num_gt, num_classes)
 
 
 def _separate(

@@ -136,6 +136,8 @@ def test_the_drop_in_names_its_arguments_without_an_image():
         ({"pos_losses": [1.0]}, TypeError, "`pos_losses` must be a Tensor, got list"),
         ({"label": torch.zeros(6)}, TypeError, "`label` must be int64, got float32"),
         ({"anchors": [6, 1]}, ValueError, "`anchors` must hold 6 anchors over all levels as `label` does, got 7"),
+        ({"num_gt": 2**70}, ValueError, f"`num_gt` must be at most {2**63 - 1}, got {2**70}"),
+        ({"num_classes": 2**70}, ValueError, f"`num_classes` must be at most {2**63 - 1}, got {2**70}"),
         ({"num_gt": -1}, ValueError, "`num_gt` must be at least 0, got -1"),
         ({"pos_inds": Z, "validate": True}, ValueError, "`pos_inds` must not repeat an index, got 0 at position 0"),
     ]:

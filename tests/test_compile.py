@@ -481,3 +481,14 @@ def test_rows_whose_positions_have_no_number_are_refused(source: str) -> None:
         pytest.raises(ValueError, match="`x` must have at most 2147418112 values in a row on a GPU"),
     ):
         em.fit_gmm_1d(x if lengths else x[None], None, lengths, None, None, None, "diag", 1e-3, 1e-6, 1, "float64")
+
+
+def test_more_candidates_than_have_numbers_are_refused() -> None:
+    boxes, scores = torch.zeros(1, 1, 4).expand(1, 2**31, 4), torch.zeros(1, 1, 1).expand(1, 2**31, 1)
+    with pytest.raises(ValueError, match=r"`scores` must have fewer than 2\^31 scores per image on a GPU, got 2147483648"):
+        nms.batched_nms(boxes, scores, None, None, 0.5, None, 0, 100, "hard", 0.5, 0.0, False)
+    one_list = boxes[0], scores[0, :, 0], torch.zeros(1, dtype=torch.int64).expand(2**31)
+    with pytest.raises(
+        ValueError, match=r"`boxes` must have fewer than 2\^31 boxes over images of one length on a GPU, got 2147483648"
+    ):
+        fusion.weighted_boxes_fusion(*one_list, [2**31], [1.0], 0.5, 0.0, "avg", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,7 +16,7 @@ from test_voting import make_pools
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from paa_gpu import _ops, assign_max_iou, candidate_losses, score_voting_batch, weighted_boxes_fusion
+from paa_gpu import _ops, assign_max_iou, candidate_losses, kernels, score_voting_batch, weighted_boxes_fusion
 from paa_gpu._dispatch import kernels_on_cpu
 from paa_gpu.kernels import _launch, assign, em, fusion, losses, reassign, topk, voting
 from paa_gpu.kernels._launch import device_guard, mixes, stage
@@ -136,8 +138,8 @@ def _fuse(images: int, rng) -> None:
 
 def _caches() -> dict[str, Any]:
     """What each kernel has compiled in this process, by device."""
-    kernels = [value for module in (topk, reassign, em, voting, losses, assign, fusion) for value in vars(module).values()]
-    return {kernel.fn.__name__: kernel.device_caches for kernel in kernels if isinstance(kernel, JITFunction)}
+    jitted = [value for module in (topk, reassign, em, voting, losses, assign, fusion) for value in vars(module).values()]
+    return {kernel.fn.__name__: kernel.device_caches for kernel in jitted if isinstance(kernel, JITFunction)}
 
 
 def _forms() -> dict[str, int]:
@@ -145,6 +147,19 @@ def _forms() -> dict[str, int]:
     caches = _caches()
     device = driver.active.get_current_device()
     return {name: len(cache[device][0]) for name, cache in caches.items() if device in cache and cache[device][0]}
+
+
+@pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
+def test_what_is_not_specialised_is_a_parameter():
+    """Triton does not notice a name that no parameter has."""
+    modules = [importlib.import_module(f"paa_gpu.kernels.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
+    unknown = {
+        function.fn.__name__: named - {*function.arg_names}
+        for function in functions
+        if (named := {*(function.do_not_specialize or ()), *(function.do_not_specialize_on_alignment or ())})
+    }
+    assert len(unknown) > 10 and not any(unknown.values()), unknown
 
 
 @pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")

@@ -27,14 +27,12 @@ try:
 except ImportError as error:
     raise ImportError("paa_gpu.integrations.sklearn needs scikit-learn 1.7 or newer: pip install scikit-learn") from error
 
-from ..em import fit_gmm_1d
+from ..em import MAX_COMPONENTS, fit_gmm_1d
 from ..mixture import GaussianMixture1D
 
 __all__ = ["GaussianMixture"]
 
 Array = np.ndarray[Any, Any]
-
-MOST_COMPONENTS = 8
 
 # scikit-learn's guard against an empty component.
 EMPTY_COMPONENT = 10 * np.finfo(np.float64).eps
@@ -175,9 +173,9 @@ class GaussianMixture(mixture.GaussianMixture):
     @_fit_context(prefer_skip_nested_validation=True)
     def _fit(self, X: Any) -> _Data:
         """Fit, set the attributes, and return the data."""
-        if self.n_components > MOST_COMPONENTS:
+        if self.n_components > MAX_COMPONENTS:
             raise ValueError(
-                f"`n_components` must be at most {MOST_COMPONENTS}, got {self.n_components}: use sklearn.mixture.GaussianMixture"
+                f"`n_components` must be at most {MAX_COMPONENTS}, got {self.n_components}: use sklearn.mixture.GaussianMixture"
             )
         data = self._data(X, reset=True)
         self._check_initial(len(data.x))
