@@ -34,9 +34,15 @@ from paa_gpu.separation import SCHEMES
 
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 
-CUDA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)}
-TARGETS = CUDA | {name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942")}
+CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)}
+HIP = {
+    name: GPUTarget("hip", name, warp)
+    for name, warp in (("gfx90a", 64), ("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32))
+}
+TARGETS = CUDA | HIP
 USUAL_TARGETS = ("sm_75", "sm_90", "sm_120", "gfx942")
+#: Relatives of the others: they compile the usual forms only.
+RELATIVES = ("sm_87", "sm_103", "sm_110", "sm_121", "gfx950", "gfx1100", "gfx1201")
 
 #: Registers of a thread. Checked where the budget is stated.
 MOST_REGISTERS, REGISTER_TARGETS = 96, ("sm_80", "sm_90")
@@ -419,6 +425,7 @@ def cases() -> list[Any]:
         )
         for target in TARGETS
         for launch, options, marks in chosen
+        if target not in RELATIVES or not marks
     ]
 
 

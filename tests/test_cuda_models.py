@@ -95,6 +95,23 @@ def test_a_compiled_prediction(outputs):
     assert_close(torch.compile(predict, fullgraph=True)(features), predict(features))
 
 
+@pytest.mark.long
+def test_a_compiled_training_step():
+    """Losses, and gradients of the maps, by kernels that TorchInductor makes around ours."""
+    head, targets = make_head().to(DEVICE), there(make_targets([3, 1]))
+    features = [level.requires_grad_() for level in there(make_features(2))]
+
+    def loss(features):
+        return sum(head.loss(features, targets).values())
+
+    (got, got_gradients), (wanted, wanted_gradients) = (
+        (total, torch.autograd.grad(total, features)) for total in (torch.compile(loss, fullgraph=True)(features), loss(features))
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(got_gradients, wanted_gradients, rtol=1e-4, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-5 for gradient in wanted_gradients[:1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_training_under_autocast(dtype):
     head, features, targets = make_head().to(DEVICE), there(make_features(2)), there(make_targets([4, 2]))

@@ -99,5 +99,6 @@ def environment(devices: int = 2, capability: int = 90) -> dict[str, str]:
         "LD_LIBRARY_PATH": str(folder),
         "TRITON_LIBCUDA_PATH": str(folder),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+        "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER": "0",  # Triton's launcher instead, which tells `kernels.py` what it loads
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

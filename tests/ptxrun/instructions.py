@@ -11,7 +11,7 @@ IGNORED = {"prefetch", "prefetchu", "nanosleep", "discard", "applypriority", "gr
 # modifiers (beside types) that each instruction may carry, and its numbers of operands: anything else is refused
 _CMP = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz"
 _MEM = "ca cg cs lu cv wb wt weak volatile relaxed acquire release mmio cta cluster gpu sys nc global shared shared::cta local param const v2 v4 v8 L*"
-_ATOM = "relaxed acquire release acq_rel cta cluster gpu sys global shared shared::cta noftz add min max inc dec and or xor exch cas L*"
+_ATOM = "relaxed acquire release acq_rel cta cluster gpu sys global shared shared::cta noftz add min max inc dec and or xor exch cas v2 v4 v8 L*"
 ALLOWED = {
     **dict.fromkeys(("add", "sub"), ("rn rz rm rp ftz sat cc", 3)), "mul": ("rn rz rm rp ftz sat lo hi wide", 3),
     "mad": ("rn rz rm rp ftz sat lo hi wide cc", 4), "fma": ("rn rz rm rp ftz sat relu", 4), "div": ("rn rz rm rp approx full ftz", 3),

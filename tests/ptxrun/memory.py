@@ -91,14 +91,23 @@ class Memory:
                 f"if(!g)return;{weak}memcpy(buf,g,n);}}uint8_t*s=mem_shared(c,t,{self.addr(a[0], 'shared')},{n},A_STORE,{k});if(!s)return;memcpy(s,buf,{n});if(c->shadow&&race_store(c,t,s,{n},{k}))return;}}")
 
     def op_atom(self, k, ins, a, ty):
-        red = ins.op == "red"
-        dst, (at, *src) = (("_",), a) if red else (a[0], a[1:])
+        """An update of one value, or of each value of a vector, which is not one atomic access."""
+        dst, (at, *src) = (("_",), a) if ins.op == "red" else (a[0], a[1:])
+        if at[0] != "m":
+            raise PTXError("an atomic needs an address")
+        values = src[0][1] if src[0][0] == "v" else [src[0]]
+        into = dst[1] if dst[0] == "v" else [dst] * len(values)
+        size = WIDTH[ty] // 8
+        x = f"{ctype(ty)} xs[]={{{','.join(self.rd(value, ty) for value in values)}}};"     # before a result overwrites one
+        each = "".join(f"{{uint8_t*q=first+{i * size};{ctype(ty)} x=xs[{i}];{self.atomic(k, ins, d, src[1:], ty)}}}" for i, d in enumerate(into))
+        return f"{{{self.mem(at, self.space(ins), size * len(values), 'A_ATOM', k)}{x}uint8_t*first=q;{each}}}"
+
+    def atomic(self, k, ins, dst, src, ty):
+        """The update of the value at `q` by `x`."""
         ops = {"add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas"}
         op = next(m for m in ins.mods if m in ops)
-        ut, x = bits(ty), self.rd(src[0], ty if ty in ("f32", "f64") else ty)
+        ut, size = bits(ty), WIDTH[ty] // 8
         o = {"f32": "F32(o)", "f64": "F64(o)"}.get(ty, f"({ctype(ty)})o")
-        if at[0] != "m" or src[0][0] == "v":
-            raise PTXError("vector atomics are not supported")
         if ty in ("f16", "bf16", "f16x2", "bf16x2"):
             new = self.halves(ty, lambda p, q: f"{p[0]}{op}({p[1]},{p[2]}{'' if op == 'add' else ',0'})", ["o", "x"])
         elif ty in ("f32", "f64"):
@@ -106,17 +115,17 @@ class Memory:
                    "exch": f"B{WIDTH[ty]}(x)"}[op]
         else:
             new = {"add": "o+x", "min": f"{o}<x?{o}:x", "max": f"{o}>x?{o}:x", "inc": "o>=x?0:o+1", "dec": "o==0||o>x?x:o-1",
-                   "and": "o&x", "or": "o|x", "xor": "o^x", "exch": "x", "cas": f"o==x?{self.rd(src[1], ut) if op == 'cas' else 0}:o"}[op]
-        space, size = self.space(ins), WIDTH[ty] // 8
+                   "and": "o&x", "or": "o|x", "xor": "o^x", "exch": "x", "cas": f"o==x?{self.rd(src[0], ut) if op == 'cas' else 0}:o"}[op]
         update = f"ATOMIC({ctype(ut)},q,o,{new})"
-        first = f"{{{self.mem(at, space, size, 'A_ATOM', k)}{ctype(ty)} x={x};"
-        if not self.weak or space == "shared":
-            return f"{first}{update}{self.wr(dst, ut, 'o')}}}"
+        if not self.weak or self.space(ins) == "shared":
+            return f"{update}{self.wr(dst, ut, 'o')}"
         order = self.order(ins)
         now = f"weak_atomic(c,t,q,{size},{order});{update}weak_atomic_done(c,t,q,{size},{order});{self.wr(dst, ut, 'o')}"
         if op == "cas" or dst[0] == "r" and dst[1] in self.members(self.out[k]):
-            return f"{first}{now}}}"
-        self.functions.append(f"static void A{k}(uint8_t*q,uint64_t v){{{ctype(ty)} x;memcpy(&x,&v,{size});{update}(void)o;}}")
-        return f"{first}uint64_t v=0;memcpy(&v,&x,{size});if(!weak_late(c,t,q,{size},{order},A{k},v)){{{now}}}}}"
+            return now
+        late = f"static void A{k}(uint8_t*q,uint64_t v){{{ctype(ty)} x;memcpy(&x,&v,{size});{update}(void)o;}}"
+        if late not in self.functions:
+            self.functions.append(late)
+        return f"uint64_t v=0;memcpy(&v,&x,{size});if(!weak_late(c,t,q,{size},{order},A{k},v)){{{now}}}"
 
     op_red = op_atom
