@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
 
 from paa_gpu.integrations import torchvision as integration
+from paa_gpu.integrations.torchvision import matching, paa
 
 COLUMNS = (
     "step", "positives", "single", "anchor IoU", "box IoU", "size", "kept", "std focal", "std box", "score", "found", "top"
 )  # fmt: skip
-MEASURED = integration._losses
+MEASURED = paa._losses
 
 
 def experiment() -> Any:
@@ -45,21 +46,21 @@ def experiment() -> Any:
 
 def weigh(weight: float) -> None:
     """PAA in this process weights the box loss of candidates."""
-    integration._losses = lambda model: {**MEASURED(model), "loss_bbox_weight": weight}
+    paa._losses = lambda model: {**MEASURED(model), "loss_bbox_weight": weight}
 
 
 def look(model: nn.Module, batch: tuple, last: Tensor | None, box_loss: str) -> tuple[dict[str, float], Tensor]:
     """What PAA assigns in a batch, and which of its anchors are positive."""
     images, targets = batch
     with torch.no_grad():
-        trained = integration._training_batch(model.train(), list(images), targets)
+        trained = matching.training_batch(model.train(), list(images), targets)
         outputs, anchors = trained.head_outputs, trained.anchors
         sizes = [outputs["cls_logits"].shape[1] // sum(trained.locations) * count for count in trained.locations]
         if isinstance(model, integration.RetinaNetPAA):
-            matches = integration._paa_matches(model, trained.targets, outputs, anchors, sizes)
+            matches = paa._paa_matches(model, trained.targets, outputs, anchors, sizes)
         else:
             gts = [target["boxes"] for target in trained.targets]
-            matches = torch.stack(integration._matches(model.proposal_matcher, gts, anchors))
+            matches = torch.stack(matching.matches_of(model.proposal_matcher, gts, anchors))
     rows: dict[str, list[Tensor]] = {name: [] for name in COLUMNS[1:10] if name != "kept"}
     for target, own, logits, offsets, match in zip(
         trained.targets, anchors, outputs["cls_logits"], outputs["bbox_regression"], matches, strict=True
@@ -97,7 +98,7 @@ def area(boxes: Tensor) -> Tensor:
 @torch.no_grad()
 def learned(model: nn.Module, batch: tuple) -> dict[str, float]:
     """`found` and `top` of a batch."""
-    trained = integration._training_batch(model.train(), list(batch[0]), batch[1])
+    trained = matching.training_batch(model.train(), list(batch[0]), batch[1])
     found, top = [], []
     for target, own, logits, offsets in zip(trained.targets, trained.anchors, *trained.head_outputs.values(), strict=True):
         boxes, scores = model.box_coder.decode_single(offsets, own), logits[:, 0]

@@ -27,7 +27,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from paa_gpu.integrations.torchvision import _matches
+from paa_gpu.integrations.torchvision.matching import matches_of
 
 from . import machine
 
@@ -60,7 +60,7 @@ def with_matrix(gts: Tensor, priors: Tensor) -> Tensor:
 
 
 def without(gts: Tensor, priors: Tensor) -> Tensor:
-    return _matches(MATCHER, [gts], [priors])[0]
+    return matches_of(MATCHER, [gts], [priors])[0]
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"matrix": with_matrix, "paa_gpu": without}

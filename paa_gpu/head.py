@@ -86,7 +86,8 @@ class PAAHead(nn.Module):
         anchor_scale: side of an anchor in strides.
         target_stds: factors of the predicted offsets (x, y, log w, log h).
         pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, ignore_iof_thr: which anchors are potential positives, see
-            `assign_max_iou`. With the default `ignore_iof_thr`, ignored boxes change nothing.
+            `assign_max_iou`. With the default `ignore_iof_thr`, ignored boxes change nothing. With `min_pos_iou` 0, as published,
+            a box outside of all anchors takes the anchors of others; 1e-12 leaves it without any.
         allowed_border: an anchor is trained if it reaches at most this many pixels beyond its image. Negative: all are trained.
         topk, covariance_type, separation, singleton, precision: options of the assignment, see `paa_reassign`.
         gamma, alpha: options of the focal loss.

@@ -35,11 +35,8 @@ from paa_gpu.separation import SCHEMES
 pytestmark = pytest.mark.skipif(INTERPRETER, reason="the interpreter compiles nothing")
 
 CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)}
-HIP = {
-    name: GPUTarget("hip", name, warp)
-    for name, warp in (("gfx90a", 64), ("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32))
-}
-TARGETS = CUDA | HIP
+AMD = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}  # with the threads of a warp
+TARGETS = CUDA | {name: GPUTarget("hip", name, warp) for name, warp in AMD.items()}
 USUAL_TARGETS = ("sm_75", "sm_90", "sm_120", "gfx942")
 #: Relatives of the others: they compile the usual forms only.
 RELATIVES = ("sm_87", "sm_103", "sm_110", "sm_121", "gfx950", "gfx1100", "gfx1201")

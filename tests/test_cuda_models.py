@@ -20,6 +20,7 @@ from torchvision.ops import box_iou
 import paa_gpu
 from paa_gpu.integrations import torchvision as integration
 from paa_gpu.integrations.sklearn import GaussianMixture
+from paa_gpu.integrations.torchvision import matching, paa
 
 pytestmark = pytest.mark.gpu
 
@@ -149,19 +150,19 @@ def test_matches_are_those_of_torchvision():
     matcher = Matcher(0.5, 0.4, True)
     wanted = matcher(box_iou(boxes, anchors))
     assert len(wanted.unique()) > 8
-    assert torch.equal(integration._matches(matcher, [boxes], [anchors])[0], wanted)
+    assert torch.equal(matching.matches_of(matcher, [boxes], [anchors])[0], wanted)
 
 
 def test_paa_assigns_as_on_the_cpu(monkeypatch):
     model = integration.use_paa(models.retinanet()).to(DEVICE).train()
-    taken, calls = integration._paa_matches, []
+    taken, calls = paa._paa_matches, []
 
     def recorded(*arguments):
         matches = taken(*arguments)
         calls.append((arguments, matches))
         return matches
 
-    monkeypatch.setattr(integration, "_paa_matches", recorded)
+    monkeypatch.setattr(paa, "_paa_matches", recorded)
     sum(model(*there(models.batch(torch.Generator().manual_seed(0)))).values()).backward()
     (((_, *arguments, sizes), matches),) = calls
     wanted = taken(copy.deepcopy(model).cpu(), *map_tensors(lambda tensor: tensor.detach().cpu(), arguments), sizes)

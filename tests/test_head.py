@@ -331,6 +331,22 @@ def test_wrong_inputs(features, targets, sizes, message):
     assert str(error.value) == message
 
 
+def test_a_box_that_overlaps_no_anchor():
+    """As published it takes the anchors of the others; with a positive `min_pos_iou` it takes none."""
+    (target,) = make_targets([3])
+    far = {
+        "boxes": torch.cat([target["boxes"], torch.tensor([[5000.0, 5000, 5040, 5040]])]),
+        "labels": torch.tensor([0, 1, 2, 1]),
+    }
+    found = {
+        least: make_head(min_pos_iou=least).loss(make_features(1), [{**target, "labels": torch.tensor([0, 1, 2])}])
+        for least in (0.0, 1e-12)
+    }
+    assert found[0.0] == found[1e-12]
+    assert make_head(min_pos_iou=1e-12).loss(make_features(1), [far]) == found[1e-12]
+    assert make_head().loss(make_features(1), [far])["loss_bbox"] < found[0.0]["loss_bbox"] / 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -17,8 +17,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, generalized_box_iou
 
-from paa_gpu.integrations import torchvision as integration
-from paa_gpu.integrations.torchvision import accelerate, restore, use_paa
+from paa_gpu.integrations.torchvision import accelerate, matching, restore, use_paa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +58,7 @@ def test_losses_gradients_and_sampling_are_those_of_torchvision(name, generator,
     assert not called
     monkeypatch.undo()
     assert same(step(restore(model), batch), wanted)
-    assert not any(isinstance(module, integration._Accelerated) for module in model.modules())
+    assert not any(isinstance(module, matching.Accelerated) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["RetinaNet", "SSD", "FasterRCNN"])
@@ -100,7 +99,7 @@ def test_matches_to_the_bit(matcher, boxes_dtype, anchors_dtype, generator):
     anchors, boxes = anchors.to(getattr(torch, anchors_dtype)), boxes.to(getattr(torch, boxes_dtype))
     wanted = matcher(box_iou(boxes, anchors))
     assert len(wanted.unique()) > 8  # several boxes, and background
-    (got,) = integration._matches(matcher, [boxes], [anchors])
+    (got,) = matching.matches_of(matcher, [boxes], [anchors])
     assert torch.equal(got, wanted)
 
 
@@ -108,12 +107,12 @@ def test_matches_to_the_bit(matcher, boxes_dtype, anchors_dtype, generator):
 def test_images_without_boxes_or_anchors(dtype):
     """torchvision gives background to an image without boxes before it asks the matcher, which refuses an image without anchors."""
     matcher, anchors, none = Matcher(0.5, 0.4, True), torch.tensor([[0.0, 0, 9, 9]], dtype=dtype), torch.empty(0, 4, dtype=dtype)
-    got = integration._matches(matcher, [none, anchors, none], [anchors, anchors, none])
+    got = matching.matches_of(matcher, [none, anchors, none], [anchors, anchors, none])
     assert [matches.tolist() for matches in got] == [[-1], [0], []]
     with pytest.raises(ValueError, match="No proposal boxes") as wanted:
         matcher(box_iou(anchors, none))
     with pytest.raises(ValueError, match=str(wanted.value)):
-        integration._matches(matcher, [anchors], [none])
+        matching.matches_of(matcher, [anchors], [none])
 
 
 @pytest.mark.parametrize("matcher", [Matcher(0.5, 0.4, True), Matcher(0.5, 0.5, False)], ids=["RetinaNet", "RoI"])
@@ -122,7 +121,7 @@ def test_matches_of_a_box_with_a_nan(matcher, generator):
     anchors, boxes = crowd(generator)
     boxes[3, 2] = boxes[5, 1] = torch.nan
     wanted = [matcher(box_iou(each, anchors)) for each in (boxes, boxes[3:4])]
-    got = integration._matches(matcher, [boxes, boxes[3:4], boxes[:3]], [anchors] * 3)
+    got = matching.matches_of(matcher, [boxes, boxes[3:4], boxes[:3]], [anchors] * 3)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
     assert set(got[0].tolist()) == {3}
     assert torch.equal(got[2], matcher(box_iou(boxes[:3], anchors)))  # other images stay as they are
@@ -160,9 +159,9 @@ def test_matching_does_without_the_matrix(generator):
 
     matrix = len(anchors) * len(boxes) * 4
     assert peak(lambda: matcher(box_iou(boxes, anchors))) > 5 * matrix
-    integration._matches(matcher, [boxes], [anchors])  # compile before numba's own memory counts
+    matching.matches_of(matcher, [boxes], [anchors])  # compile before numba's own memory counts
     tracemalloc.start()  # NumPy's arrays
-    got = peak(lambda: integration._matches(matcher, [boxes], [anchors]))
+    got = peak(lambda: matching.matches_of(matcher, [boxes], [anchors]))
     arrays = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert got + arrays < matrix / 4
@@ -205,7 +204,7 @@ def test_a_subclass_stays_in_force(generator):
     wanted = step(model, batch)
     accelerate(model)
     assert isinstance(model, OwnRetinaNet)
-    assert isinstance(model, integration.AcceleratedRetinaNet)
+    assert isinstance(model, matching.AcceleratedRetinaNet)
     assert same(step(model, batch), wanted)
 
 
@@ -217,8 +216,8 @@ def test_heads_in_a_model_of_ones_own(generator):
             self.first, self.second = parts.rpn, nn.ModuleList([parts.roi_heads])
 
     model = accelerate(Holder())
-    assert isinstance(model.first, integration.AcceleratedRPN)
-    assert isinstance(model.second[0], integration.AcceleratedRoIHeads)
+    assert isinstance(model.first, matching.AcceleratedRPN)
+    assert isinstance(model.second[0], matching.AcceleratedRoIHeads)
     restore(model)
     assert type(model.first) is RegionProposalNetwork
     assert type(model.second[0]) is RoIHeads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 
 import numpy as np
@@ -17,8 +18,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from paa_gpu import reference
-from paa_gpu.integrations import torchvision as integration
-from paa_gpu.integrations.torchvision import PAAOptions, RetinaNetPAA, accelerate, restore, use_paa
+from paa_gpu.integrations.torchvision import PAAOptions, RetinaNetPAA, accelerate, paa, restore, use_paa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,8 +40,8 @@ def recorded(model, batch, monkeypatch):
     computed = model.head.compute_loss
     monkeypatch.setattr(model.head, "compute_loss", lambda *arguments: calls.append(arguments) or computed(*arguments))
     sizes = []
-    taken = integration._paa_matches
-    monkeypatch.setattr(integration, "_paa_matches", lambda *arguments: sizes.append(arguments[-1]) or taken(*arguments))
+    taken = paa._paa_matches
+    monkeypatch.setattr(paa, "_paa_matches", lambda *arguments: sizes.append(arguments[-1]) or taken(*arguments))
     train(model, batch)
     (call,) = calls
     return *call, sizes[0]
@@ -55,7 +55,8 @@ def expected(target, logits, offsets, anchors, level_sizes, model, pos_iou_thr=0
     highest, owner = overlaps.max(0)
     owner = torch.where(highest >= pos_iou_thr, owner, -1)
     for i, row in enumerate(overlaps):
-        owner[row == row.max()] = i
+        if row.max() > 0:
+            owner[row == row.max()] = i
     (inds,) = (owner >= 0).nonzero(as_tuple=True)
     coder, losses = model.head.regression_head.box_coder, []
     truth = nn.functional.one_hot(target["labels"][owner[inds]], CLASSES).double()
@@ -150,6 +151,9 @@ def test_a_batch_without_boxes(generator):
     assert losses["classification"] > 0
 
 
+OURS = {f"torchvision/{name}.py" for name in ("matching", "paa", "models")}
+
+
 def test_it_waits_less_than_torchvision_does(generator):
     batch = models.batch(generator, (7, 3, 5, 0))
     counts, ours = {}, {}
@@ -160,10 +164,10 @@ def test_it_waits_less_than_torchvision_does(generator):
         with Synchronisations() as waits:
             model(*copied)
         counts[name] = waits.count
-        ours[name] = {asked: number for asked, number in waits.by.items() if asked[0] == "integrations/torchvision.py"}
+        ours[name] = {asked: number for asked, number in waits.by.items() if asked[0] in OURS}
     print(counts)
     # The boxes of all images are looked at once. torchvision looks at those of each image. Nothing else is ours.
-    assert ours == {"torchvision": {}, "accelerate": {}, "use_paa": {("integrations/torchvision.py", "_training_batch"): 1}}
+    assert ours == {"torchvision": {}, "accelerate": {}, "use_paa": {("torchvision/matching.py", "training_batch"): 1}}
     assert counts["use_paa"] < counts["torchvision"]
     assert counts["accelerate"] < counts["torchvision"]
 
@@ -393,3 +397,27 @@ def test_targets_it_refuses(generator):
     model = use_paa(OwnForward(models.backbone(), 3, **options)).train()
     with pytest.raises(RuntimeError, match=r"`OwnForward.forward` must call super\(\).forward\(images, targets\)"):
         model(images, targets)
+
+
+@pytest.mark.parametrize("corner", [(5000.0, 5000.0), (-900.0, -900.0)], ids=str)
+def test_a_box_that_overlaps_no_anchor_takes_none(generator, corner, monkeypatch):
+    """A crop that does not clip its boxes leaves such ones. Those of the other boxes stay."""
+    model, (images, targets) = use_paa(models.retinanet()), models.batch(generator, (4, 2))
+    wanted = recorded(model, (images, targets), monkeypatch)[3]
+    far = {
+        "boxes": torch.cat([targets[0]["boxes"], torch.tensor([[*corner, corner[0] + 40, corner[1] + 40]])]),
+        "labels": torch.cat([targets[0]["labels"], torch.tensor([1])]),
+    }
+    monkeypatch.undo()
+    found = recorded(model, (images, [far, *targets[1:]]), monkeypatch)[3]
+    assert torch.equal(torch.stack(list(found)), torch.stack(list(wanted)))
+    assert (found[0] >= 0).any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_voting_does_not_go_into_onnx(generator):
+    """torchvision's models can only be exported by way of TorchScript, for which the operator has no translation."""
+    images, _ = models.batch(generator, (1,))
+    model = use_paa(models.retinanet(), score_voting=True).eval()
+    with pytest.raises(RuntimeError, match=r"`score_voting` has no form in ONNX .* use_paa\(model\) without it first"):
+        torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False, opset_version=16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import threading
 
 import pytest
@@ -205,3 +207,45 @@ def test_what_scripting_says():
         with pytest.raises(TypeError, match=r"`model` must be restored before torch.jit.script: restore\(model\), got \w+"):
             torch.jit.script(model)
         torch.jit.script(restore(model))
+
+
+def wrapped(model: nn.Module, method: str) -> nn.Module:
+    """As those do who run a model under autocast by setting its `forward`."""
+    setattr(model, method, torch.autocast("cpu", torch.bfloat16)(getattr(model, method)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (made(RetinaNet), use_paa, "`model.forward` must be the method of its class, got one that was set on the object: call use_paa first"),
+        (nn.Sequential(made(RetinaNet)), use_paa, "`model.0.forward` must be the method"),
+        (accelerate(made(RetinaNet)), use_paa, "`model.forward` must be the method"),
+        (made(SSD, models.ssd), accelerate, "`model.forward` must be the method of its class, got one that was set on the object: call accelerate"),
+        (use_paa(made(RetinaNet)), restore, "`model.forward` must be the method of its class, got one that was set on the object: remove what"),
+    ],
+    ids=["RetinaNet", "in a model", "accelerated", "SSD", "restore"],
+)  # fmt: skip
+def test_a_method_that_was_wrapped_before(model, change, message):
+    """The wrapper calls the method of the old class."""
+    wrapped(model[0] if isinstance(model, nn.Sequential) else model, "forward")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        change(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_method_that_is_wrapped_afterwards(batch):
+    wanted = train(use_paa(made(RetinaNet)), batch)
+    model = use_paa(made(RetinaNet))
+    model.forward = functools.partial(model.forward)
+    assert train(use_paa(model), batch) == wanted  # the options again
+    del model.forward
+    assert type(restore(model)) is RetinaNet
+
+
+def test_what_this_library_does_not_replace_may_be_wrapped(batch):
+    model = made(RetinaNet)
+    model.forward = functools.partial(model.forward)
+    assert train(accelerate(model), batch) == train(made(RetinaNet), batch)
+    assert type(restore(model)) is RetinaNet
