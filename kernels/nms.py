@@ -359,8 +359,9 @@ def limit_rule() -> dict[str, int]:
 
 
 def merge_rule(lists: int) -> dict[str, int]:
-    """A detection a thread; more registers than two take would spill."""
-    return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 128, "num_warps": 4, **compile_options(fuse=True)}
+    """A detection a thread, and at most four lists, up to 2,048 of them: more would spill."""
+    warps = 4 if lists <= 512 else 8 if lists <= 1024 else 16
+    return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 32 * warps, "num_warps": warps, **compile_options(fuse=True)}
 
 
 def _nothing(results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

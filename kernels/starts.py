@@ -13,6 +13,7 @@ from paa_gpu._ops import EXACT, LLOYD_PASSES
 from paa_gpu.kernels._numeric import EPS
 
 EXACT_VALUES, MOST_PASSES = tl.constexpr(EXACT), tl.constexpr(LLOYD_PASSES)
+EPS32 = tl.constexpr(2.0**-23)  # of float32
 
 
 @triton.jit
@@ -139,7 +140,11 @@ def mean_of(number, total, centre):
 
 @triton.jit
 def two_means(row, centre, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value."""
+    """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value.
+
+    Of divisions that only rounding tells apart, the one with the smaller low group.
+    """
+    rounding: tl.constexpr = EXACT_VALUES * (EPS if centre.dtype == tl.float64 else EPS32)
     j = tl.arange(0, KP)
     n = row[2]
     best, boundary = tl.full((), float("-inf"), centre.dtype), tl.full((), float("inf"), centre.dtype)
@@ -148,7 +153,8 @@ def two_means(row, centre, KP: tl.constexpr, BLOCK: tl.constexpr):
         low = tl.where(j == 0, float("-inf"), value)
         number, total = members(row, low, tl.where(j == 0, value, float("inf")), KP, BLOCK)
         score = tl.sum(tl.where(number > 0, total * (total / tl.maximum(number, 1).to(total.dtype)), 0.0), 0)
-        better = (tl.min(number, 0) > 0) & ((score > best) | ((score == best) & (value < boundary)))
+        better = (score > best * (1 + rounding)) | ((score >= best * (1 - rounding)) & (value < boundary))
+        better = better & (tl.min(number, 0) > 0)
         best, boundary = tl.where(better, score, best), tl.where(better, value, boundary)
         centre = tl.where(better, mean_of(number, total, centre), centre)
     return centre

@@ -267,10 +267,11 @@ def suppress(
     lists: bool = False,
     pre: int = 9,
     threshold: float | None = 0.1,
+    classes: int = 80,
 ) -> None:
-    """Without labels 80 classes."""
+    """So many classes without labels."""
     shape = (boxes,) if lists else (2, boxes)
-    columns = torch.zeros(*shape, 4, stride, dtype=dtype), torch.zeros(*shape, 1 if label else 80, stride, dtype=scores)
+    columns = torch.zeros(*shape, 4, stride, dtype=dtype), torch.zeros(*shape, 1 if label else classes, stride, dtype=scores)
     labels = torch.zeros(*shape, stride, dtype=label)[..., 0] if label else None
     lengths = [boxes] if lists else None
     nms.batched_nms(*(c[..., 0] for c in columns), labels, lengths, 0.5, threshold, pre, 7, method, 0.5, 1e-3, False)
@@ -335,7 +336,7 @@ USUAL = {
     ],
     "fuse": [{}, {"dtype": torch.float64, "scores": torch.bfloat16, "conf_type": "absent_model_aware_avg", "boxes": 10}],
     "suppress": [
-        {"boxes": 5000},
+        {"boxes": 5000, "classes": 1203},
         {"dtype": torch.float64, "scores": torch.bfloat16, "label": torch.int32, "method": "gaussian", "stride": 2, "boxes": 500},
     ],
 }
@@ -380,6 +381,7 @@ ALL = {
         *product(dtype=FLOATS, scores=FLOATS),
         *product(method=("hard", "linear", "gaussian"), boxes=(40, 500, 5000), dtype=FLOATS[2:]),
         *product(label=INTEGERS, lists=(False, True)),
+        *product(classes=(365, 600, 4096), dtype=FLOATS[2:]),
         *product(method=("hard", "linear"), pre=(0, 9), threshold=(None, 0.1), stride=STRIDES),
     ],
     "match": [

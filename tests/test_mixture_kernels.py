@@ -52,6 +52,13 @@ def test_short_rows(session, length, rng):
         check(gmm, answers, row, x[row].numpy(), row)
 
 
+def test_of_equal_means_the_first_is_the_lowest(session, rng):
+    x, gmm = torch.from_numpy(rng.normal(0, 3, (3, 40))), mixtures(rng, 3, 3)
+    gmm = gmm._replace(means=torch.stack([gmm.means[:, 0] + 1, gmm.means[:, 0], gmm.means[:, 0]], 1))
+    answers = read(gmm, x, readouts=("low_probability", "predict_proba"))
+    torch.testing.assert_close(answers["low_probability"], answers["predict_proba"][..., 1], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", compiled_long(torch.int64, torch.int32))
 def test_padding_and_counts_out_of_range(session, dtype, rng):
     """What is not counted is not read: ptxrun would see it, and so would the sum."""

@@ -74,6 +74,42 @@ def test_the_best_take_part(session, nms_pre, rng):
     check(boxes, scores, None, None, *options(nms_pre=nms_pre, max_per_img=0 if nms_pre > BOXES else ROOM))
 
 
+HALF = torch.tensor([[[0.0, 0, 2, 1], [0, 0, 1, 1], [5, 5, 6, 6]]])  # the first two have an IoU of 1/2
+
+
+@pytest.mark.parametrize(
+    ("scores", "method", "iou_threshold", "score_thr", "min_score", "count"),
+    [
+        ([0.5, 0.75, 0.25], "hard", 0.5, 0.25, 0.0, 2),
+        ([0.5, 0.25, 0.25], "linear", 0.9, None, 0.25, 1),
+        ([0.25, 0.5, 0.5], "linear", 0.5, None, 0.125, 3),
+        ([0.5, 0.5, 0.25], "linear", 0.25, None, 0.25, 1),
+    ],
+    ids=["score_thr and IoU", "min_score", "IoU", "what a score decays to"],
+)
+def test_what_equals_a_limit(session, scores, method, iou_threshold, score_thr, min_score, count):
+    """A score has to exceed its limit to stay, and an IoU to suppress."""
+    args = (None, iou_threshold, score_thr, 0, 3, method, 0.5, min_score, False)
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    check(HALF, torch.tensor(scores).view(1, 3, 1), labels, *args)
+    assert run(HALF, torch.tensor(scores).view(1, 3, 1), labels, *args)[4].tolist() == [count]
+
+
+def test_a_tie_at_the_limit_of_candidates(session):
+    """The first of two equal scores takes part, the second does not, though it is of another class."""
+    scores = torch.tensor([[[0.75, 0.0], [0.0, 0.75], [0.0, 0.5]]])
+    args = HALF, scores, None, None, *options(nms_pre=1, max_per_img=3)
+    check(*args)
+    assert run(*args)[4].tolist() == [1]
+
+
+@compiled_only
+def test_many_classes(session, rng):
+    """More lists than four warps hold."""
+    scores = torch.from_numpy(rng.random((1, 3, 1100))).float()
+    check(HALF, scores, None, None, *options(score_thr=0.99, max_per_img=10))
+
+
 def test_images_of_any_length(session, rng):
     boxes, scores, labels = (part.flatten(0, 1) for part in labelled(rng))
     lengths = [0, BOXES + 7, 1, BOXES - 8]

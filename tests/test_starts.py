@@ -119,6 +119,21 @@ def test_flips_at_one_half_against_scikit_learns_seeds(size, rng):
     assert max(ours) <= max(theirs)
 
 
+def evenly_spaced() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose two best divisions have the same sum of squares but for rounding, and their lengths."""
+    lengths = [3, 5, 7, 29]
+    rows = [[first + step * i * (i < n) for i in range(29)] for first in (0.1, 0.3) for step in (0.1, 0.3, 0.9) for n in lengths]
+    return torch.tensor(rows, dtype=torch.float64), torch.tensor(lengths * 6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_of_two_best_divisions_the_smaller_low_group_counts(dtype):
+    x, count = evenly_spaced()
+    far = 1e3  # so that nothing changes its group in the one iteration
+    fit = paa_gpu.fit_gmm_1d(x * far, count, init="kmeans", max_iter=1, precision=dtype)
+    torch.testing.assert_close(fit.weights[:, 0].double() * count, count // 2, atol=0.2, rtol=0, check_dtype=False)
+
+
 def test_given_values_override_the_start_one_by_one(rng):
     """As in scikit-learn: the rest is that of its k-means start."""
     row = clusters(2, 50, rng)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_execution import assert_written, execute, on_device, poisoned_outputs, slow_interpreted
-from test_starts import SHAPES, philox
+from test_starts import SHAPES, evenly_spaced, philox
 
 from paa_gpu import _ops, testing
 
@@ -50,6 +50,12 @@ def test_starts(execution, case, rng):
     x = rows_of(size, rng)
     x[1, -1] = torch.nan
     got, wanted = both(execution, x, None, None, None, None, None, covariance_type, *BASE[1:], k, init, n_init, 2**40 + 3)
+    assert_same(got, wanted)
+
+
+def test_evenly_spaced_values_divide_alike_everywhere(execution):
+    x, count = evenly_spaced()
+    got, wanted = both(execution, x, count, None, None, None, None, "tied", 1e-3, 1e-6, 1, "float64", 2, "kmeans")
     assert_same(got, wanted)
 
 

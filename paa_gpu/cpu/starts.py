@@ -142,13 +142,17 @@ def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
 
 @inner
 def two_means(y: Any, centre: Any) -> None:
-    """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value."""
+    """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value.
+
+    Evenly spaced values have two such divisions, and only rounding would decide. The one with the smaller low group is taken.
+    """
     all_of, best, boundary = sum_of(y), -np.inf, np.inf
+    rounding = EXACT * np.finfo(y.dtype).eps
     for value in y:
         number, total = members(y, -np.inf, value)
         if number < len(y):
             score = total * total / number + (all_of - total) * (all_of - total) / (len(y) - number)
-            if score > best or (score == best and value < boundary):
+            if score > best * (1 + rounding) or (score >= best * (1 - rounding) and value < boundary):
                 best, boundary = score, value
                 centre[0], centre[1] = total / number, (all_of - total) / (len(y) - number)
 
