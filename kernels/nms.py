@@ -359,8 +359,8 @@ def limit_rule() -> dict[str, int]:
 
 
 def merge_rule(lists: int) -> dict[str, int]:
-    """A detection a thread, and at most four lists, up to 2,048 of them: more would spill."""
-    warps = 4 if lists <= 512 else 8 if lists <= 1024 else 16
+    """A detection a thread. Up to eight lists a thread: sixteen spill."""
+    warps = 4 if lists <= 1024 else 16
     return {"LISTS": triton.next_power_of_2(lists), "BLOCK": 32 * warps, "num_warps": warps, **compile_options(fuse=True)}
 
 

@@ -69,9 +69,9 @@ def fit_gmm_1d(
             belongs to the nearest of k centres:
             "quantile": the centres are the values of rank (2 j + 1) n // 2 k, j = 0 ... k - 1;
             "kmeans": two centres in a row of up to 64 values are those with the least sum of squares. If only rounding tells two
-            divisions apart, as of evenly spaced values, the one with the smaller low group counts. Otherwise Lloyd's iteration
-            finds the centres. It starts from the row's mean as the boundary between two groups, and from the quantiles for more
-            groups. It stops when no value changes its group, or after 50 times;
+            divisions apart, as of three evenly spaced values, the one with the smaller low group counts. For other rows, Lloyd's
+            iteration finds the centres. It starts from the row's mean as the boundary between two groups, and from the quantiles
+            for more groups. It stops when no value changes its group, or after 50 times;
             "random": the centres are k values of the row, drawn without replacement.
         n_init: with "random", the number of starts of each row. The one with the highest lower bound is kept, or the first
             within 1e-9 of it (in float32: the first that equals it). The other values of `init` have one start.

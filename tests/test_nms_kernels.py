@@ -81,7 +81,7 @@ HALF = torch.tensor([[[0.0, 0, 2, 1], [0, 0, 1, 1], [5, 5, 6, 6]]])  # the first
     ("scores", "method", "iou_threshold", "score_thr", "min_score", "count"),
     [
         ([0.5, 0.75, 0.25], "hard", 0.5, 0.25, 0.0, 2),
-        ([0.5, 0.25, 0.25], "linear", 0.9, None, 0.25, 1),
+        ([0.25, 0.125, 0.125], "linear", 0.9, None, 0.25, 0),
         ([0.25, 0.5, 0.5], "linear", 0.5, None, 0.125, 3),
         ([0.5, 0.5, 0.25], "linear", 0.25, None, 0.25, 1),
     ],
@@ -96,8 +96,8 @@ def test_what_equals_a_limit(session, scores, method, iou_threshold, score_thr, 
 
 
 def test_a_tie_at_the_limit_of_candidates(session):
-    """The first of two equal scores takes part, the second does not, though it is of another class."""
-    scores = torch.tensor([[[0.75, 0.0], [0.0, 0.75], [0.0, 0.5]]])
+    """The first of two equal scores takes part, the next one does not, though it is of another class."""
+    scores = torch.tensor([[[0.75, 0.75], [0.0, 0.0], [0.0, 0.5]]])
     args = HALF, scores, None, None, *options(nms_pre=1, max_per_img=3)
     check(*args)
     assert run(*args)[4].tolist() == [1]

@@ -186,7 +186,6 @@ FIRST_USE = """
 import sys
 sys.path.insert(0, "tests")
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from test_threads import bits, make
 batch = make()
 with ThreadPoolExecutor(4) as pool:

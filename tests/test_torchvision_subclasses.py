@@ -222,7 +222,7 @@ def wrapped(model: nn.Module, method: str) -> nn.Module:
         (nn.Sequential(made(RetinaNet)), use_paa, "`model.0.forward` must be the method"),
         (accelerate(made(RetinaNet)), use_paa, "`model.forward` must be the method"),
         (made(SSD, models.ssd), accelerate, "`model.forward` must be the method of its class, got one that was set on the object: call accelerate"),
-        (use_paa(made(RetinaNet)), restore, "`model.forward` must be the method of its class, got one that was set on the object: remove what"),
+        (use_paa(made(RetinaNet)), restore, "`model.forward` must be the method of its class, got one that was set on the object: delete it"),
     ],
     ids=["RetinaNet", "in a model", "accelerated", "SSD", "restore"],
 )  # fmt: skip
@@ -242,6 +242,8 @@ def test_a_method_that_is_wrapped_afterwards(batch):
     assert train(use_paa(model), batch) == wanted  # the options again
     del model.forward
     assert type(restore(model)) is RetinaNet
+    ssd = wrapped(accelerate(made(SSD, models.ssd)), "forward")
+    assert accelerate(ssd) is ssd
 
 
 def test_what_this_library_does_not_replace_may_be_wrapped(batch):

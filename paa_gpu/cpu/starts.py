@@ -144,7 +144,7 @@ def move(number: Any, total: Any, before: Any, centre: Any) -> bool:
 def two_means(y: Any, centre: Any) -> None:
     """The two centres with the least sum of squares: the most of sum^2 / number over both sides of every value.
 
-    Evenly spaced values have two such divisions, and only rounding would decide. The one with the smaller low group is taken.
+    An odd number of evenly spaced values has two such divisions, and only rounding would decide. The smaller low group wins.
     """
     all_of, best, boundary = sum_of(y), -np.inf, np.inf
     rounding = EXACT * np.finfo(y.dtype).eps

@@ -45,7 +45,7 @@ def accelerate(model: Model) -> Model:
         )
     for name, module, base in found:
         check_matching(name, module)
-        if not isinstance(module, base):
+        if not isinstance(module, Accelerated):
             _check_methods(name, module, base, "call accelerate first, and then replace or wrap it")
     for _, module, base in found:
         if not isinstance(module, Accelerated):
@@ -118,7 +118,7 @@ def restore(model: Model) -> Model:
     Raises:
         TypeError: not a module, or a scripted one; or its class was derived from a class of this library, as `fully_shard` does.
             Then nothing has changed. Restore a model before `fully_shard`.
-        ValueError: a method of this library was wrapped, and the object keeps the wrapper.
+        ValueError: somebody has set, on an object, a method that this library gives its class. Then nothing has changed either.
     """
     found = [(name, module) for name, module in _modules(model) if isinstance(module, Accelerated)]
     for name, module in found:
@@ -127,7 +127,7 @@ def restore(model: Model) -> Model:
                 f"`{name}` must have the class that `accelerate` or `use_paa` gave it, got {type(module).__name__}, "
                 "a class derived from it"
             )
-        _check_methods(name, module, type(module), "remove what was set there before restore")
+        _check_methods(name, module, type(module), "delete it from the object, and then call restore")
     for _, module in found:
         restore_class(module)
         vars(module).pop("paa_options", None)
@@ -145,9 +145,9 @@ def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_methods(name: str, module: nn.Module, kind: type, advice: str) -> None:
-    """Nobody has set, on the object, a method that this package's classes give to `kind`.
+    """Refuse an object with a method of its own, where this package's classes give `kind` one.
 
-    What wraps a method keeps that of the old class, and calls it whatever the class is then.
+    Such a method is often a wrapper. It keeps calling the method of the class that the object had before.
     """
     ours = (vars(base).items() for base in kind.__mro__ if base.__module__.startswith(str(__package__)))
     methods = {method for members in ours for method, member in members if isinstance(member, FunctionType)}

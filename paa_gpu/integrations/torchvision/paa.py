@@ -117,8 +117,8 @@ def _losses_of_step(model: RetinaNetPAA, batch: Batch) -> dict[str, Tensor]:
     return losses
 
 
-#: The smallest overlap of a box with its best anchors. With 0, a box far outside of the image would take all anchors that it does
-#: not overlap, also those of the other boxes. Its image would train as background.
+#: The smallest overlap of a box with its best anchors. With 0, a box far outside of the image would take the anchors of the
+#: others. Its image would train as background.
 ABOVE_ZERO = torch.finfo(torch.float32).tiny
 
 
