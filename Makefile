@@ -98,11 +98,11 @@ gpu: $(READY)
 test-ptxrun: $(READY)
 	$(BIN)/python -m pytest -n 2 tests/ptxrun
 
-# What is around a launch, on CUDA devices in the memory of the host. What has much to compute, or starts a Python of its own, is
-# left to a GPU.
+# What is around a launch, on CUDA devices in the memory of the host. `test-long` also takes what has much to compile or to compute.
+# What starts a Python of its own is left to a GPU.
 test-fakecuda: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m fakecuda -m pytest -p fakecuda.plugin -n 2 -m "not long" \
-	  -k "not many_blocks and not long_rows and not going_on" tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py \
+	  -k "not many_blocks and not compiled_prediction and not long_rows and not going_on" tests/fakecuda/tests tests/test_cuda.py tests/test_cuda_models.py \
 	  tests/test_examples.py
 
 # Minutes, at random: the seed that it prints repeats it, with `make fuzz SEED=...`.
