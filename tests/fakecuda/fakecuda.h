@@ -1,4 +1,4 @@
-// What the runtime (world.h), the driver (driver.cpp) and Python (runtime.py, kernels.py, devices.py) share.
+// What the runtime (world.h), the driver (driver.cpp) and Python (runtime.py, kernels.py) share.
 #pragma once
 #include <cstddef>
 #include <cstdint>

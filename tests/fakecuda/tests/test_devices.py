@@ -92,12 +92,8 @@ def test_a_graph_runs_again():
 
 
 def _wait_for_an_event_from_outside(x):
-    torch.cuda.current_stream().wait_event(_outside())
-
-
-def _outside() -> torch.cuda.Event:
-    """An event of a stream that takes no part in a capture."""
-    return torch.cuda.Stream().record_event()
+    """Of a stream that takes no part in the capture."""
+    torch.cuda.current_stream().wait_event(torch.cuda.Stream().record_event())
 
 
 def _allocate_outside_of_the_pool(x):
