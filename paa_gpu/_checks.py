@@ -7,7 +7,7 @@ read tensors, and those that ask `values_of`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -183,6 +183,33 @@ def check_corners(name: str, boxes: Tensor) -> None:
     layout = getattr(boxes, "format", None)
     if layout is not None and (said := getattr(layout, "value", layout)) != "XYXY":
         raise ValueError(f"`{name}` must have the format XYXY, got {said}")
+
+
+def _check_box_values(name: str, boxes: Tensor) -> None:
+    """Finite corners in their order, if they can be read: not a NaN, and not widths and heights in their place."""
+    values = values_of(boxes)
+    if values is not None:
+        sound = np.isfinite(values) & np.tile(values[:, :2] <= values[:, 2:], 2)
+        refuse(~sound.min(1), name, values, "be finite, with x1 <= x2 and y1 <= y2")
+
+
+def check_targets(targets: Any, num_images: int, num_classes: int, device: torch.device) -> None:
+    """Boxes and labels of each image, as torchvision's detectors take them. A batch without images has no losses."""
+    check_list("targets", targets)
+    check_list("targets", targets, length=num_images, like="the batch")
+    for i, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise TypeError(f"`targets[{i}]` must be a dictionary, got {type_name(target)}")
+        for key in ("boxes", "labels"):
+            if key not in target:
+                raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
+        for key in ("boxes", "ignored_boxes"):
+            if key in target:
+                check_tensor(f"targets[{i}]['{key}']", target[key], (None, 4), FLOATS, device)
+                check_corners(f"targets[{i}]['{key}']", target[key])
+                _check_box_values(f"targets[{i}]['{key}']", target[key])
+        check_tensor(f"targets[{i}]['labels']", target["labels"], (target["boxes"].shape[0],), INDICES, device)
+        check_classes(f"targets[{i}]['labels']", target["labels"], num_classes)
 
 
 def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None) -> None:

@@ -17,12 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import (
-    FLOATS,
-    INDICES,
     LIST,
     check_bool,
-    check_classes,
-    check_corners,
     check_finite,
     check_float,
     check_image_sizes,
@@ -33,7 +29,7 @@ from ._checks import (
     check_positive,
     check_scale_factors,
     check_share,
-    check_tensor,
+    check_targets,
 )
 from ._staging import on_device
 from .boxes import LEAST_WEIGHT, decode, focal_loss
@@ -261,15 +257,20 @@ class PAAHead(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; a batch without images; a list without N entries; a target without `boxes` or
                 `labels`, or of the wrong shape, dtype, device or format (of `tv_tensors`); a negative size, or no `image_sizes`
-                although `allowed_border` is not negative; on the CPU, outside of `torch.compile`, also a label outside [0, C).
+                although `allowed_border` is not negative. On the CPU, outside of `torch.compile`, also a label outside [0, C), a
+                box that is not finite, and a box with x1 > x2 or y1 > y2.
 
-        On a GPU and in a compiled graph, a box with a label outside [0, C) belongs to no class. An error would have to wait for
-        the device. An image without an anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a
-        potential positive make no box, such as NaN, `loss_bbox` and `loss_iou` are NaN. Other losses that are not finite: see
-        `paa_reassign`.
+        On a GPU and in a compiled graph, an error would have to wait for the device. There, a box with a label outside [0, C)
+        belongs to no class. A box that is not finite, or has x1 > x2 or y1 > y2, makes `loss_bbox` NaN. An image without an
+        anchor inside it contributes nothing (mmdetection raises an error). If the offsets of a potential positive make no box,
+        such as NaN, `loss_bbox` and `loss_iou` are NaN. Other losses that are not finite: see `paa_reassign`.
         """
         num_images = self._num_images(features)
-        self._check_targets(targets, image_sizes, num_images, features[0].device)
+        check_targets(targets, num_images, self.num_classes, features[0].device)
+        if image_sizes is not None:
+            check_image_sizes(image_sizes, num_images, features[0].device)
+        elif self.allowed_border >= 0:
+            raise ValueError(f"`image_sizes` must be given with an `allowed_border` of {self.allowed_border}, got None")
         cls_scores, bbox_preds, iou_preds = self(features)
         # Autocast keeps to float32 what starts there: there are neither products of matrices nor convolutions behind the towers.
         cls_scores, iou_preds = [level.float() for level in cls_scores], [level.float() for level in iou_preds]
@@ -279,10 +280,13 @@ class PAAHead(nn.Module):
         giou, cross_entropy, iou = positive_losses(assigned, all_anchors, bbox_preds, iou_preds, self.target_stds)
         sums = torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()])
         num_pos, images, iou_sum = (reduce_mean(sums) + EPS).unbind()
+        lower, upper = torch.cat([target["boxes"].float() for target in targets]).detach().chunk(2, 1)
+        # 0; NaN if a box is not finite or has a negative size. It overlaps nothing, and training would go on without it.
+        sound = ((upper - lower).sqrt() * 0).sum()
         loss_cls = focal_loss(flatten_levels(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
         return {
             "loss_cls": (loss_cls * assigned.label_weight).sum() / torch.maximum(num_pos, images),
-            "loss_bbox": self.bbox_loss_weight * (giou * iou.clamp(min=LEAST_WEIGHT)).sum() / iou_sum,
+            "loss_bbox": self.bbox_loss_weight * (giou * iou.clamp(min=LEAST_WEIGHT)).sum() / iou_sum + sound,
             "loss_iou": self.iou_loss_weight * cross_entropy.sum() / num_pos,
         }
 
@@ -428,32 +432,6 @@ class PAAHead(nn.Module):
             boxes.append(decode(priors, bbox_pred, self.target_stds).clamp(min=0).minimum(limits))
             scores.append(score)
         return torch.cat(boxes, 1), torch.cat(scores, 1)
-
-    def _check_targets(
-        self,
-        targets: Sequence[Mapping[str, Tensor]],
-        image_sizes: Sizes | None,
-        num_images: int,
-        device: torch.device,
-    ) -> None:
-        check_list("targets", targets)  # a batch without images has no losses
-        check_list("targets", targets, length=num_images, like="the batch")
-        for i, target in enumerate(targets):
-            if not isinstance(target, Mapping):
-                raise TypeError(f"`targets[{i}]` must be a dictionary, got {type(target).__name__}")
-            for key in ("boxes", "labels"):
-                if key not in target:
-                    raise ValueError(f"`targets[{i}]` must have an entry `{key}`, got {sorted(target)}")
-            for key in ("boxes", "ignored_boxes"):
-                if key in target:
-                    check_tensor(f"targets[{i}]['{key}']", target[key], (None, 4), FLOATS, device)
-                    check_corners(f"targets[{i}]['{key}']", target[key])
-            check_tensor(f"targets[{i}]['labels']", target["labels"], (target["boxes"].shape[0],), INDICES, device)
-            check_classes(f"targets[{i}]['labels']", target["labels"], self.num_classes)
-        if image_sizes is not None:
-            check_image_sizes(image_sizes, num_images, device)
-        elif self.allowed_border >= 0:
-            raise ValueError(f"`image_sizes` must be given with an `allowed_border` of {self.allowed_border}, got None")
 
 
 class Scale(nn.Module):

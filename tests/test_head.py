@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 
 import paa_gpu
-from paa_gpu import PAAHead
+from paa_gpu import PAAHead, _checks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -310,6 +310,10 @@ INPUTS = [
     (make_features(1), boxes_of(labels=torch.zeros(3).long()), None, "`targets[0]['labels']` must have shape [2], got [3]"),
     (make_features(1), boxes_of(labels=torch.tensor([0, 3])), None, "`targets[0]['labels']` must be in [0, 3), got 3 at position 1"),
     (make_features(1), boxes_of(labels=torch.tensor([-1, 3]).int()), None, "`targets[0]['labels']` must be in [0, 3), got -1 at position 0"),
+    (make_features(1), boxes_of(boxes=torch.tensor([[0.0, 0, 9, 9], [40, 30, 20, 60]])), None, "`targets[0]['boxes']` must be finite, with x1 <= x2 and y1 <= y2, got [40.0, 30.0, 20.0, 60.0] at position 1"),
+    (make_features(1), boxes_of(boxes=torch.tensor([[0, float("nan"), 9, 9], [1, 1, 2, 2]])), None, "`targets[0]['boxes']` must be finite, with x1 <= x2 and y1 <= y2, got [0.0, nan, 9.0, 9.0] at position 0"),
+    (make_features(1), boxes_of(boxes=torch.tensor([[1.0, 1, 2, 2], [0, 0, 9, float("inf")]]).bfloat16()), None, "`targets[0]['boxes']` must be finite, with x1 <= x2 and y1 <= y2, got [0.0, 0.0, 9.0, inf] at position 1"),
+    (make_features(1), boxes_of(ignored_boxes=torch.tensor([[9.0, 0, 4, 4]])), None, "`targets[0]['ignored_boxes']` must be finite, with x1 <= x2 and y1 <= y2, got [9.0, 0.0, 4.0, 4.0] at position 0"),
     (make_features(1), boxes_of(ignored_boxes=torch.zeros(4)), None, "`targets[0]['ignored_boxes']` must have 2 dimensions, got shape [4]"),
     ([*make_features(1)[:1], make_features(1)[1].to("meta")], make_targets([2]), None, "`features[1]` must be on cpu as the other tensors are, got meta"),
     (make_features(1), boxes_of(boxes=torch.zeros(2, 4, device="meta")), None, "`targets[0]['boxes']` must be on cpu as the other tensors are, got meta"),
@@ -329,6 +333,17 @@ def test_wrong_inputs(features, targets, sizes, message):
     with pytest.raises(ValueError) as error:
         make_head().loss(features, targets, sizes)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1000.0])
+def test_a_box_without_a_size_that_nobody_can_read(wrong, monkeypatch):
+    """As on a GPU. Such a box overlaps nothing, so the other losses stay finite."""
+    monkeypatch.setattr(_checks, "values_of", lambda tensor: None)
+    target, other = make_targets([2, 1])
+    target["boxes"][1, 2] = wrong
+    losses = make_head().loss(make_features(2), [target, other])
+    assert losses["loss_bbox"].isnan()
+    assert losses["loss_cls"].isfinite()
 
 
 def test_a_box_that_overlaps_no_anchor():
