@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,30 +50,46 @@ def _exported(library: Path) -> set[str]:
     return {line.split()[-1].partition("@")[0] for line in _run("nm", "-D", "--defined-only", library).splitlines()} - {RUNTIME}
 
 
-def _stubs(names: list[str]) -> str:
-    """C++ of the functions that we do not have: a call of one ends the process with its name."""
+def _called(source: Path) -> set[str]:
+    """The driver's functions that C code calls. Any Triton may call others than the last one."""
+    return set(re.findall(r"\b(cu[A-Z]\w*)\(", source.read_text()))
+
+
+def _stubs(wanted: set[str], parts: list[Path]) -> str:
+    """C++ of the functions that our parts do not have: a call of one ends the process with its name."""
+    ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", *parts).splitlines() if line.strip()}
     lines = ["#include <cstdio>", "#include <cstdlib>"]
-    for name in names:
+    for name in sorted(wanted - ours):
         lines.append(f'extern "C" void {name}() {{ std::fputs("fakecuda has no {name}\\n", stderr); std::abort(); }}')
     return "\n".join(lines)
 
 
 def _build(folder: Path) -> None:
-    include, compiler = _site("triton") / "backends" / "nvidia" / "include", ("g++", "-std=c++17", "-O1", "-fPIC")
+    nvidia, compiler = _site("triton") / "backends" / "nvidia", ("g++", "-std=c++17", "-O1", "-fPIC")
     for name in (*PARTS, "driver"):
-        _run(*compiler, "-Wall", f"-I{include}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
-    parts = [folder / f"{name}.o" for name in PARTS]
-    ours = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", *parts).splitlines() if line.strip()}
-    (folder / "stubs.cpp").write_text(_stubs(sorted(_exported(original()) - ours)))
+        _run(*compiler, "-Wall", f"-I{nvidia / 'include'}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
+    runtime, driver = [folder / f"{name}.o" for name in PARTS], [folder / "driver.o"]
+    (folder / "runtime_stubs.cpp").write_text(_stubs(_exported(original()), runtime))
+    (folder / "driver_stubs.cpp").write_text(_stubs(_called(nvidia / "driver.c"), driver))
     (folder / "versions").write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
-    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", *parts, folder / "stubs.cpp")
+    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", *runtime, folder / "runtime_stubs.cpp")
     _run(*linked, f"-Wl,-soname,{RUNTIME}", "-ldl", "-o", folder / RUNTIME)
-    _run(*compiler, "-shared", f"-Wl,-soname,{DRIVER}", folder / "driver.o", folder / RUNTIME, "-o", folder / DRIVER)
+    _run(
+        *compiler,
+        "-shared",
+        f"-Wl,-soname,{DRIVER}",
+        *driver,
+        folder / "driver_stubs.cpp",
+        folder / RUNTIME,
+        "-o",
+        folder / DRIVER,
+    )
 
 
 def build() -> Path:
     """The folder of the libraries, which are built if they are not there. Several processes may ask at once."""
     sources = [*sorted(HERE.glob("*.h")), *sorted(HERE.glob("*.cpp")), Path(__file__)]
+    sources.append(_site("triton") / "backends" / "nvidia" / "driver.c")
     key = hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), bytes(original())]))
     cache = cache_dir() / f"fakecuda-{key.hexdigest()[:32]}"
     if not cache.exists():

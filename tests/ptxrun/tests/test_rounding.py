@@ -23,7 +23,7 @@ def equal(dtype, rounding="", **settings):
     x, out = torch.linspace(0.1, 3, 128, dtype=dtype), torch.zeros(128, dtype=torch.bool)
     mul = f"mul{rounding}.f{8 * x.element_size()} $0, $1, $1;"
     with ptxrun.active(**settings):
-        difference_kernel[(1,)](x, x.clone(), out, mul, "=f,f" if dtype == torch.float32 else "=d,d", B=128)
+        difference_kernel[(1,)](x, x.clone(), out, mul, "=f,f" if dtype == torch.float32 else "=d,d", B=128, enable_fp_fusion=True)
     return int(out.sum())
 
 
