@@ -249,3 +249,45 @@ def test_empty(shape):
 def test_no_graph_is_recorded():
     got = paa_gpu.fit_gmm_1d(torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True))
     assert not any(value.requires_grad for value in got[:7])
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_first_iteration_never_converges(k, rng):
+    """It has no lower bound before it, whatever the tolerance."""
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(rng.gamma(2, size=(1, 45))), tol=100.0, n_components=k)
+    assert got.n_iter.tolist() == [2]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+def test_initial_weights_at_the_edge(weights, rng):
+    """scikit-learn's guard keeps the other component from a division by zero."""
+    row = 50 * testing.make_losses("bimodal", 45, rng)
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), weights_init=torch.tensor(weights))
+    with np.errstate(divide="ignore"):
+        assert_close(got, extended_em.fit(row, weights=np.array(weights)), 0)
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_products_of_densities_fit_into_float32(k):
+    assert paa_gpu.fit_gmm_1d(torch.full((1, 300), 0.5), n_components=k, precision="float32").valid.all()
+
+
+def test_equal_values_that_are_large():
+    """What pads a row does not count, although its distance from these values overflows."""
+    assert paa_gpu.fit_gmm_1d(torch.full((1, 5), 1e200, dtype=torch.float64)).valid.all()
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("low", [True, False])
+def test_a_component_that_is_a_point(low, k, precision):
+    """Its variance is 0, also where values lie so far away that their density is no number any more.
+
+    32 values of 64 have this mean in any arithmetic.
+    """
+    few, many = torch.arange(3.0), torch.zeros(32)
+    row = torch.cat([many, few + 64] if low else [few, many + 64])
+    for max_iter in (1, 100):
+        options = {"n_components": k, "precision": precision, "max_iter": max_iter}
+        assert not paa_gpu.fit_gmm_1d(row[None], reg_covar=0.0, **options).valid.any()
+        assert paa_gpu.fit_gmm_1d(row[None], **options).valid.all()

@@ -61,3 +61,15 @@ def test_a_long_row_that_cannot_be_fitted(rng):
     fit = paa_gpu.fit_gmm_1d([row, row[:BLOCK], torch.full_like(row, 0.5)], reg_covar=0.0, init="kmeans")
     assert fit.valid.tolist() == [False, True, False]
     assert fit.means[0].isnan().all() and fit.means[2].isnan().all() and fit.n_iter.tolist()[::2] == [0, 0]
+
+
+def test_the_first_iteration_never_converges(rng):
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(rng.normal(size=(1, LONG_ROW + 1))), tol=100.0)
+    assert got.n_iter.tolist() == [2]
+
+
+def test_kmeans_starts_at_the_mean(rng):
+    """The boundary of the first two centres is the mean of the row, not of the row less its first value."""
+    row = np.repeat([20.0, 0.0, 10.0], [9000, 4500, 4500]) + rng.normal(size=18_000) * 0.1
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), init="kmeans", max_iter=1)
+    assert_close(got, extended_em.fit(row, max_iter=1, **extended_em.start(row, extended_em.centres(row, 2, "kmeans"))), 0)

@@ -116,3 +116,38 @@ def test_launch_rule():
     assert em_long.launch_rule(1_000_000, 2)["PROGRAMS"] >= 100
     assert em_long.passes_at_most("minmax", 2, 10, torch.float64) == 11
     assert em_long.passes_at_most("kmeans", 2, 10, torch.float64) == 62
+
+
+NOTHING_GIVEN = (None,) * 5
+
+
+def test_the_first_iteration_never_converges(session, short_is_long, rng):
+    x = torch.from_numpy(rng.gamma(2, size=(1, 200)))
+    assert run(x, *NOTHING_GIVEN, "diag", 100.0, 1e-6, 9, "float64", 2)[4].tolist() == [2]
+
+
+def test_one_value_is_no_fit_of_one_component(session, short_is_long):
+    x, count = torch.tensor([[3.0, 1.0], [3.0, 4.0]], dtype=torch.float64), torch.tensor([1, 2])
+    assert run(x, count, *NOTHING_GIVEN[1:], "diag", 1e-3, 1e-6, 9, "float64", 1)[-1].tolist() == [False, True]
+
+
+def test_negative_values(execution, short_is_long, rng):
+    """The smallest and the largest are found, also if fewer programs than a power of two share the row."""
+    x = -torch.from_numpy(1 + rng.gamma(2, size=(1, 700)))
+    assert_same(*both(execution, x, *NOTHING_GIVEN, "diag", 1e-3, 1e-6, 3, "float64", 2, "minmax", 1, 0))
+
+
+def test_quantiles_in_float32(execution, short_is_long, rng):
+    x = torch.from_numpy(rng.gamma(2, size=(1, 200))).float()
+    assert_same(*both(execution, x, *NOTHING_GIVEN, "diag", 1e-3, 1e-6, 2, "float32", 2, "quantile", 1, 0), 1e-4)
+
+
+def test_kmeans_starts_at_the_mean(execution, short_is_long, rng):
+    x = torch.from_numpy(np.repeat([20.0, 0.0, 10.0], [100, 50, 50]) + rng.normal(size=200) * 0.1)[None]
+    assert_same(*both(execution, x, *NOTHING_GIVEN, "diag", 1e-3, 1e-6, 1, "float64", 2, "kmeans", 1, 0))
+
+
+@pytest.mark.parametrize("size", [64, 65])
+def test_the_best_division_of_up_to_64_values(execution, short_is_long, size, rng):
+    x = torch.from_numpy(np.stack([testing.make_losses("heavy", size, rng) for _ in range(8)]))
+    assert_same(*both(execution, x, *NOTHING_GIVEN, "diag", 1e-3, 1e-6, 1, "float64", 2, "kmeans", 1, 0))

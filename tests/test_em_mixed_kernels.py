@@ -221,3 +221,9 @@ def test_work_of_an_iteration(rng):
     print(f"mixed, 45 values: {sum(classes.values()):.0f} of", {name: round(n, 1) for name, n in classes.items() if n})
     assert classes["fp64"] == 0
     assert sum(classes.values()) <= 700
+
+
+def test_the_first_iteration_never_converges(execution, rng):
+    with execute(execution):
+        got = paa_gpu.fit_gmm_1d(torch.from_numpy(rng.gamma(2, size=(1, 45))), tol=100.0, precision="mixed")
+    assert got.n_iter.tolist() == [2]

@@ -316,3 +316,22 @@ def test_loads_are_coalesced(rng):
         print(f"{name}: {work}")
         if name != "_fit_candidates_kernel":
             assert work.load_sectors <= 1.5 * work.load_bytes / 32, name
+
+
+def test_ignored_anchors_out_of_range_leave_the_next_image_alone(session):
+    targets = torch.full((6,), 3), torch.full((6,), 3.0), torch.full((6, 4), 3.0)
+    columns = [[tensor, tensor] for tensor in targets] + [[torch.tensor([6, 0, -1]), torch.tensor([-1, 1, 6])]]
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    _, label_weight, *_ = _ops.write_targets(*columns, torch.tensor([[0, 2, 3, 5]]), nothing, ~nothing, 80)
+    assert label_weight.tolist() == [3.0] * 12
+
+
+@pytest.mark.parametrize("turned", range(3))
+def test_one_table_in_another_memory_order(session, turned):
+    """A caller's scheme may return such a mask."""
+    columns = [[tensor] for tensor in (torch.full((6,), 3), torch.ones(6), torch.ones(6, 4), torch.arange(6))]
+    positive, ignored = torch.tensor([[1, 0, 0], [0, 1, 0]]).bool(), torch.tensor([[0, 1, 0], [0, 0, 1]]).bool()
+    tables = [torch.arange(6).view(2, 3), positive, ignored]
+    wanted = cpu.write_targets(*columns, *tables, 80)
+    tables[turned] = tables[turned].t().contiguous().t()
+    assert_same(_ops.write_targets(*columns, *tables, 80), wanted)

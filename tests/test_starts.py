@@ -376,3 +376,42 @@ def test_one_row_alone():
     for method in ("predict", "predict_proba", "score_samples"):
         assert torch.equal(getattr(fit, method)(x), getattr(wanted, method)(x[None])[0])
     assert torch.equal(fit.bic(x), wanted.bic(x[None]))
+
+
+def test_a_start_that_is_no_fit_does_not_win():
+    row = torch.tensor([[0.0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]], dtype=torch.float64)
+    options = {"init": "random", "reg_covar": 0.0, "max_iter": 1}
+    without_fit = [seed for seed in range(60) if not paa_gpu.fit_gmm_1d(row, generator=seed, **options).valid]
+    assert without_fit
+    for seed in without_fit:
+        assert paa_gpu.fit_gmm_1d(row, generator=seed, n_init=8, **options).valid
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_given_values_of_each_row_with_several_starts(k, rng):
+    rows = torch.from_numpy(rng.normal(size=(4, 30)))
+    given = {
+        "weights_init": torch.from_numpy(rng.dirichlet([3.0] * k, 4)),
+        "means_init": torch.from_numpy(rng.normal(size=(4, k))),
+        "precisions_init": torch.from_numpy(rng.uniform(1, 4, (4, k))),
+        "n_components": k,
+    }
+    several, one = (paa_gpu.fit_gmm_1d(rows, **given, **more) for more in ({"init": "random", "n_init": 3, "generator": 1}, {}))
+    assert all(map(torch.equal, several[:7], one[:7]))
+
+
+def test_one_value_is_no_fit_of_one_component():
+    rows = torch.tensor([[3.0, 1.0], [3.0, 4.0]])
+    assert paa_gpu.fit_gmm_1d(rows, torch.tensor([1, 2]), n_components=1).valid.tolist() == [False, True]
+
+
+def test_a_start_that_is_not_finite_starts_anew(rng):
+    """Of any number of components, from what `init` says."""
+    row = torch.tensor([[0.1, 0.2, 0.15, 0.9, 1.0, 1.1, 5.0, 5.2]], dtype=torch.float64)
+    given = {
+        "weights_init": torch.tensor([torch.nan, 0.5, 0.5]),
+        "means_init": torch.arange(3.0),
+        "precisions_init": torch.ones(3),
+    }
+    broken, none = (paa_gpu.fit_gmm_1d(row, init="kmeans", n_components=3, **initial) for initial in (given, {}))
+    assert all(map(torch.equal, broken[:7], none[:7]))

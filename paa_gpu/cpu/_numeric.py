@@ -18,19 +18,19 @@ C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12, C13 = (1 / math.factorial(i) for 
 
 @inner
 def exp(x: float) -> Any:
-    """The exponential of x <= 0 to 1.1 units in the last place; that of -708 below, where float64 loses its bits.
+    """The exponential of x <= 0 to 1.1 units in the last place; 0 below -708, where float64 loses its bits.
 
     exp(x) = 2^n exp(r) with |r| <= log(2) / 2, and the Taylor series of exp(r) up to the last term above a rounding error. The
     mathematical library's function takes one value at a time, and half of the time of a fit; this one fills vector registers:
     2 ns instead of 8.
     """
-    x = -708.0 if x < -708.0 else x
-    n = math.floor(x / math.log(2) + 0.5)
-    r = (x - n * LOG2_HIGH) - n * LOG2_LOW
+    power = -708.0 if x < -708.0 else x
+    n = math.floor(power / math.log(2) + 0.5)
+    r = (power - n * LOG2_HIGH) - n * LOG2_LOW
     high = C8 + r * (C9 + r * (C10 + r * (C11 + r * (C12 + r * C13))))
     series = 1 + r * (1 + r * (C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * (C7 + r * high)))))))
     # Times 2^n, by the bits of its exponent. Through int32, which every processor converts in vector registers.
-    return series * np.int64((np.int64(np.int32(n)) + 1023) << 52).view(np.float64)
+    return 0.0 if x < -708.0 else series * np.int64((np.int64(np.int32(n)) + 1023) << 52).view(np.float64)
 
 
 def negative_exp(x: Any) -> Any:
@@ -93,12 +93,16 @@ def _log1p_of_part(x: Any) -> Any:
 
 
 def negative_exp2(x: Any) -> Any:
-    """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1.1) units in the last place."""
+    """2^-x for 0 <= x < 126 (float64: 1022) to 3 (float64: 1.1) units in the last place.
+
+    From there to 127 (1023), it is less than the smallest normal number. At 127 (1023) it is 0: no bit is left. So a value far
+    from a component leaves it nothing. Otherwise the variance of a component that is a point would not be 0.
+    """
     return np.exp2(-x)
 
 
-# exp(-x) = 2^(-x / log 2), and zero beyond where numbers begin to lose bits: 4e-308, in float32 2e-38.
-PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1021.0, 125.0
+# exp(-x) = 2^(-x / log 2), and 0 from here on.
+PER_LOG2, STOP, STOP_SINGLE = 1 / math.log(2), 1023.0, 127.0
 
 
 @overload(negative_exp2, jit_options=EXACT_SUMS)

@@ -50,12 +50,10 @@ def _log_p(x: Any, row: Any, weights: Any, means: Any, variances: Any, log_p: An
 @inner
 def _decay(x: Any, result: Any) -> None:
     """exp(-|x|) of a block; NaN of NaN."""
-    zero = x.dtype.type(0)
     per_log2, stop = x.dtype.type(PER_LOG2), x.dtype.type(STOP if x.itemsize == 8 else STOP_SINGLE)
     for i in range(len(x)):
         power = abs(x[i]) * per_log2
-        value = negative_exp2(stop if power > stop else power)
-        result[i] = zero if power > stop else value
+        result[i] = negative_exp2(stop if power > stop else power)
 
 
 @inner
@@ -221,7 +219,7 @@ def _read_spans(
 
 def _sums(start: Array, pieces: Array) -> Array:
     """The sum of each row's pieces, in order: piece `span + row` is that of a row in a span."""
-    first, last = start[:-1] // SPAN, np.maximum(start[1:] - 1, start[:-1]) // SPAN
+    first, last = start[:-1] // SPAN, (start[1:] - 1) // SPAN
     rows = np.arange(len(first))
     # `reduceat` sums from each even place to the next odd one.
     return np.add.reduceat(np.append(pieces, 0), np.stack([first + rows, last + rows + 1], 1).reshape(-1))[::2]
