@@ -5,7 +5,7 @@
 
 It shows a progress bar, and writes a checkpoint after each epoch (`--resume` continues from it). It prints COCO's average
 precision, and draws detections on the first test image. You need `pip install -e .[examples]`, and timm for `--backbone
-timm:convnext_tiny`.
+timm:convnext_tiny`. A backbone must take images of any size, and return maps [N, C, H, W]; transformers of timm often do not.
 """
 
 import argparse
@@ -238,7 +238,9 @@ def main(argv: list[str] | None = None) -> float | None:
         train_epoch(model, optimizer, schedule, loader, device, epoch)
         if rank() == 0:
             state = {"detector": detector.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "epoch": epoch + 1, "categories": data.categories}, checkpoint)
+            part = checkpoint.with_suffix(".part")  # whatever interrupts the save, the last checkpoint stays whole
+            torch.save({**state, "epoch": epoch + 1, "categories": data.categories}, part)
+            part.replace(checkpoint)
     precision = None
     if rank() == 0 and options.test_annotations:
         test = CocoBoxes(options.images, options.test_annotations, options.size, training=False)

@@ -85,20 +85,22 @@ def only_bushes(content) -> None:
 
 @pytest.mark.slow
 def test_training_that_goes_on_is_the_same_training(coco_data, monkeypatch):
-    """As if nobody had interrupted it, after its first epoch."""
+    """As if nobody had interrupted it, while it saved its second epoch."""
     example, save = load("train_coco"), torch.save
 
     def weights(*more: str):
         example.main(arguments(coco_data, "--epochs", "2", *more)[1:])
         return torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["detector"]
 
-    def save_and_stop(*args) -> None:
-        save(*args)
-        raise KeyboardInterrupt
+    def save_one(state, path: Path) -> None:
+        if state["epoch"] == 2:
+            path.write_bytes(b"a part")
+            raise KeyboardInterrupt
+        save(state, path)
 
     wanted = weights()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", save_and_stop)
+        patch.setattr(torch, "save", save_one)
         weights()
     assert torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["epoch"] == 1
     got = weights("--resume")

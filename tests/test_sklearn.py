@@ -349,3 +349,31 @@ def test_no_warning_of_its_own(rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GaussianMixture(2).fit(two_clusters(rng)).predict(two_clusters(rng))
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_tables_keep_the_name_of_their_column(package, rng):
+    frame, values = pytest.importorskip(package).DataFrame, rng.normal(size=40)
+    ours, theirs = (
+        estimator(2, random_state=0).fit(frame({"loss": values})) for estimator in (GaussianMixture, mixture.GaussianMixture)
+    )
+    assert ours.feature_names_in_.tolist() == theirs.feature_names_in_.tolist() == ["loss"]
+    assert len(ours.predict(frame({"loss": values}))) == 40
+    for estimator in (ours, theirs):
+        with pytest.raises(ValueError, match="feature names should match"):
+            estimator.predict(frame({"score": values}))
+    assert GaussianMixture(2).fit(frame({"loss": values})["loss"]).feature_names_in_.tolist() == ["loss"]
+
+
+@pytest.mark.parametrize(("values", "k"), [([1.0], 2), ([1.0, 2.0], 3), ([0.0, 1.0, 5.0], 4)])
+def test_a_warning_of_too_few_values(values, k):
+    """With a component for each value there is none."""
+    row, said = np.repeat(values, 20)[:, None], []
+    for estimator in (GaussianMixture, mixture.GaussianMixture):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            estimator(k, random_state=0).fit(row)
+            estimator(len(values), random_state=0).fit(row)
+        said.append({str(warning.message) for warning in caught if "distinct" in str(warning.message)})
+    assert said[0] == said[1]
+    assert len(said[0]) == 1

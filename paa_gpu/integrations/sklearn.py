@@ -46,6 +46,7 @@ NOT_CONVERGED = (
     "Best performing initialization did not converge. Try different init parameters, or increase max_iter, tol, or check for "
     "degenerate data."
 )
+FEW_VALUES = "Number of distinct clusters ({}) found smaller than n_clusters ({}). Possibly due to duplicate points in X."
 NOT_FINITE = "Input X contains NaN or infinity.\n{} does not accept them."
 ILL_DEFINED = (
     "Fitting the mixture model failed because some components have ill-defined empirical covariance (for instance caused by "
@@ -79,6 +80,14 @@ def _fits(fit: GaussianMixture1D, dtype: torch.dtype) -> Tensor:
     return fit.valid & (variances.isfinite() & (variances > 0)).all(1)
 
 
+def _distinct(x: Tensor, most: int) -> int:
+    """The number of distinct values, but at most `most`."""
+    smallest = [x.min()]
+    while len(smallest) < most:
+        smallest.append(x.masked_fill(x <= smallest[-1], torch.inf).min())
+    return int(torch.stack(smallest).isfinite().sum())
+
+
 class _Data(NamedTuple):
     x: Tensor  # Tensor[N] float32 or float64
     tensors: bool  # whether results are tensors, or numpy arrays
@@ -99,10 +108,12 @@ class GaussianMixture(mixture.GaussianMixture):
     * "random", "random_from_data", "k-means++": the same random numbers as in scikit-learn, so the same seed gives the same fit.
       All `n_init` starts are fitted in one call. They are drawn on the CPU, from a copy of CUDA data.
 
-    There are four differences from scikit-learn:
+    There are five differences from scikit-learn:
 
     * `lower_bounds_` exists only with `verbose`, or at a warm start, because only then iterations run one by one.
     * Values close together lose no digits. So rounding cannot make a variance negative, and a fit does not fail for that reason.
+    * With `reg_covar=0`, a component whose values are all equal raises the error about ill-defined covariance. In scikit-learn,
+      rounding decides.
     * A component that loses all its values ends at the smallest value of `X`, and not at 0.
     * CUDA tensors are not checked for NaN and infinity before the work. `fit` raises the error after it. For such values,
       `predict` returns -1 and `predict_proba` NaN.
@@ -216,6 +227,9 @@ class GaussianMixture(mixture.GaussianMixture):
         if len(given) == len(INITIAL):
             return {"init": "minmax", **given}
         if self.init_params == "kmeans":
+            distinct = _distinct(x, self.n_components)
+            if distinct < self.n_components:
+                warnings.warn(FEW_VALUES.format(distinct, self.n_components), ConvergenceWarning, stacklevel=5)
             return {"init": "kmeans", **given}
         rng, values = check_random_state(self.random_state), x.cpu().numpy()
         drawn = [self._estimate(values, self._responsibilities(values, rng)) for _ in range(self.n_init)]
@@ -378,11 +392,11 @@ class GaussianMixture(mixture.GaussianMixture):
         """The values, after scikit-learn's checks. `reset` is True for a fit."""
         if not reset:
             check_is_fitted(self)
-        if not isinstance(X, Tensor) and not hasattr(X, "ndim"):
+        if not hasattr(X, "shape"):
             X = np.asarray(X)
-        if X.ndim == 1:
+        if len(X.shape) == 1:  # tables of polars have no `ndim`
             X = X.to_frame() if hasattr(X, "to_frame") else X[:, None]
-        if reset and X.ndim == 2 and X.shape[1] != 1:
+        if reset and len(X.shape) == 2 and X.shape[1] != 1:
             raise ValueError(
                 f"`X` must have one feature, [N, 1] or [N], got shape {list(X.shape)}: use sklearn.mixture.GaussianMixture"
             )
