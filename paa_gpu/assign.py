@@ -30,7 +30,7 @@ class Assignment(NamedTuple):
     """The assignment of the anchors of N images."""
 
     gt_inds: list[Tensor]  #: per image Tensor[A_n] int64: i + 1 is ground truth i, 0 is background, -1 is neither
-    #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored or not valid
+    #: per image Tensor[A_n] float32: the highest IoU; 0 without ground truths, -1 where ignored, not valid or NaN
     max_overlaps: list[Tensor]
 
 
@@ -65,7 +65,7 @@ def assign_max_iou(
         valid: per image BoolTensor[A_n]. False takes an anchor out: it gets -1, and is never the best anchor of a ground truth.
         pos_iou_thr, neg_iou_thr: not negative. The defaults of all options are PAA's.
         min_pos_iou: a ground truth has best anchors only if its best overlap reaches this. With 0, a ground truth without any
-            overlap gets all anchors without an overlap, as published.
+            overlap gets all anchors but the best ones of later ground truths, as published.
         ignore_iof_thr: an anchor becomes -1 and overlaps nothing, if a larger part of its area than this lies in a box to ignore.
             In an image without ground truths, nothing is ignored. Zero or negative: nothing is ignored.
         match_low_quality: give each ground truth its best anchors.

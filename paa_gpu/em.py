@@ -91,8 +91,8 @@ def fit_gmm_1d(
 
     The function records no graph, and does not wait for the device.
 
-    Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`; S.
-    Lloyd, Least squares quantization in PCM, 1982; J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Philox).
+    Source: PAA, section 3.2, equation 5; scikit-learn, `GaussianMixture`; S. Lloyd, Least squares quantization in PCM, 1982; J.
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Philox).
     """
     if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == 1 and x.shape[0] > 0 and count is None:
         raise ValueError(

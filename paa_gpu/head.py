@@ -84,7 +84,8 @@ class PAAHead(nn.Module):
         pos_iou_thr, neg_iou_thr, min_pos_iou, match_low_quality, ignore_iof_thr: which anchors are potential positives, see
             `assign_max_iou`. With the default `ignore_iof_thr`, ignored boxes change nothing. With `min_pos_iou` 0, as published,
             a box outside of all anchors takes the anchors of others; 1e-12 leaves it without any.
-        allowed_border: an anchor is trained if it reaches at most this many pixels beyond its image. Negative: all are trained.
+        allowed_border: an anchor is trained if it reaches at most this many pixels beyond the left and the top of its image, and
+            less beyond the right and the bottom. Negative: all are trained.
         topk, covariance_type, separation, singleton, precision: options of the assignment, see `paa_reassign`.
         gamma, alpha: options of the focal loss.
         bbox_loss_weight, iou_loss_weight: weights of the GIoU loss and the IoU prediction. The focal loss has weight 1.

@@ -89,8 +89,8 @@ def candidate_losses(
             `convention`.
 
     Inputs are float16, bfloat16, float32 or float64, of any strides. A logit, delta, anchor or target that is NaN makes the loss
-    NaN. `paa_reassign_batch` then gives its ground truth no positives. An index out of range gives NaN and reads nothing. The
-    function does not modify its inputs, records no graph, and does not wait for the device.
+    NaN. If such a loss is among the candidates, `paa_reassign_batch` gives its ground truth no positives. An index out of range
+    gives NaN and reads nothing. The function does not modify its inputs, records no graph, and does not wait for the device.
 
     Source: PAA (arXiv 2007.08103), section 3.2; mmdetection's GIoU loss and `DeltaXYWHBBoxCoder`; torchvision 0.29,
     `models/detection/_utils.py`, `ops/giou_loss.py`.

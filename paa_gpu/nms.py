@@ -89,9 +89,9 @@ def batched_nms(
     few boxes (up to 1,000 on the CPU, 25,000 on a GPU), because it shifts boxes by their class, which rounds their corners.
 
     Equal scores: the lower index comes first, and for one box the lower class. A NaN score counts only if `score_thr` is None and
-    `method` is "hard". Then it comes before all scores, as in torchvision. IoU = intersection / union. Its dtype is that of the
-    boxes, but at least float32, and float64 if the scores are. A box with a NaN suppresses nothing. Two boxes without area, whose
-    IoU is 0 / 0, do not suppress each other.
+    `method` is "hard". Then it comes before all scores, as in torchvision. IoU = intersection / union. It is float64 if the boxes
+    or the scores are, else float32. A box with a NaN suppresses nothing. Two boxes without area, whose IoU is 0 / 0, do not
+    suppress each other.
 
     The function does not modify its inputs, and records no graph. On a GPU, the time grows with the number of detections times
     the number of candidates of a class (with labels: of an image). Give `max_per_img` if there are many. Source of the soft

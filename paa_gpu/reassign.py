@@ -97,8 +97,8 @@ def paa_reassign(
     with a loss that is not finite among its candidates gets no positives. Others are not affected. P = 0 returns copies and 0.
 
     Without `validate`, an index out of range is left out. An anchor may occur twice. It becomes background if none of its
-    potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. Then too, a ground truth has
-    at most the K candidates of `select_candidates`. The function does not modify its inputs, and records no graph.
+    potential positives is positive, and gets label_weight 0 if any of them is ignored, as published. A ground truth still has at
+    most the K candidates of `select_candidates`. The function does not modify its inputs, and records no graph.
 
     Source: PAA (arXiv 2007.08103), section 3.2.
     """

@@ -70,8 +70,9 @@ def score_voting(
 
     Sums are float64 if any of the tensors is, else float32. A detection keeps its box if the weights sum to zero. This happens
     without voters, for a class without candidates, and for a label outside [0, C). mmdetection divides 0 by 0 there, or drops the
-    detection. A box with an infinity or NaN does not vote. A detection with an infinity or NaN keeps its box. The function does
-    not modify its inputs, records no graph, and does not wait for the device. Source: PAA (arXiv 2007.08103), section 3.3.
+    detection. A box with an infinity or NaN does not vote; a voter with an infinite score makes NaN. A detection whose corners
+    have an infinity or NaN keeps its box. The function does not modify its inputs, records no graph, and does not wait for the
+    device. Source: PAA (arXiv 2007.08103), section 3.3.
     """
     image = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
     _check_image(image, _DTYPES, None, None, "", "")

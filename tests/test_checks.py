@@ -14,7 +14,7 @@ import pytest
 import torch
 from refusals import assert_refused
 from test_checks_detections import FUSION, NMS, VOTING
-from test_head import INPUTS, SETTINGS, as_tv
+from test_head_inputs import INPUTS, SETTINGS, as_tv
 from test_sklearn import OWN_ERRORS
 
 import paa_gpu

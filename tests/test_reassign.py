@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tracemalloc
 
-import extended_em
 import numpy as np
 import pytest
 import torch
@@ -483,23 +482,3 @@ def test_anchors_out_of_range_leave_the_next_image_alone(topk):
     got = paa_gpu.paa_reassign_batch(*columns, [[2], [2]], num_classes=80, num_gts=[1, 1], topk=topk)
     assert [label.tolist() for label in got.label] == [[3, 3]] * 2
     assert all((weight == 1).all() for weight in got.bbox_weight)
-
-
-@pytest.mark.parametrize("separation", ["mmdet", "b"])
-def test_the_first_of_scores_that_tie(separation, rng):
-    """The second score is higher, by less than 1e-9. The threshold is the first one."""
-    ties = 0
-    for _ in range(20):
-        pair = rng.uniform(0.1, 1) + np.array([0, 0.1])
-        row = np.concatenate([pair, pair[1] + rng.uniform(2.5, 3.5) + np.array([0, 1.4])])
-        fit = extended_em.fit(row)
-        log_p = extended_em.log_densities(row.astype(extended_em.REAL), fit.weights, fit.means, fit.variances)
-        first, second, *_ = np.logaddexp(log_p[:, 0], log_p[:, 1])
-        if not 1e-14 < second - first < 0.9e-9:
-            continue
-        ties += 1
-        zeros = torch.zeros(4, dtype=torch.int64)
-        columns = [torch.from_numpy(row)], [zeros], [torch.ones(4)], [torch.ones(4, 4)], [torch.arange(4)], [zeros], [4]
-        got = paa_gpu.paa_reassign_batch(*columns, num_classes=1, num_gts=[1], separation=separation)
-        assert got.positive[0].tolist()[:2] == [True, False]
-    assert ties >= 5

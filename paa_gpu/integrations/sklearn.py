@@ -104,7 +104,7 @@ class GaussianMixture(mixture.GaussianMixture):
     `init_params` chooses the start. `weights_init`, `means_init` and `precisions_init` replace its values:
 
     * "kmeans": `fit_gmm_1d(init="kmeans")`. The division does not depend on `random_state`. The components are in ascending
-      order. scikit-learn's seeds may find another one. `n_init` counts as 1, because all fits would be the same.
+      order. scikit-learn's seeds may divide otherwise. `n_init` counts as 1, because all fits would be the same.
     * "random", "random_from_data", "k-means++": the same random numbers as in scikit-learn, so the same seed gives the same fit.
       All `n_init` starts are fitted in one call. They are drawn on the CPU, from a copy of CUDA data.
 

@@ -67,9 +67,9 @@ def use_paa(
     """Train every RetinaNet of a model by probabilistic anchor assignment (PAA), and no longer by thresholds of the IoU.
 
     In training, the potential positives of a ground truth are its best anchors, and all anchors with an IoU of `pos_iou_thr` or
-    more. A ground truth that overlaps no anchor has none. Their losses sort them. Each is the focal loss, summed over the
-    classes, plus `box_loss`. `paa_reassign_batch` keeps the best. The head computes its own losses on them: L1 in
-    `retinanet_resnet50_fpn`, GIoU in `retinanet_resnet50_fpn_v2`.
+    more. A ground truth that overlaps no anchor has none. They are sorted by the focal loss, summed over the classes, plus
+    `box_loss`. `paa_reassign_batch` keeps the best. The head computes its own losses on them: L1 in `retinanet_resnet50_fpn`,
+    GIoU in `retinanet_resnet50_fpn_v2`.
 
     There is no new parameter, so weights load in both directions. They do not hold PAA or its options: call this function on
     each model that you build or load.
