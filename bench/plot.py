@@ -202,7 +202,7 @@ def main(paths: list[str]) -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(START)
     more = (
-        '"Published" is the published loop; for overlaps and losses torch, operation by operation, and for fits scikit-learn. '
+        '"Published" is the published loop. For overlaps and losses it is unfused torch, for fits scikit-learn. '
         '"Bare numpy" is the arithmetic without the algorithm. [Benchmarks](docs/benchmarks.md) explains it and has all cases.'
     )
     shown = f"{short_table(found)}\n\n{caption(results[0])} {more}"
