@@ -19,7 +19,7 @@ import torch
 import triton
 
 import paa_gpu
-from paa_gpu import _dispatch, head, testing
+from paa_gpu import _checks, _dispatch, testing
 
 from . import cases
 
@@ -50,9 +50,9 @@ def launches_return_at_once() -> Iterator[None]:
 
 @contextmanager
 def as_with_results() -> Iterator[None]:
-    """Memory that launches would fill has zeros, because indices are read from it. Labels are not looked at, as on a GPU."""
+    """Memory that launches would fill has zeros, because indices are read from it. Labels and boxes are not read, as on a GPU."""
     zeros = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    with zeros, mock.patch.object(head, "check_classes", _return_at_once):
+    with zeros, mock.patch.object(_checks, "values_of", _return_at_once):
         yield
 
 

@@ -281,7 +281,7 @@ class PAAHead(nn.Module):
         giou, cross_entropy, iou = positive_losses(assigned, all_anchors, bbox_preds, iou_preds, self.target_stds)
         sums = torch.stack([assigned.num_pos.sum(), iou.new_full((), num_images), iou.sum()])
         num_pos, images, iou_sum = (reduce_mean(sums) + EPS).unbind()
-        lower, upper = torch.cat([target["boxes"].float() for target in targets]).detach().chunk(2, 1)
+        lower, upper = torch.cat([target["boxes"] for target in targets]).detach().float().chunk(2, 1)
         # 0; NaN if a box is not finite or has a negative size. It overlaps nothing, and training would go on without it.
         sound = ((upper - lower).sqrt() * 0).sum()
         loss_cls = focal_loss(flatten_levels(cls_scores).flatten(0, 1), assigned.label, self.gamma, self.alpha).sum(1)
