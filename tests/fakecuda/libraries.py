@@ -20,6 +20,7 @@ RUNTIME, DRIVER = "libcudart.so.13", "libcuda.so.1"
 
 HERE = Path(__file__).parent
 PARTS = ("world", "devices", "memory", "streams", "graphs", "kernels")  # of the runtime
+COMPILER = ("g++", "-std=c++17", "-O1", "-fPIC")
 
 
 def _site(package: str) -> Path:
@@ -64,26 +65,21 @@ def _stubs(wanted: set[str], parts: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def _link(library: Path, parts: list[Path], wanted: set[str], *more: object) -> None:
+    """Make a library of our parts, and of stubs for what else is wanted."""
+    stubs = library.with_suffix(".cpp")
+    stubs.write_text(_stubs(wanted, parts))
+    _run(*COMPILER, "-shared", f"-Wl,-soname,{library.name}", *parts, stubs, *more, "-o", library)
+
+
 def _build(folder: Path) -> None:
-    nvidia, compiler = _site("triton") / "backends" / "nvidia", ("g++", "-std=c++17", "-O1", "-fPIC")
+    nvidia, versions = _site("triton") / "backends" / "nvidia", folder / "versions"
     for name in (*PARTS, "driver"):
-        _run(*compiler, "-Wall", f"-I{nvidia / 'include'}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
-    runtime, driver = [folder / f"{name}.o" for name in PARTS], [folder / "driver.o"]
-    (folder / "runtime_stubs.cpp").write_text(_stubs(_exported(original()), runtime))
-    (folder / "driver_stubs.cpp").write_text(_stubs(_called(nvidia / "driver.c"), driver))
-    (folder / "versions").write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
-    linked = (*compiler, "-shared", f"-Wl,--version-script={folder / 'versions'}", *runtime, folder / "runtime_stubs.cpp")
-    _run(*linked, f"-Wl,-soname,{RUNTIME}", "-ldl", "-o", folder / RUNTIME)
-    _run(
-        *compiler,
-        "-shared",
-        f"-Wl,-soname,{DRIVER}",
-        *driver,
-        folder / "driver_stubs.cpp",
-        folder / RUNTIME,
-        "-o",
-        folder / DRIVER,
-    )
+        _run(*COMPILER, "-Wall", f"-I{nvidia / 'include'}", "-c", HERE / f"{name}.cpp", "-o", folder / f"{name}.o")
+    versions.write_text(f"{RUNTIME} {{ global: cuda*; __cuda*; fakecuda_*; local: *; }};")
+    parts = [folder / f"{name}.o" for name in PARTS]
+    _link(folder / RUNTIME, parts, _exported(original()), f"-Wl,--version-script={versions}", "-ldl")
+    _link(folder / DRIVER, [folder / "driver.o"], _called(nvidia / "driver.c"), folder / RUNTIME)
 
 
 def build() -> Path:
