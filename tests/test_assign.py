@@ -261,5 +261,39 @@ def test_600_boxes_against_200_000_anchors_need_a_few_megabytes(rng):
     print(f"{peak / 1e6:.1f} MB of numpy's memory")
     assert peak < 16e6
     some = torch.from_numpy(rng.permutation(200_000)[:2000])
-    overlaps = reference._overlaps(boxes[0], torch.cat(anchors)[some], 1e-6)
+    overlaps = reference._iou_or_iof(boxes[0], torch.cat(anchors)[some], 1e-6)
     assert torch.equal(got.max_overlaps[0][some], overlaps.amax(0))
+
+
+def test_boxes_and_anchors_without_area():
+    """Their union is `eps` then; so is one that is smaller."""
+    boxes = torch.tensor([[0.0, 0, 5e-4, 5e-4], [5, 5, 5, 5], [7, 7, 7, 8]])
+    inds, overlaps = check([boxes], [boxes[:2]], match_low_quality=False)
+    assert inds[0].tolist() == [1, 0, 0] and overlaps[0].tolist() == pytest.approx([0.25, 0, 0])
+
+
+def test_areas_of_zero_without_eps():
+    boxes = torch.tensor([[5.0, 5, 5, 5], [7, 7, 7, 8]])
+    inds, _ = check([boxes], [boxes[:1]], match_low_quality=False, eps=0.0)
+    assert inds[0].tolist() == [0, 0]
+
+
+def test_anchors_that_do_not_count_have_no_best_overlap():
+    """A whole row of the CPU's, before the first anchor that counts."""
+    anchors, valid = testing.make_anchors([(30, 30)]), torch.arange(900) >= 600
+    box = torch.tensor([[5000.0, 5000, 5010, 5010]])
+    inds, _ = check(anchors, [box], valid=[valid], gt_max_assign_all=False)
+    assert inds[0][600] == 1
+
+
+def test_a_box_with_a_nan_outside_of_all_anchors():
+    """It is not the one whose overlaps those of other boxes outside are."""
+    boxes = torch.tensor([[5000.0, torch.nan, 5050, 60], [6000, 10, 6050, 60], [6000, 10, 6050, torch.nan]])
+    inds, _ = check(testing.make_anchors([(8, 8)]), [boxes])
+    assert inds[0].eq(2).all()
+
+
+def test_more_than_the_threshold_is_ignored():
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    inds, _ = check([box], [box], [torch.tensor([[0.0, 0, 10, 5]])], ignore_iof_thr=0.5)
+    assert inds[0].tolist() == [1]

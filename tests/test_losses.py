@@ -261,3 +261,19 @@ def test_the_losses_feed_the_reassignment(rng):
     targets = batch.label, batch.label_weight, batch.bbox_weight
     out = paa_gpu.paa_reassign_batch(losses, *targets, batch.pos_inds, gts, batch.anchors, num_classes=7, num_gts=[3, 0, 3])
     assert out.fit.valid.all() and len(out.fit.valid) == 6 and out.num_pos[1] == 0
+
+
+@pytest.mark.parametrize("convention", ["mmdet", "torchvision"])
+def test_small_boxes(convention, rng):
+    """What torchvision adds to the areas counts there."""
+    batch = full_images(rng)
+    columns = {name: [boxes * 1e-4 for boxes in getattr(batch, name)] for name in ("anchors", "bbox_target")}
+    check(batch._replace(**columns), convention=convention)
+
+
+@pytest.mark.parametrize("convention", ["mmdet", "torchvision"])
+@pytest.mark.parametrize("order", [[2, 3, 0, 1], [2, 1, 0, 3]], ids=str)
+def test_boxes_that_end_before_they_begin(order, convention, rng):
+    batch = full_images(rng)
+    columns = {name: [boxes[:, order] for boxes in getattr(batch, name)] for name in ("anchors", "bbox_target")}
+    check(batch._replace(**columns), convention=convention)

@@ -282,3 +282,12 @@ def test_no_graph(rng):
     x = torch.rand(2, 9, requires_grad=True)
     gmm = mixtures(rng, 2, 2)
     assert not any(answer.requires_grad for answer in (*read(gmm, x).values(), gmm.bic(x)))
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_far_values_in_float32(k):
+    """Their densities are no numbers any more."""
+    one, flag = torch.ones(1), torch.ones(1, dtype=torch.bool)
+    means = torch.tensor([[0.0, 1.0, 1.0][:k]])
+    gmm = GaussianMixture1D(torch.full((1, k), 1 / k), means, torch.ones(1, k), one, one.long(), flag, flag)
+    assert gmm.low_probability(torch.tensor([[-600.0, -150.0, 150.0, 601.0]])).tolist() == [[1.0, 1.0, 0.0, 0.0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import paa_gpu
-from paa_gpu import data
+from paa_gpu import _ops, data
 
 SIZES = (64, 16, 4, 1)
 
@@ -138,3 +138,17 @@ def test_repeated_indices_stay_within_the_row():
 def test_recordings(recording: data.Recording):
     sizes = [len(level) for level in recording.anchors]
     check(recording.pos_losses, recording.pos_inds, recording.pos_gt_inds, sizes, recording.num_gt, 9)
+
+
+@pytest.mark.parametrize("topk", [9, 80])
+def test_neighbours_of_the_range_are_nobodys_candidates(topk):
+    """Behind the last ground truth come those of the next image. On the CPU 9 are kept by insertion, and 80 sorted."""
+    inds, gts = torch.arange(200), torch.arange(200) // 100
+    gts[10:20], inds[30:35], inds[35:40] = -1, -1, 200
+    losses = torch.arange(200.0)
+    losses[100:] -= 1000
+    got = _ops.select_candidates([losses, torch.arange(200.0)], [inds] * 2, [gts, gts * 0], [200] * 2, [1, 1], topk)
+    first = [i for i in range(100) if i not in {*range(10, 20), *range(30, 40)}]
+    second = [i for i in range(200) if i not in range(30, 40)]
+    assert got[1][0, :topk].tolist() == first[:topk] and got[1][1, :topk].tolist() == [200 + i for i in second[:topk]]
+    assert got[2].tolist() == [min(topk, 80), topk]
