@@ -68,12 +68,18 @@ def test_the_first_iteration_never_converges(rng):
     assert got.n_iter.tolist() == [2]
 
 
+def assert_starts_by_kmeans(row, k):
+    """One iteration from the division by k-means."""
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), n_components=k, init="kmeans", max_iter=1)
+    start = extended_em.start(row, extended_em.centres(row, k, "kmeans"))
+    assert_close(got, extended_em.fit(row, max_iter=1, **start), 0)
+
+
 @pytest.mark.parametrize("centres", [(20.0, 0.0, 10.0), (0.0, 10.0, 20.0)], ids=str)
 def test_kmeans_starts_at_the_mean(centres, rng):
     """The boundary of the first two centres is the mean of the row, not of the row, or of each block, less its first value."""
     row = np.repeat(centres, [9000 if centre == 20 else 4500 for centre in centres]) + rng.normal(size=18_000) * 0.1
-    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), init="kmeans", max_iter=1)
-    assert_close(got, extended_em.fit(row, max_iter=1, **extended_em.start(row, extended_em.centres(row, 2, "kmeans"))), 0)
+    assert_starts_by_kmeans(row, 2)
 
 
 def test_the_extremes_of_a_row_wherever_they_are(rng):
@@ -101,8 +107,7 @@ def test_one_of_three_given_values_is_that_of_the_start(k, size, missing, rng):
 def test_passes_of_kmeans_are_limited():
     """This row needs more than 50 passes."""
     row = np.linspace(0, 1, 2000) ** 8
-    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), n_components=8, init="kmeans", max_iter=1)
-    assert_close(got, extended_em.fit(row, max_iter=1, **extended_em.start(row, extended_em.centres(row, 8, "kmeans"))), 0)
+    assert_starts_by_kmeans(row, 8)
 
 
 @pytest.mark.parametrize("size", [40, LONG_ROW + 1])
@@ -115,12 +120,10 @@ def test_no_change_is_not_less_than_a_limit_of_zero(size, rng):
 def test_a_value_at_a_boundary_belongs_to_the_lower_centre(times):
     """The mean is 8: with the lower centre, 8 stays there. With none, or with both, it would go over to the upper one."""
     row = np.repeat([0.0, 8.0, 9.0, 16.0], np.array([40, 20, 8, 39]) * times)
-    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), init="kmeans", max_iter=1)
-    assert_close(got, extended_em.fit(row, max_iter=1, **extended_em.start(row, extended_em.centres(row, 2, "kmeans"))), 0)
+    assert_starts_by_kmeans(row, 2)
 
 
 @pytest.mark.parametrize("size", [40, 32_768])
 def test_a_centre_without_values_stays(size):
     row = np.repeat([0.0, 1.0], [3 * size // 4, size // 4])
-    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), n_components=3, init="kmeans", max_iter=1)
-    assert_close(got, extended_em.fit(row, max_iter=1, **extended_em.start(row, extended_em.centres(row, 3, "kmeans"))), 0)
+    assert_starts_by_kmeans(row, 3)

@@ -365,6 +365,13 @@ def test_tables_keep_the_name_of_their_column(package, rng):
     assert GaussianMixture(2).fit(frame({"loss": values})["loss"]).feature_names_in_.tolist() == ["loss"]
 
 
+def test_a_column_without_ndim(rng):
+    """As polars' are, also where polars is not installed."""
+    table = pytest.importorskip("pandas").DataFrame({"loss": rng.normal(size=40)})
+    column = mock.Mock(spec=["shape", "to_frame"], shape=(40,), to_frame=lambda: table)
+    assert GaussianMixture(2).fit(column).feature_names_in_.tolist() == ["loss"]
+
+
 @pytest.mark.parametrize(("values", "k"), [([1.0], 2), ([1.0, 2.0], 3), ([0.0, 1.0, 5.0], 4)])
 def test_a_warning_of_too_few_values(values, k):
     """With a component for each value there is none."""
@@ -377,3 +384,9 @@ def test_a_warning_of_too_few_values(values, k):
         said.append({str(warning.message) for warning in caught if "distinct" in str(warning.message)})
     assert said[0] == said[1]
     assert len(said[0]) == 1
+
+
+def test_distinct_values_of_what_only_the_fit_refuses():
+    """A CUDA tensor is not read before. No warning of too few values comes before the error."""
+    assert integration._distinct(torch.tensor([1.0, torch.nan, 1.0]), 2) == 2
+    assert [integration._distinct(torch.tensor([1.0, 2.0, 1.0]), most) for most in (1, 2, 3)] == [1, 2, 2]

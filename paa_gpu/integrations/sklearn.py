@@ -81,11 +81,11 @@ def _fits(fit: GaussianMixture1D, dtype: torch.dtype) -> Tensor:
 
 
 def _distinct(x: Tensor, most: int) -> int:
-    """The number of distinct values, but at most `most`."""
+    """The number of distinct values, but at most `most`; that is also what a row with a NaN has, which `fit` refuses later."""
     smallest = [x.min()]
     while len(smallest) < most:
         smallest.append(x.masked_fill(x <= smallest[-1], torch.inf).min())
-    return int(torch.stack(smallest).isfinite().sum())
+    return int((torch.stack(smallest) != torch.inf).sum())
 
 
 class _Data(NamedTuple):
@@ -97,9 +97,9 @@ class GaussianMixture(mixture.GaussianMixture):
     """scikit-learn's estimator for one feature: the same arguments, methods, attributes, shapes, checks and warnings.
 
     Data are a Tensor or array of shape [N, 1], as in scikit-learn, or [N]. Results and attributes are numpy arrays of
-    scikit-learn's dtypes. If `X` is a CUDA tensor, they are tensors on its device. Then only the numbers `converged_`, `n_iter_`
-    and `lower_bound_` come to the CPU. They are also tensors for CPU tensors under scikit-learn's
-    `config_context(array_api_dispatch=True)`. The fit is `fit_gmm_1d` in float64, for every dtype of `X`.
+    scikit-learn's dtypes. If `X` is a CUDA tensor, they are tensors on its device. Then only numbers come to the CPU:
+    `converged_`, `n_iter_`, `lower_bound_`, and for "kmeans" how many values are distinct. They are also tensors for CPU tensors
+    under scikit-learn's `config_context(array_api_dispatch=True)`. The fit is `fit_gmm_1d` in float64, for every dtype of `X`.
 
     `init_params` chooses the start. `weights_init`, `means_init` and `precisions_init` replace its values:
 
