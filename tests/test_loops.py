@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numba
 import pytest
 import torch
+from numba.core.codegen import JITCodeLibrary
 
 import paa_gpu
 from paa_gpu.cpu import _loops
@@ -109,6 +110,44 @@ def test_a_first_call_compiles_few_functions(tmp_path):
     """Each takes a fifth of a second, whatever is in it. So the time of a first call grows with their number, numba's own included."""
     assignment, voting = map(int, run(FUNCTIONS, tmp_path).stdout.split())
     assert 0 < assignment <= 36 and 0 < voting <= 26
+
+
+def test_only_loops_have_machine_code(monkeypatch):
+    """That of parts would be compiled for nobody."""
+    finished, finish = [], JITCodeLibrary._finalize_specific
+
+    def recorded(library):
+        finished.append(library.name)
+        finish(library)
+
+    monkeypatch.setattr(JITCodeLibrary, "_finalize_specific", recorded)
+
+    @_loops.inner
+    def twice(x):
+        return 2 * x
+
+    @_loops.inner_with_sums
+    def four_times(x):
+        return twice(twice(x))
+
+    @numba.njit
+    def loop(x):
+        return four_times(x) + twice(x)
+
+    assert loop(3) == 18
+    assert [name.rpartition(".")[2] for name in finished if "<locals>" in name] == ["loop"]  # not numba's runtime
+
+
+OTHER_NUMBA = """
+from numba.core import codegen
+del codegen.JITCodeLibrary
+"""
+
+
+@pytest.mark.slow
+def test_a_numba_that_names_its_compiler_otherwise(tmp_path):
+    """Then parts get machine code, and results are the same."""
+    assert run(OTHER_NUMBA + FIT, tmp_path / "other").stdout == run(FIT, tmp_path).stdout
 
 
 NOTICE = """

@@ -53,6 +53,10 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 # forceinline: a part of a loop has no machine code of its own. Otherwise the process that compiles would run that code, and those
 # that load the loop from disk the copy in the loop. A sum of the one may end in another bit than a sum of the other.
 _INLINED: dict[str, Any] = {**_OPTIONS, "forceinline": True}
+with contextlib.suppress(ImportError):  # then numba makes machine code that nobody calls
+    from ._parts import PartCompiler
+
+    _INLINED["pipeline_class"] = PartCompiler
 
 # For sums over a row: the compiler may order and fuse them, so that they fill vector registers. The order is the row's own, the
 # same on any number of threads; infinities and NaN stay what they are.

@@ -1,0 +1,51 @@
+"""How numba compiles the parts of a loop: without machine code of their own.
+
+A part is inlined wherever it is called, so nobody calls its machine code. numba makes it nevertheless. A first call takes a tenth
+longer by that. So a part keeps what numba makes before: the intermediate representation, which the loop is linked with.
+
+These are names inside of numba. `_loops` does without this module if numba has them no longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
+
+
+class PartLibrary(JITCodeLibrary):
+    """The optimised intermediate representation of a part, which never goes to the compiler of machine code."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class PartLowering(NativeLowering):
+    """numba's lowering, to a `PartLibrary`."""
+
+    _name = "part_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags.no_compile = True
+        super().run_pass(state)
+        # Loops find the part by its entry for Python. It has none: any built-in function that no other part has will do.
+        entry = list[Any]().append
+        state.cr = state.cr._replace(cfunc=entry)
+        state.targetctx.insert_user_function(entry, state.cr.fndesc, [state.library])
+        return True
+
+
+class PartCompiler(CompilerBase):
+    """numba's compiler, with `PartLowering` for its own."""
+
+    def define_pipelines(self) -> list[Any]:
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [(PartLowering if step is NativeLowering else step, text) for step, text in manager.passes]
+        manager.finalize()
+        return [manager]
