@@ -12,12 +12,12 @@ as many of the best detections as there are boxes. You need `pip install paa-gpu
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,9 @@ def learned(model: nn.Module, batch: tuple) -> dict[str, float]:
     return {"found": float(torch.cat(found).mean()), "top": float(torch.cat(top).mean())}
 
 
-def train(scored: str, trained: str, weight: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run. `scored` is "IoU" for torchvision's own matching."""
+def train(options: argparse.Namespace, run: tuple[str, str, float, int]) -> dict[str, Any]:
+    """One run: how boxes are scored for the assignment, "IoU" for torchvision's own matching; the box loss, its weight, the seed."""
+    scored, trained, weight, seed = run
     torch.set_num_threads(1)
     trees = experiment()
     pictures, tested = (list(trees.pictures(names).values()) for names in (trees.TRAINED, trees.TESTED))
@@ -143,10 +144,9 @@ def train(scored: str, trained: str, weight: float, seed: int, options: argparse
 def main(options: argparse.Namespace) -> None:
     arms = [tuple(arm.split(",")) for arm in options.arms]
     records = []
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         runs = [(scored, trained, float(weight), seed) for seed in range(options.seeds) for scored, trained, weight in arms]
-        for future in as_completed([pool.submit(train, *run, options) for run in runs]):
-            record = future.result()
+        for record in pool.imap_unordered(functools.partial(train, options), runs):
             records.append(record)
             print(
                 f"scored by {record['scored']} x {record['weight']:g}, trained by {record['trained']}, seed {record['seed']}: "

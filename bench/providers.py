@@ -260,9 +260,7 @@ def interleaved(
 
 def move(value: Any, device: torch.device | str) -> Any:
     """The tensors of a call's arguments, in lists and tuples too, on a device."""
-    if isinstance(value, list | tuple) and any(isinstance(item, list | tuple | torch.Tensor) for item in value):
-        return type(value)(move(item, device) for item in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return diagnose.map_tensors(lambda tensor: tensor.to(device), value)
 
 
 def cuda_seconds(run: Callable[..., Any], arguments: Sequence[Any]) -> dict[str, float]:

@@ -70,7 +70,7 @@ def detector(box_loss: str) -> RetinaNet:
 
 
 def crop(picture: Picture, size: int, random: torch.Generator) -> Picture:
-    """A random square of a picture, mirrored and turned at random. It keeps boxes with 30 % or more of their area inside."""
+    """A random square of a picture, mirrored and turned at random. It keeps boxes with more than 30 % of their area inside."""
     image, boxes = picture
     y, x = (int(torch.randint(side - size + 1, (), generator=random)) for side in image.shape[1:])
     inside = (boxes - torch.tensor([x, y, x, y])).clamp(0, size)
@@ -110,9 +110,7 @@ def detect(model: RetinaNet, image: Tensor) -> dict[str, Tensor]:
 def evaluate(model: RetinaNet, pictures: dict[str, Picture]) -> dict[str, list[float]]:
     """AP at an IoU of 0.5, and averaged over 0.5 to 0.95, for all pictures together and for each."""
     found = {name: detect(model, image) for name, (image, _) in pictures.items()}
-    truth = {
-        name: {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)} for name, (_, boxes) in pictures.items()
-    }
+    truth = {name: labelled(boxes) for name, (_, boxes) in pictures.items()}
     result = {}
     for which, names in {"all": list(pictures), **{name: [name] for name in pictures}}.items():
         metric = MeanAveragePrecision(backend="pycocotools")

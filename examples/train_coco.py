@@ -225,8 +225,10 @@ def main(argv: list[str] | None = None) -> float | None:
         detector.load_state_dict(state["detector"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
+    # Also where training goes on, the learning rate follows what --lr and --epochs are now.
+    for group in optimizer.param_groups:
+        group["initial_lr"] = options.lr
     steps = max(1, options.epochs * len(loader))
-    # The learning rate follows the number of epochs asked for now, also where training goes on.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * max(0, 1 - step / steps) ** 0.9, last_epoch=start * len(loader) - 1
     )

@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def crop(image: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A random square of a picture, flipped at random. It keeps boxes with 30 % or more of their area inside."""
+    """A random square of a picture, flipped at random. It keeps boxes with more than 30 % of their area inside."""
     y, x = (int(torch.randint(side - size + 1, ())) for side in image.shape[1:])
     inside = (boxes - torch.tensor([x, y, x, y])).clamp(0, size)
     area, whole = ((box[:, 2:] - box[:, :2]).prod(1) for box in (inside, boxes))

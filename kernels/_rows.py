@@ -6,6 +6,7 @@ or a part of flat memory between two offsets. The fit of start s of row g has th
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,7 +56,7 @@ def _all_finite(x):
 
 @triton.jit
 def given_are_finite(inits, g, K: tl.constexpr, KP: tl.constexpr):
-    """Whether the initial values of a row are: it starts as if there were none where they are not."""
+    """Whether all initial values of a row are finite. If not, the row starts as if none were given."""
     weights_init, means_init, precisions_init = inits
     finite = tl.full((), True, tl.int1)
     if weights_init[0] is not None:
@@ -147,12 +148,13 @@ def choose_best(tried: Fit, fit: Fit, n_init: int) -> None:
     _choose_kernel[(rows,)](tried, fit, n_init, tie_tolerance(fit[0].dtype), **constants, **options)
 
 
-def strided(init: Tensor | None, rows: int, n_components: int) -> tuple[Tensor | None, int]:
-    """Initial values of all rows as a kernel takes them: those of a row lie side by side.
+def strided(init: Tensor | None, rows: int, n_components: int, most: torch.dtype) -> tuple[Tensor | None, int]:
+    """Initial values of all rows as a kernel takes them: those of a row lie side by side, and have no more bits than `most`.
 
     No stride over them: it would mostly be 1, and Triton 3.5 loses a constant in a tuple that is read behind a branch.
     """
     if init is None:
         return None, 0
+    init = init.to(min(init.dtype, most, key=lambda dtype: dtype.itemsize))
     init = init.expand(-1, n_components).contiguous().expand(rows, n_components)
     return init, init.stride(0)

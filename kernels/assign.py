@@ -52,7 +52,7 @@ def _ratio(box, anchor, eps, OF_ANCHOR: tl.constexpr):
     """Intersection over union, or over the area of the anchor. A box with a NaN has no area in common with an anchor."""
     x1, y1, x2, y2 = box
     anchor_x1, anchor_y1, anchor_x2, anchor_y2 = anchor
-    # An extremum of a NaN and a number is the number on the one GPU and NaN on the other; this is the box's own.
+    # GPUs differ in the minimum of a NaN and a number. This is the box's own corner if either is NaN.
     width = tl.where(anchor_x2 < x2, anchor_x2, x2) - tl.where(anchor_x1 > x1, anchor_x1, x1)
     height = tl.where(anchor_y2 < y2, anchor_y2, y2) - tl.where(anchor_y1 > y1, anchor_y1, y1)
     overlap = tl.where(width > 0, width, 0.0) * tl.where(height > 0, height, 0.0)
@@ -130,14 +130,16 @@ def _counting(anchor, image_ptr, box_like, valid_like, index, inside, ignore_iof
     if valid_like is not None:
         flag_ptr = tl.load(image_ptr + 10).to(valid_like.dtype) + index * tl.load(image_ptr + 11)
         exist = inside & (tl.load(flag_ptr, mask=inside, other=0) != 0)
-    most = tl.full(index.shape, -1.0, tl.float32)
+    area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
+    counts = exist & (area == area)
     if IGNORE:
+        most = tl.full(index.shape, -1.0, tl.float32)
         ptr, size, stride, side = _boxes_of(image_ptr + 6, box_like)
         for i in range(size):
             iof = _ratio(_load_box(ptr, i * stride, side, i < size), anchor, eps, True)
             most = tl.where(iof > most, iof, most)
-    area = (anchor[2] - anchor[0]) * (anchor[3] - anchor[1])
-    return exist, exist & (most <= ignore_iof_thr) & (area == area)
+        counts &= most <= ignore_iof_thr
+    return exist, counts
 
 
 @triton.jit
@@ -386,8 +388,8 @@ def assign_max_iou(
     n_rows = min(MOST_ROWS, max(sum(-(-size // rule["BLOCK"]) for size in of_image) for of_image in different))
     best = gt_inds.new_empty(n_rows * first_gt[images])
     step = (table, table[len(of_images) :], levels, levels * per_image, n_rows, first_gt[images], pos_iou_thr, neg_iou_thr)
-    # The least union is no zero, which would make an IoU of 0 not a number.
-    eps = max(eps, 2.0**-149)
+    # The least union is no zero, which would make an IoU of 0 not a number. A smaller number may count as zero.
+    eps = max(eps, torch.finfo(torch.float32).tiny)
     shape = {"OWNER": match_low_quality and low_quality == "anchor", "ALL": gt_max_assign_all, **rule}
     with device_guard(gt_inds):
         _first_kernel[(images * n_rows,)](

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import Fit, empty_fit, sum_tolerance
+from paa_gpu._ops import FIT_OPTIONS, Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
 from paa_gpu.kernels._numeric import EPS, HALF_LOG_2PI, only_if
@@ -39,7 +39,7 @@ from paa_gpu.kernels._tiles import NOBODY, find_range, load_pairs, load_tile, po
 from paa_gpu.kernels.em_k import launch_components
 from paa_gpu.kernels.em_k import launch_rule as components_rule
 from paa_gpu.kernels.em_long import LONG_ROW, launch_long
-from paa_gpu.kernels.em_mixed import choose, decide_narrow, fit_narrow
+from paa_gpu.kernels.em_mixed import choose, decide_narrow, e_step, fit_narrow
 from paa_gpu.kernels.starts import begin
 from paa_gpu.separation import SCHEMES, tie_tolerance
 
@@ -60,21 +60,11 @@ def _add5_multiply(a, b, c, d, e, f, a_, b_, c_, d_, e_, f_):
 
 
 @triton.jit
-def _joint(x, w0, w1, m0, m1, v0, v1):
-    """d_0 and d_1 of the module's docstring, and min z."""
-    p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
-    z0 = (x - m0) * (x - m0) * (0.5 * p0 * p0)
-    z1 = (x - m1) * (x - m1) * (0.5 * p1 * p1)
-    e = tl.exp(-tl.abs(z0 - z1))
-    return w0 * p0 * tl.where(z0 <= z1, 1.0, e), w1 * p1 * tl.where(z0 <= z1, e, 1.0), tl.minimum(z0, z1)
-
-
-@triton.jit
 def _responsibilities(x, inside, w0, w1, m0, m1, v0, v1):
     """Responsibilities and min z, zero outside; d_0 + d_1, one outside."""
-    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
+    z0, z1, d0, d1 = e_step(x, (w0, w1, m0, m1, v0, v1))
     share = tl.where(inside, 1 / (d0 + d1), 0.0)
-    return d0 * share, d1 * share, tl.where(inside, nearest, 0.0), tl.where(inside, d0 + d1, 1.0)
+    return d0 * share, d1 * share, tl.where(inside, tl.minimum(z0, z1), 0.0), tl.where(inside, d0 + d1, 1.0)
 
 
 @triton.jit
@@ -217,8 +207,8 @@ def _fit_rows_kernel(
 def _score(x, inside, fit, TIE: tl.constexpr):
     """Log-density of the mixture, -inf outside, and whether a candidate is foreground."""
     w0, w1, m0, m1, v0, v1, _, _, _ = fit
-    d0, d1, nearest = _joint(x, w0, w1, m0, m1, v0, v1)
-    score = tl.log(d0 + d1) - nearest - HALF_LOG_2PI
+    z0, z1, d0, d1 = e_step(x, (w0, w1, m0, m1, v0, v1))
+    score = tl.log(d0 + d1) - tl.minimum(z0, z1) - HALF_LOG_2PI
     return tl.where(inside, score, float("-inf")), inside & (tl.log(d0) >= tl.log(d1) - TIE)
 
 
@@ -407,7 +397,7 @@ def fit_gmm_1d(
         if lengths is not None:
             offset = stage([0, *itertools.accumulate(lengths)], x)
         source = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0), offset
-        inits = tuple(strided(given, rows, n_components) for given in (weights_init, means_init, precisions_init))
+        inits = tuple(strided(given, rows, n_components, fit[0].dtype) for given in (weights_init, means_init, precisions_init))
         options = tol, reg_covar, sum_tolerance(weights_init), max_iter, n_init, seed
         constants = {"INIT": init, "TIED": covariance_type == "tied"}
         if width > LONG_ROW:
@@ -477,9 +467,7 @@ def launch_fit(
             positive,
             ignored,
             *targets,
-            1e-3,
-            1e-6,
-            100,
+            *FIT_OPTIONS,
             MIXED=mixed and separation is not None and can_be_mixed(width, covariance_type),
             TIED=covariance_type == "tied",
             SCHEME=None if separation is None else SCHEMES[separation],

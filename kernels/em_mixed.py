@@ -41,7 +41,7 @@ def _add11_multiply(a, b, c, d, e, f, g, h, i, j, k, m, a_, b_, c_, d_, e_, f_, 
 
 
 @triton.jit
-def _e_step(x, theta):
+def e_step(x, theta):
     """z_0, z_1, d_0, d_1 of the docstring of `em`."""
     w0, w1, m0, m1, v0, v1 = theta
     p0, p1 = tl.rsqrt(v0), tl.rsqrt(v1)
@@ -143,7 +143,7 @@ def fit_narrow(x, row, valid, extent, options, BLOCK_K: tl.constexpr):
     going = valid
     while going:
         theta, error = (w0, w1, m0, m1, v0, v1), (ew, em0, em1, ev0, ev1)
-        z0, z1, d0, d1 = _e_step(x, theta)
+        z0, z1, d0, d1 = e_step(x, theta)
         share = tl.where(inside, 1 / (d0 + d1), 0.0)
         r0, r1 = d0 * share, d1 * share
         rho = r0 * r1
@@ -216,7 +216,7 @@ def decide_narrow(wide, n, fit, error, BACKGROUND: tl.constexpr, BLOCK_K: tl.con
     inside = position < n
     w0, w1, m0, m1, v0, v1, _, _, _ = fit
     theta = (w0, w1, m0, m1, v0, v1)
-    z0, z1, d0, d1 = _e_step(x, theta)
+    z0, z1, d0, d1 = e_step(x, theta)
     l0, l1, _ = _log_errors(x, theta, error, z0, z1)
     odds = tl.log(w0 * tl.rsqrt(v0)) - tl.log(w1 * tl.rsqrt(v1)) - (z0 - z1)
     foreground = inside & (odds >= 0)

@@ -25,11 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paa_gpu._ops import empty_fused
+from paa_gpu import _ops
+from paa_gpu._ops import confidence_rule, empty_fused
 from paa_gpu.kernels._launch import compile_options, device_guard, stage
 from paa_gpu.kernels._numeric import first_of_highest, narrow, only_if
 
-AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = (tl.constexpr(rule) for rule in range(5))
+LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))  # weighted score: clusters keep them as float32
+AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL = map(tl.constexpr, (_ops.AVERAGE, _ops.OVERFLOW, _ops.MAXIMUM, _ops.BOX_AND_MODEL))
 
 
 @triton.jit
@@ -87,9 +89,9 @@ def _prepare_kernel(
     score = tl.load(score_ptr + entry, mask=inside, other=0.0).to(tl.float64)
     # As torch rounds a number before it compares a tensor with it.
     threshold = narrow(tl.full((), skip_box_thr, tl.float64), score_ptr).to(tl.float64)
-    finite = (score == score) & (tl.abs(score) < float("inf"))
-    there = inside & is_number & finite & (score >= threshold) & ((x2 - x1) * (y2 - y1) != 0)
     weighted = score * _weight(table_ptr, n_parts, model, inside)
+    finite = tl.abs(weighted) <= LARGEST  # also no NaN
+    there = inside & is_number & finite & (score >= threshold) & ((x2 - x1) * (y2 - y1) != 0)
     place = room - 1 - number
     mask = place >= 0
     row = image * room + place
@@ -348,12 +350,6 @@ def order_rule() -> dict[str, int]:
     return {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, **compile_options(fuse=True)}
 
 
-def _rule(conf_type: str, allows_overflow: bool) -> int:
-    if conf_type == "avg":
-        return OVERFLOW.value if allows_overflow else AVERAGE.value
-    return {"max": MAXIMUM, "box_and_model_avg": BOX_AND_MODEL, "absent_model_aware_avg": ABSENT_MODEL}[conf_type].value
-
-
 def weighted_boxes_fusion(
     boxes: Tensor,
     scores: Tensor,
@@ -396,7 +392,7 @@ def weighted_boxes_fusion(
         _cluster_kernel[(images * room,)](
             box, weighted, model, by_label, order, table, parts, models, room, iou_thr, float(weight.sum()), float(weight.max()),
             sums, state, number, which, fused, score, rank,
-            RULE=_rule(conf_type, allows_overflow), **cluster_rule(),
+            RULE=confidence_rule(conf_type, allows_overflow), **cluster_rule(),
         )  # fmt: skip
         _finish_kernel[grid](fused, score, by_label, rank, room, *results, **order_rule())
     return results

@@ -153,7 +153,7 @@ def _iou(box, other):
     """Zero, or NaN, which exceeds nothing, where a corner is NaN or both boxes have no area."""
     x1, y1, x2, y2 = box
     other_x1, other_y1, other_x2, other_y2 = other
-    # An extremum of a NaN and a number is the number on the one GPU and NaN on the other; this is the box's own.
+    # GPUs differ in the minimum of a NaN and a number. This is the box's own corner if either is NaN.
     width = tl.where(other_x2 < x2, other_x2, x2) - tl.where(other_x1 > x1, other_x1, x1)
     height = tl.where(other_y2 < y2, other_y2, y2) - tl.where(other_y1 > y1, other_y1, y1)
     overlap = tl.where(width > 0, width, 0.0) * tl.where(height > 0, height, 0.0)
@@ -434,7 +434,7 @@ def batched_nms(
             at_most(iou_threshold, np.float64 if wide else np.float32),
             score_thr,
             min_score,
-            -1 / sigma,
+            -min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 0 changes nothing
             keys,
             entry,
             picked_key,

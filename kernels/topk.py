@@ -168,7 +168,7 @@ def _last(key, tie, among):
 
 @triton.jit
 def _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS: tl.constexpr):
-    """Keys and ties [LEVELS] of each level that nothing of the level can come after and still be a candidate.
+    """Key and tie [LEVELS] for each level. What comes after them in the level is no candidate.
 
     key, tie, kept: the slots [BLOCK], and which of them hold candidates. The last candidate of a level with all its candidates is
     its bound. Where BLOCK // 2 are kept, which is all that a pass finds, the last of them is the bound of the other levels.

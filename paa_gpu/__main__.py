@@ -89,8 +89,8 @@ def _count(text: str) -> int:
 
 def _device(text: str) -> str:
     """The CPU, or a CUDA device that is here."""
-    kind, _, number = text.partition(":")
-    if text != "cpu" and (kind != "cuda" or not (number or "0").isdecimal()):
+    kind, colon, number = text.partition(":")
+    if text != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
         raise argparse.ArgumentTypeError(f"must be cpu, or a GPU such as cuda:0, got {text!r}")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"torch finds {torch.cuda.device_count()} CUDA devices here, got {text!r}")

@@ -23,6 +23,7 @@ INDICES = (torch.int64, torch.int32)
 # Not `int | float` where it is used: Python would make the union again on every call, and torch 2.9 cannot compile it.
 INT = (int, torch.SymInt)
 REAL = (int, float)
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
 NUMBER = (*REAL, torch.SymInt, torch.SymFloat, Real, Tensor)
 LIST = (list, tuple)
 INTEGERS = (*INDICES, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -38,7 +39,7 @@ def _sizes(shape: Iterable[int | None]) -> str:
 
 
 def type_name(value: Any) -> str:
-    """The name of the type. Some of numpy's are called as Python's or torch's are."""
+    """The name of the type, after `numpy.` if it is numpy's. Python or torch have types with some of the same names."""
     kind = type(value)
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
 
@@ -103,6 +104,10 @@ def check_bool(name: str, value: Any) -> None:
 def check_float(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, REAL):
         raise TypeError(f"`{name}` must be a float, got {type_name(value)}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"`{name}` must be within the range of a float, got an int of {int(value).bit_length()} bits") from None
 
 
 def check_non_negative(name: str, value: Any) -> None:
@@ -117,11 +122,17 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Not negative and finite."""
+def check_finite_non_negative(name: str, value: Any) -> None:
     check_non_negative(name, value)
     if value == math.inf:
         raise ValueError(f"`{name}` must be finite, got {value}")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """The weight of a model or of a pool. Products of other weights with scores may be infinite or zero in float32."""
+    check_positive(name, value)
+    if not LEAST_WEIGHT <= value <= MOST_WEIGHT:
+        raise ValueError(f"`{name}` must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {value}")
 
 
 def check_share(name: str, value: Any) -> None:
@@ -286,8 +297,9 @@ def check_values(tensors: Sequence[Tensor], num_gt: int, num_classes: int, image
     seen, position = np.full(anchors, -1), np.arange(len(inds))
     seen[inds] = position
     refuse(seen[inds] != position, f"pos_inds{image}", inds, "not repeat an index")
-    within = f"be in [0, {num_gt})" if num_gt else "be empty, because the image has no ground truth"
-    refuse((gts < 0) | (gts >= num_gt), f"pos_gt_inds{image}", gts, within)
+    refuse(gts < 0, f"pos_gt_inds{image}", gts, "not be negative")
+    within = f"be below {num_gt}, the number of ground truths" if num_gt else "be empty, because the image has no ground truth"
+    refuse(gts >= num_gt, f"pos_gt_inds{image}", gts, within)
     infinite = ~np.isfinite(losses)
     gt = gts[infinite.argmax()] if len(gts) else 0
     refuse(infinite, f"pos_losses{image}", losses, "be finite", f"at position {{}}, ground truth {gt}")

@@ -76,6 +76,10 @@ def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
+#: tol, reg_covar and max_iter of the fit of candidates: scikit-learn's defaults, with which PAA was published.
+FIT_OPTIONS = 1e-3, 1e-6, 100
+
+
 def sum_tolerance(weights_init: Tensor | None) -> float:
     """The largest distance of a sum of given weights from 1: 8 units in the last place of their original type."""
     return 0.0 if weights_init is None else max(1e-6, 8 * torch.finfo(weights_init.dtype).eps)
@@ -376,6 +380,16 @@ def score_voting_padded(
 ) -> tuple[Tensor, Tensor]:
     """`score_voting` of B images of one size: [B, M, 5], [B, M], [B, K, 4], [B, K, C]. A compiler need not know B, M or K."""
     return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
+
+
+#: How a cluster of `weighted_boxes_fusion` gets its score.
+AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
+
+
+def confidence_rule(conf_type: str, allows_overflow: bool) -> int:
+    if conf_type == "avg":
+        return OVERFLOW if allows_overflow else AVERAGE
+    return {"max": MAXIMUM, "box_and_model_avg": BOX_AND_MODEL, "absent_model_aware_avg": ABSENT_MODEL}[conf_type]
 
 
 def empty_fused(boxes: Tensor, scores: Tensor, images: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -55,8 +55,8 @@ class Reserve:
         with self._lock:
             if self._free < values.nbytes:
                 raise RuntimeError(
-                    "a CUDA graph captures a call of paa_gpu for which no pinned memory is left: make this call once outside of "
-                    "the capture, before it"
+                    "no pinned memory is left for a call of paa_gpu that a CUDA graph captures: make the same call once before "
+                    "the capture, which reserves the memory"
                 )
             part = self._pieces[-1][len(self._pieces[-1]) - self._free :][: values.nbytes]
             self._free -= self._room(values)

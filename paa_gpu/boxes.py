@@ -62,7 +62,7 @@ def focal_loss(scores: Tensor, label: Tensor, gamma: float, alpha: float) -> Ten
     """The sigmoid focal loss [n, C] of logits [n, C] (arXiv 1708.02002); a label [n] outside [0, C) belongs to no class."""
     target = label[:, None] == torch.arange(scores.shape[1], device=scores.device)
     logit = torch.where(target, scores, -scores)  # of what is true
-    weight = torch.where(target, scores.new_full((), -alpha), alpha - 1)  # of two numbers it would have torch's default dtype
+    weight = torch.where(target, scores.new_full((), -alpha), alpha - 1)  # `where` of two numbers has the default dtype
     other = (-logit).sigmoid()
     if 0 < gamma < 1:
         other = other.clamp(min=torch.finfo(other.dtype).tiny)  # the derivative of such a power of 0 is infinite

@@ -195,11 +195,12 @@ class Cuda:
     @contextlib.contextmanager
     def nothing_waits(self) -> Iterator[None]:
         """A context in which a wait for the device raises an error."""
+        before = _cuda.get_sync_debug_mode()
         _cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
-            _cuda.set_sync_debug_mode("default")
+            _cuda.set_sync_debug_mode(before)
 
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """The result of a captured call, and what replays it."""

@@ -16,8 +16,8 @@ from ._checks import (
     check_list,
     check_non_negative,
     check_option,
-    check_positive,
     check_tensor,
+    check_weight,
 )
 
 __all__ = ["FusedBoxes", "weighted_boxes_fusion"]
@@ -56,12 +56,10 @@ def weighted_boxes_fusion(
     Args:
         boxes: for each image a list with one tensor per model: Tensor[K, 4] floating, x1, y1, x2, y2 as fractions of the image's
             width and height. K may differ, and may be 0. Swapped corners are swapped back. Corners outside [0, 1] are clipped.
-        scores: lists as `boxes`, of Tensor[K] floating.
-        labels: lists as `boxes`, of Tensor[K] of any integer dtype.
-        weights: of the models, positive; None: 1 for each. A weighted score is a score times the weight of its model.
-        iou_thr: not negative.
-        skip_box_thr: boxes with a lower score are left out. It is rounded to the dtype of the scores first.
-        conf_type: how a cluster gets its score.
+        scores: lists as `boxes`, of Tensor[K] floating. labels: lists as `boxes`, of Tensor[K] of any integer dtype. weights: of
+        the models, from 1e-30 to 1e30; None: 1 for each. A weighted score is a score times the weight of its model. iou_thr: not
+        negative. skip_box_thr: boxes with a lower score are left out. It is rounded to the dtype of the scores first. conf_type:
+        how a cluster gets its score.
 
             - "avg": the mean of the weighted scores, times the number of boxes, divided by the sum of all weights. The number of
               boxes counts at most as the number of models.
@@ -87,8 +85,8 @@ def weighted_boxes_fusion(
     Equal weighted scores of a class: the later model comes first, and in a model the later box. Equal fused scores: the class
     that appears later comes first, then the later cluster. In `ensemble_boxes`, an unstable sort decides.
 
-    One thing differs: boxes with a NaN, and scores that are not finite, are left out. A cluster of several boxes that all have
-    score 0 gets NaN corners, as in `ensemble_boxes`. A `skip_box_thr` above 0 avoids that.
+    One thing differs: boxes with a NaN are left out, and so are boxes with a weighted score that is not finite in float32. A
+    cluster of several boxes that all have score 0 gets NaN corners, as in `ensemble_boxes`. A `skip_box_thr` above 0 avoids that.
 
     Inputs are not modified and no graph is recorded. On a GPU, one program takes one class of one image, box after box. Source:
     Weighted boxes fusion (arXiv 1910.13302).
@@ -111,7 +109,7 @@ def _check_weights(weights: Any, models: int) -> list[float]:
         return [1.0] * models
     check_list("weights", weights, "model", length=models, like="`boxes[0]`")
     for t, weight in enumerate(weights):
-        check_positive(f"weights[{t}]", weight)
+        check_weight(f"weights[{t}]", weight)
     return [float(weight) for weight in weights]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ._checks import (
     LIST,
     check_bool,
-    check_finite,
+    check_finite_non_negative,
     check_float,
     check_image_sizes,
     check_int,
@@ -145,7 +145,7 @@ class PAAHead(nn.Module):
         check_list("target_stds", target_stds, "offset", length=4, like="a box")
         for i, std in enumerate(target_stds):
             check_positive(f"target_stds[{i}]", std)
-            check_finite(f"target_stds[{i}]", std)
+            check_finite_non_negative(f"target_stds[{i}]", std)
         check_positive("anchor_scale", anchor_scale)
         for name, value in (
             ("pos_iou_thr", pos_iou_thr), ("neg_iou_thr", neg_iou_thr), ("min_pos_iou", min_pos_iou),
@@ -156,7 +156,7 @@ class PAAHead(nn.Module):
             ("anchor_scale", anchor_scale), ("gamma", gamma), ("bbox_loss_weight", bbox_loss_weight),
             ("iou_loss_weight", iou_loss_weight),
         ):  # fmt: skip
-            check_finite(name, value)
+            check_finite_non_negative(name, value)
         check_share("alpha", alpha)
         for name, value in (
             ("ignore_iof_thr", ignore_iof_thr), ("allowed_border", allowed_border), ("score_thr", score_thr),
@@ -421,7 +421,7 @@ class PAAHead(nn.Module):
             score = (cls_score.sigmoid() * iou_pred.sigmoid()).sqrt()
             priors = priors.expand(score.shape[0], -1, -1)
             size: Any = score.shape[1]
-            # A size that is not known yet, on the way to another runtime, decides nothing: then even all are sorted.
+            # During an export, the size is not known yet. Then boxes are sorted, even if there are few.
             unknown = isinstance(size, torch.SymInt) or torch.compiler.is_exporting()
             if self.nms_pre and (unknown or self.nms_pre < size):
                 # Dynamo of torch 2.9 knows `min`, and says of every graph that it is exported.

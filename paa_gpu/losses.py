@@ -11,7 +11,7 @@ from . import _ops
 from ._checks import (
     FLOATS,
     INDICES,
-    check_finite,
+    check_finite_non_negative,
     check_list,
     check_option,
     check_positive,
@@ -136,12 +136,12 @@ def losses_of(
     """
     numbers = {"gamma": gamma, "alpha": alpha, "loss_cls_weight": loss_cls_weight, "loss_bbox_weight": loss_bbox_weight}
     for name, number in numbers.items():
-        (check_share if name == "alpha" else check_finite)(name, number)
+        (check_share if name == "alpha" else check_finite_non_negative)(name, number)
     check_positive("wh_ratio_clip", wh_ratio_clip)
     check_option("box_loss", box_loss, BOX_LOSSES)
     check_list("stds", stds, "delta", 4, "a box")
     for i, std in enumerate(stds):
-        check_finite(f"stds[{i}]", std)
+        check_finite_non_negative(f"stds[{i}]", std)
         if box_loss == "l1":  # divides by them
             check_positive(f"stds[{i}]", std)
     check_option("convention", convention, CONVENTIONS)
@@ -169,9 +169,9 @@ def check_maps(
         if deltas.shape[1] % 4 or per_location == 0:
             raise ValueError(f"`bbox_preds[{level}]` must have 4 channels for each anchor of a location, got {deltas.shape[1]}")
         if scores.shape[1] != per_location * (scores.shape[1] // per_location if classes is None else classes):
-            each = "as many" if classes is None else str(classes)
+            wanted = f"a multiple of {per_location}" if classes is None else str(per_location * classes)
             raise ValueError(
-                f"`cls_scores[{level}]` must have {each} channels for each of the {per_location} anchors of a location, "
+                f"`cls_scores[{level}]` must have {wanted} channels (anchors at a location: {per_location}), "
                 f"got {scores.shape[1]}"
             )
         classes, (height, width) = scores.shape[1] // per_location, scores.shape[2:]

@@ -30,9 +30,9 @@ class GaussianMixture1D(NamedTuple):
     values that are not finite in the dtype of the fit. If the square of a value is not finite, its probabilities may be NaN too,
     and its label is then the first one, as in scikit-learn.
 
-    Each method is one launch, or one compiled loop. It needs no memory of the size of `x` besides its result. A list is first
-    joined into one tensor. No graph is recorded, and nothing waits for the device. Names and meaning are those of scikit-learn's
-    `GaussianMixture`.
+    Each method is one launch, or two if it sums over a row, or one compiled loop. It needs no memory of the size of `x` besides
+    its result. A list is first joined into one tensor. No graph is recorded, and nothing waits for the device. Names and meaning
+    are those of scikit-learn's `GaussianMixture`.
     """
 
     weights: Tensor  #: Tensor[G, k], each row sums to 1

@@ -34,6 +34,9 @@ WIDTH, DPI, POINTS = 7.2, 250, 9
 #: A peak that is so many times as high as the other one is cut off.
 STEEP = 30
 
+#: The defaults of `score_voting`.
+IOU_THR, SIGMA = 0.01, 0.025
+
 
 def _check_fit(gmm: GaussianMixture1D, row: int, components: int | None = None) -> None:
     if components not in (None, gmm.means.shape[1]):
@@ -232,7 +235,7 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
     candidates = call.mlvl_nms_scores[:, labels[chosen]] > call.score_thr
     boxes, scores = call.mlvl_bboxes[candidates], call.mlvl_nms_scores[candidates, labels[chosen]]
     iou = overlaps(det[chosen : chosen + 1, :4], boxes, 0.0)[0]
-    weights = torch.exp(-((1 - iou) ** 2) / 0.025) * scores * (iou > 0.01)
+    weights = torch.exp(-((1 - iou) ** 2) / SIGMA) * scores * (iou > IOU_THR)
 
     x1, y1, x2, y2 = det[chosen, :4].tolist()
     margin = 0.3 * max(x2 - x1, y2 - y1)
@@ -251,12 +254,12 @@ def plot_voting(recording: Recording, call: Voting, voted: Tensor, labels: Tenso
         all_axes.set_title(f"All detections after voting. They moved\nby {median:.1f} pixels (median), at most by {most:.1f}.")
 
         _plot_image(one_axes, image)
-        opacity = (weights / max(weights.tolist(), default=1.0))[iou > 0.01].clamp(min=0.1).tolist()
-        _plot_boxes(one_axes, boxes[iou > 0.01], BLACK, alpha=opacity)
+        opacity = (weights / max(weights.tolist(), default=1.0))[iou > IOU_THR].clamp(min=0.1).tolist()
+        _plot_boxes(one_axes, boxes[iou > IOU_THR], BLACK, alpha=opacity)
         _plot_boxes(one_axes, det[chosen, None, :4], BLUE, linewidth=2, linestyle="--")
         _plot_boxes(one_axes, voted[chosen, None, :4], ORANGE, linewidth=2)
         _show(one_axes, region)
-        number = int((iou > 0.01).sum())
+        number = int((iou > IOU_THR).sum())
         one_axes.set_title(f"One before (blue, dashed) and after (orange),\nand its {number} voters. Darker ones weigh more.")
         figure.savefig(path, dpi=DPI)
 

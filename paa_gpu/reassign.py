@@ -110,13 +110,15 @@ def paa_reassign(
     if num_gt is not None:
         check_int("num_gt", num_gt, 0)
     image = _ops.detached(image)
+    number: Any = num_gt  # without one, the operator itself counts
+    if number is None and (validate or callable(separation)):
+        (number,) = _ops.count_gts(image[-1:])
     if validate:
-        check_values(image, _ops.count_gts(image[-1:])[0] if num_gt is None else num_gt, num_classes, "")
+        check_values(image, number, num_classes, "")
     if callable(separation):
-        num_gts = _ops.count_gts(image[-1:]) if num_gt is None else [num_gt]
-        results = _with_callable([[tensor] for tensor in image], sizes, num_gts, *options)
+        results = _with_callable([[tensor] for tensor in image], sizes, [number], *options)
     else:
-        results = _ops.paa_reassign(*image, sizes, num_gt, *options)
+        results = _ops.paa_reassign(*image, sizes, number, *options)
     return results[0], results[1], results[2], int(results[3].item())
 
 
@@ -215,12 +217,16 @@ def check_options(
     num_classes: int, topk: int, covariance_type: str, separation: Separation, singleton: str, precision: str
 ) -> None:
     check_int("num_classes", num_classes, 1)
+    check_scheme(topk, covariance_type, separation, singleton)
+    check_option("precision", precision, _ops.PRECISIONS)
+
+
+def check_scheme(topk: int, covariance_type: str, separation: Separation, singleton: str) -> None:
     check_int("topk", topk, 1)
     check_option("covariance_type", covariance_type, COVARIANCE_TYPES)
     if not callable(separation):
         check_option("separation", separation, SCHEMES)
     check_option("singleton", singleton, SINGLETONS)
-    check_option("precision", precision, _ops.PRECISIONS)
 
 
 def reassignment_of(

@@ -20,15 +20,13 @@ from ._checks import (
     check_non_negative,
     check_positive,
     check_tensor,
+    check_weight,
 )
 
 __all__ = ["score_voting", "score_voting_batch"]
 
 # Of the detections, their labels, the candidates and their scores.
 _DTYPES: Sequence[Sequence[torch.dtype]] = (FLOATS, INTEGERS, FLOATS, FLOATS)
-
-#: The weights of pools. Products of other weights with scores may be infinite or zero in float32.
-LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
 
 
 def score_voting(
@@ -184,9 +182,7 @@ def _vote_pools(
     weights = [1.0] * pools if weights is None else weights
     check_list("weights", weights, "pool", pools, "`mlvl_bboxes[0]`")
     for pool, weight in enumerate(weights):
-        check_positive(f"weights[{pool}]", weight)
-        if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
-            raise ValueError(f"`weights[{pool}]` must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {weight}")
+        check_weight(f"weights[{pool}]", weight)
     options = _check_options(score_thr, iou_thr, sigma, offset, keep_order)
     det, label = map(_ops.detached, columns[:2])
     boxes, scores = (_ops.detached([entry[place] for entry in entries]) for place in (2, 3))

@@ -185,9 +185,21 @@ def test_ignoring_needs_a_threshold(rng):
     boxes, ignored, _ = draw(rng)
     anchors = testing.make_anchors(SHAPES)
     plain = paa_gpu.assign_max_iou(anchors, boxes)
-    for threshold in (-1, 0.0):
+    for threshold in (-1, 0.0, -2, float("nan")):
         got = paa_gpu.assign_max_iou(anchors, boxes, ignored, ignore_iof_thr=threshold)
         assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*plain), itertools.chain(*got), strict=True))
+
+
+def test_boxes_without_area_where_tiny_numbers_are_zero():
+    """An IoU of 0 / 0 is 0, also in a process whose processor takes numbers below the smallest normal one for 0."""
+    boxes = torch.tensor([[3.0, 3, 3, 3]])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        _, (overlaps,) = paa_gpu.assign_max_iou([boxes], [boxes], eps=0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert overlaps.tolist() == [0]
 
 
 @pytest.mark.slow  # on compiled kernels

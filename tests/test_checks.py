@@ -101,7 +101,15 @@ VALIDATED = [
     (second("pos_inds", torch.tensor([0, 6, 2])), "`pos_inds[1]` must be in [0, 6), got 6 at position 1"),
     (second("pos_inds", torch.tensor([0, 1, -1])), "`pos_inds[1]` must be in [0, 6), got -1 at position 2"),
     (second("pos_inds", torch.tensor([4, 1, 4])), "`pos_inds[1]` must not repeat an index, got 4 at position 0"),
-    (second("pos_gt_inds", torch.tensor([0, 0, -1])), "`pos_gt_inds[1]` must be in [0, 1), got -1 at position 2"),
+    (second("pos_gt_inds", torch.tensor([0, 0, -1])), "`pos_gt_inds[1]` must not be negative, got -1 at position 2"),
+    (
+        {**second("pos_gt_inds", torch.tensor([0, 0, 1])), "num_gts": [2, 1]},
+        "`pos_gt_inds[1]` must be below 1, the number of ground truths, got 1 at position 2",
+    ),
+    (
+        second("pos_gt_inds", torch.tensor([-1, -1, -1])),
+        "`pos_gt_inds[1]` must not be negative, got -1 at position 0",
+    ),
     ({"num_gts": [1, 0]}, "`pos_gt_inds[1]` must be empty, because the image has no ground truth, got 0 at position 0"),
     (second("label", torch.tensor([0, 0, 0, 81, 80, 80])), "`label[1]` must be in [0, 80], got 81 at position 3"),
     (second("label", torch.tensor([0, 0, 0, 80, 80, -1])), "`label[1]` must be in [0, 80], got -1 at position 5"),
@@ -154,7 +162,8 @@ FIT = [
     (
         {"x": torch.zeros(100, 1)},
         ValueError,
-        "`x` must have one row per mixture, got shape [100, 1]: for N samples of one mixture pass Tensor[N] or use the estimator",
+        "`x` must have one row per mixture, got shape [100, 1]: for N samples of one mixture pass Tensor[N], "
+        "or use paa_gpu.integrations.sklearn.GaussianMixture",
     ),
     ({"x": Z[None]}, TypeError, "`x` must be float16, bfloat16, float32 or float64, got int64"),
     ({"x": torch.ones(1, 3).to_sparse()}, TypeError, "`x` must have the layout strided, got sparse_coo"),
@@ -264,7 +273,7 @@ HEAD = [
     (
         second_of_head("cls_scores", torch.ones(2, 4, 1, 2)),
         ValueError,
-        "`cls_scores[1]` must have 3 channels for each of the 1 anchors of a location, got 4",
+        "`cls_scores[1]` must have 3 channels (anchors at a location: 1), got 4",
     ),
     (
         second_of_head("bbox_preds", torch.ones(2, 4, 2, 2)),
@@ -279,7 +288,7 @@ HEAD = [
     (
         {"bbox_preds": [torch.ones(2, 8, 2, 2), torch.ones(2, 8, 1, 2)]},
         ValueError,
-        "`cls_scores[0]` must have as many channels for each of the 2 anchors of a location, got 3",
+        "`cls_scores[0]` must have a multiple of 2 channels (anchors at a location: 2), got 3",
     ),
     (second_of_head("bbox_preds", torch.ones(2, 4, 1, 2).half()), TypeError, "`bbox_preds[1]` must be float32, got float16"),
     (second_of_head("label", Z), ValueError, "`label[1]` must have shape [6], got [3]"),

@@ -39,6 +39,7 @@ def test_the_demonstration(tmp_path, capsys):
     [
         (["check", "--device", "gpu"], "must be cpu, or a GPU such as cuda:0, got 'gpu'"),
         (["check", "--device", "cuda"], "torch finds 0 CUDA devices here, got 'cuda'"),
+        (["check", "--device", "cuda:"], "must be cpu, or a GPU such as cuda:0, got 'cuda:'"),
         (["compile", "--device", "cuda:1"], "torch finds 0 CUDA devices here, got 'cuda:1'"),
         (["--out", "no/such/folder/picture.png"], "must be a file in a folder that exists, got 'no/such/folder/picture.png'"),
         (["check", "--repeats", "-3"], "must be a positive integer, got '-3'"),

@@ -313,3 +313,12 @@ def test_a_device_in_the_report(monkeypatch, capsys):
         and "| stand-in | host that launches |" in printed
         and "| 100 us | 20 us |" in printed
     )
+
+
+def test_the_mode_in_which_waits_are_errors_ends_as_it_began(monkeypatch):
+    modes = ["warn"]
+    fake = SimpleNamespace(get_sync_debug_mode=lambda: modes[-1], set_sync_debug_mode=modes.append)
+    monkeypatch.setattr(diagnose, "_cuda", fake)
+    with diagnose.Cuda.nothing_waits(None):
+        assert modes[-1] == "error"
+    assert modes[-1] == "warn"

@@ -116,6 +116,32 @@ def test_given_initial_values(covariance_type, each, rng):
         assert_close(got, extended_em.fit(row, covariance_type, 1e-3, 1e-6, 100, *initial), i)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("means_init", (1e39, 3)),
+        ("precisions_init", (1e-46, 1)),
+        ("precisions_init", (1e300, 1)),
+        ("weights_init", (1 / 3, 2 / 3)),
+    ],
+)
+@pytest.mark.parametrize("n_components", [2, 3])
+def test_a_float32_fit_rounds_its_initial_values_first(name, values, n_components, rng):
+    """What becomes infinite is not given; a precision that becomes 0 is none."""
+    x = torch.from_numpy(rng.normal(size=(2, 20)))
+    given = torch.tensor([*values, *[0.0 if name == "weights_init" else 1.0] * (n_components - 2)], dtype=torch.float64)
+    options = {"precision": "float32", "n_components": n_components}
+    got = paa_gpu.fit_gmm_1d(x, **{name: given}, **options)
+    if given.float().isinf().any():
+        assert got.valid.all()
+        assert torch.equal(got.means, paa_gpu.fit_gmm_1d(x, **options).means)
+    elif (given.float() == 0).any() and name == "precisions_init":
+        assert not got.valid.any()
+    else:
+        assert got.valid.all()
+        assert torch.equal(got.means, paa_gpu.fit_gmm_1d(x, **{name: given.float()}, **options).means)
+
+
 def test_initial_values_one_by_one(rng):
     x = torch.from_numpy(rng.normal(size=(3, 20)))
     means = torch.tensor([-0.5, 0.5])

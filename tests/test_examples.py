@@ -108,6 +108,21 @@ def test_training_that_goes_on_is_the_same_training(coco_data, monkeypatch):
 
 
 @pytest.mark.slow
+def test_training_that_goes_on_takes_the_new_learning_rate(coco_data):
+    """With 0, parameters stay."""
+    example = load("train_coco")
+
+    def parameters(*more: str):
+        example.main(arguments(coco_data, *more)[1:])
+        state = torch.load(coco_data / "out" / "checkpoint.pt", weights_only=True)["detector"]
+        return {name: value for name, value in state.items() if "running" not in name and "tracked" not in name}
+
+    before = parameters("--epochs", "1")
+    after = parameters("--epochs", "2", "--resume", "--lr", "0")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.slow
 def test_detections_have_the_categories_of_the_training_set(coco_data):
     """Also with a test file that has fewer of them, no areas and no crowds. Without an epoch, the example evaluates alone."""
     example, boxes = load("train_coco"), coco_data / "boxes.json"

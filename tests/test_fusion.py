@@ -153,13 +153,14 @@ def test_scores_of_zero(stable):
 def test_what_is_not_finite_is_left_out(rng):
     boxes, scores, labels = make_models([20, 20], rng)
     wanted = paa_gpu.weighted_boxes_fusion([boxes], [scores], [labels])
-    odd = torch.rand(6, 4).double()
+    odd = torch.rand(8, 4).double()
     odd[[0, 1, 2, 3], [0, 1, 2, 3]] = torch.nan
-    odd_scores = torch.tensor([0.9, 0.9, 0.9, 0.9, torch.nan, torch.inf]).double()
+    # Clusters keep sums as float32, in which the last two are infinite.
+    odd_scores = torch.tensor([0.9, 0.9, 0.9, 0.9, torch.nan, torch.inf, 1e39, -1e39], dtype=torch.float64)
     more = (
         [boxes[0], torch.cat([boxes[1], odd])],
         [scores[0], torch.cat([scores[1], odd_scores])],
-        [labels[0], torch.cat([labels[1], labels[1][:6]])],
+        [labels[0], torch.cat([labels[1], labels[1][:8]])],
     )
     got = paa_gpu.weighted_boxes_fusion(*([column] for column in more))
     for part, other in zip(got[:3], wanted[:3], strict=True):

@@ -287,6 +287,16 @@ def test_boxes_and_scores_of_different_dtypes(boxes_dtype, scores_dtype, method,
     assert torch.equal(got.scores, wanted.scores.float().to(scores_dtype) if scores_dtype != wide else wanted.scores)
 
 
+@pytest.mark.parametrize("sigma", [5e-324, 1e-300, 1e-39, 1e-20])
+def test_a_tiny_sigma_leaves_what_overlaps_nothing(sigma):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]])
+    for dtype in (torch.float32, torch.float64):
+        column = [boxes.to(dtype)], [torch.tensor([0.9, 0.8, 0.7], dtype=dtype)], [torch.zeros(3).long()]
+        got = paa_gpu.batched_nms(*column, 0.5, method="gaussian", sigma=sigma)
+        assert got.index[0, : got.count[0]].tolist() == [0, 2]
+        assert torch.equal(got.scores[0, :2], column[1][0][[0, 2]])
+
+
 def test_the_linear_form_at_its_threshold():
     """An IoU of exactly the threshold weakens nothing here, and in mmcv it does."""
     boxes, scores = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]), torch.tensor([0.9, 0.8])

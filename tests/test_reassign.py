@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import paa_gpu
-from paa_gpu import data, reference, testing
+from paa_gpu import _ops, data, reference, testing
 from paa_gpu.em import COVARIANCE_TYPES
 from paa_gpu.separation import SCHEMES, separate
 
@@ -128,6 +128,27 @@ def test_where_scikit_learn_raises_in_float32(losses):
     with pytest.raises(ValueError, match="ill-defined empirical covariance"):
         reference.paa_reassign(*arguments, num_classes=1, published=True)
     assert_equal(paa_gpu.paa_reassign(*arguments, num_classes=1), reference.paa_reassign(*arguments, num_classes=1))
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("float64", 1), ("float32", 0)])
+def test_the_only_candidate_is_kept_if_the_fit_takes_its_loss(precision, kept):
+    """1e300 is infinite in float32."""
+    loss, zero = torch.tensor([1e300], dtype=torch.float64), torch.zeros(1).long()
+    arguments = (loss, torch.tensor([0, 1]), torch.ones(2), torch.ones(2, 4), zero, zero, [2])
+    options = {"num_classes": 1, "singleton": "positive", "num_gt": 1}
+    assert paa_gpu.paa_reassign(*arguments, **options, precision=precision)[3] == kept
+
+
+def test_validation_counts_ground_truths_once(monkeypatch):
+    """On a GPU each time is a wait."""
+    counted, count = [], _ops.count_gts
+    monkeypatch.setattr(_ops, "count_gts", lambda inds: counted.append(1) or count(inds))
+    zeros = torch.zeros(3).long()
+    arguments = (torch.rand(3), zeros, torch.ones(3), torch.ones(3, 4), torch.arange(3), zeros, [3])
+    for separation in ("mmdet", lambda assignment, score, loss, mask: (assignment, ~assignment)):
+        paa_gpu.paa_reassign(*arguments, num_classes=1, separation=separation, validate=True)
+        assert len(counted) == 1
+        counted.clear()
 
 
 @pytest.mark.parametrize("separation", SCHEMES)

@@ -77,8 +77,8 @@ def compiled(function: Callable[..., Any]) -> Any:
     return loop
 
 
-# A part of the loops that call it, and Python to Python. Without an entry of their own for Python, and not kept on disk, they
-# compile in half of the time.
+# In a loop, such a function is a part of the loop; called from Python, it is plain Python. Parts have no entry of their own for
+# Python, and are not kept on disk. So they compile in half of the time.
 inner = register_jitable(**_INLINED)
 inner_fused = register_jitable(**EXACT_SUMS)
 inner_with_sums = register_jitable(**_SUMS)

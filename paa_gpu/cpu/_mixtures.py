@@ -107,7 +107,7 @@ def expectation_of_any(y: Any, size: int, weight: Any, mean: Any, variance: Any,
 
 @inner
 def usable(row: int, weights_init: Any, means_init: Any, precisions_init: Any) -> bool:
-    """Whether the initial values that are given are finite: a row whose are not starts as if there were none."""
+    """Whether all initial values of a row are finite. If not, the row starts as if none were given."""
     finite = True
     for init in (weights_init, means_init, precisions_init):
         for j in range(init.shape[1] if len(init) > 0 else 0):

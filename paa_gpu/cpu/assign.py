@@ -273,8 +273,8 @@ def assign_max_iou(
     rows, boxes, box_offset = _rows(sizes, not per_image), _boxes(gt_bboxes), offsets(lengths(gt_bboxes))
     if len(rows):
         numbers = cast(np.array([pos_iou_thr, neg_iou_thr, min_pos_iou, ignore_iof_thr, eps]), np.float32)
-        # The least union is no zero, which would make an IoU of 0 not a number.
-        numbers[4] = max(numbers[4], np.finfo(np.float32).smallest_subnormal)
+        # The least union is no zero, which would make an IoU of 0 not a number. A smaller number may count as zero.
+        numbers[4] = max(numbers[4], np.finfo(np.float32).tiny)
         keep_owner = match_low_quality and low_quality == "anchor"
         best = np.full((rows[:, 1].max() + 1, len(boxes)), np.float32(-1))
         some = _boxes(gt_bboxes_ignore), offsets(lengths(gt_bboxes_ignore) or [0] * images)

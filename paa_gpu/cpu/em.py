@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._ops import INITS, PRECISIONS, sum_tolerance
+from .._ops import FIT_OPTIONS, INITS, PRECISIONS, sum_tolerance
 from ..separation import tie_tolerance
 from . import em_long
 from ._arrays import Array, flat, view
@@ -217,7 +217,11 @@ def empty_fit(rows: int, real: Any, k: int = 2) -> tuple[Array, ...]:
 
 
 def fit_options(
-    covariance_type: str, tol: float = 1e-3, reg_covar: float = 1e-6, max_iter: int = 100, started: bool = False
+    covariance_type: str,
+    tol: float = FIT_OPTIONS[0],
+    reg_covar: float = FIT_OPTIONS[1],
+    max_iter: int = FIT_OPTIONS[2],
+    started: bool = False,
 ) -> tuple[Any, ...]:
     """What `fit_row` takes between the row and its results."""
     return covariance_type == "tied", tol, reg_covar, max_iter, started

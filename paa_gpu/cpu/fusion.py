@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ops import AVERAGE, BOX_AND_MODEL, MAXIMUM, OVERFLOW, confidence_rule
 from ._arrays import Array, array, offsets, rounded, tensor, view
 from ._loops import compiled, inner, over_bounds, shared_bounds
 
 CHUNK = 32
+LARGEST = float(np.finfo(np.float32).max)  # weighted score: clusters keep them as float32
 #: Microseconds for a box: to sort it, to find its cluster; and for an image, between the sorts.
 SORTING, CLUSTERING, IN_PYTHON = 0.08, 0.09, 40.0
-AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
 
 
 @compiled
@@ -34,11 +35,11 @@ def _prepare(first: int, last: int, bounds: Any, boxes: Any, scores: Any, weight
                 if high < low:
                     low, high = high, low
                 box[e, axis], box[e, axis + 2] = min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)
-            there = np.isfinite(scores[e]) & (scores[e] >= threshold)
+            score[e] = np.float64(scores[e]) * weight
+            there = (abs(score[e]) <= LARGEST) & (scores[e] >= threshold)  # also no NaN
             for side in range(4):
                 there &= not np.isnan(boxes[e, side])
             kept[e] = there & ((box[e, 2] - box[e, 0]) * (box[e, 3] - box[e, 1]) != 0.0)
-            score[e] = np.float64(scores[e]) * weight
 
 
 @inner
@@ -169,12 +170,6 @@ def _in_order(score: Array, clusters: Array, order: Array, start: Array) -> Arra
     return ordered
 
 
-def _rule(conf_type: str, allows_overflow: bool) -> int:
-    if conf_type == "avg":
-        return OVERFLOW if allows_overflow else AVERAGE
-    return {"max": MAXIMUM, "box_and_model_avg": BOX_AND_MODEL, "absent_model_aware_avg": ABSENT_MODEL}[conf_type]
-
-
 def weighted_boxes_fusion(
     boxes: Tensor,
     scores: Tensor,
@@ -207,7 +202,7 @@ def weighted_boxes_fusion(
     order, begins = (np.concatenate(column) for column in zip(*parts, strict=True))
     start = np.append(np.flatnonzero(begins), len(order))
     clusters, fused = np.zeros(len(start) - 1, np.int64), (np.empty((len(order), 4)), np.empty(len(order)))
-    rule, total = _rule(conf_type, allows_overflow), weight.sum()
+    rule, total = confidence_rule(conf_type, allows_overflow), weight.sum()
     boxes_of_model = box, score, model
     over_bounds(
         _cluster_classes, shared_bounds(CLUSTERING * start),

@@ -88,7 +88,7 @@ def _fit_rows(first: int, last: int, candidates: Any, options: Any, fitted: Any,
         if valid[row]:
             assign(y, n, weights[row], mean, variances[row], tolerance, r0, r1, assignment, score)
             _separate(n, index[row], assignment, score, rule, tolerance, positive, ignored)
-        elif keep_singleton and n == 1 and np.isfinite(loss[row, 0]):
+        elif keep_singleton and n == 1 and np.isfinite(smallest):
             positive[index[row, 0]] = True
         mean[0], mean[1] = mean[0] + smallest, mean[1] + smallest
 

@@ -2,8 +2,8 @@
 
 Potential positives are taken in the order of their anchors. Every step keeps the order of equal losses, so ties need nothing
 else. Usually each group keeps its smallest losses so far, in order. Then most losses are read once and dropped. For a large
-`topk` this would take quadratic time. There, a stable counting sort brings the groups together, and each group is sorted. Both
-cost P + G.
+`topk` this would take quadratic time. There, a stable counting sort brings the groups together, and each group is sorted. The
+first way costs P + G, the second one P log P at most.
 """
 
 from __future__ import annotations

@@ -371,8 +371,8 @@ def _cost(detections: int, boxes: int, classes: int) -> float:
 def _weights(iou_thr: float, sigma: float, dtype: Any) -> tuple[float, float]:
     """(least_iou, scale): weights are 2^-((1 - IoU) * scale)^2 above least_iou, and 0 up to it.
 
-    least_iou is iou_thr, or more where weights would be below the smallest normal number. The widest scale gives IoUs that
-    only rounding makes differ from 1 a weight that is a number.
+    least_iou is iou_thr, or more where weights would be below the smallest normal number. The scale is limited. So an IoU that
+    differs from 1 only by rounding still has a finite weight above 0.
     """
     info = np.finfo(dtype)
     vanishing = math.sqrt(info.maxexp - 2)

@@ -204,7 +204,7 @@ class GaussianMixture(mixture.GaussianMixture):
 
     def _check_initial(self, n_samples: int) -> None:
         """Check the given initial values as scikit-learn does. They become arrays."""
-        for name in ("weights_init", "means_init", "precisions_init"):
+        for name in INITIAL:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, value.detach().cpu().numpy())

@@ -179,8 +179,8 @@ def losses(
 
 
 def _classification(loss: Any, scores: Tensor, targets: Targets, number: Tensor) -> Tensor:
-    """The head's own loss, whose kernel on a GPU is one; on the CPU it makes one-hot labels, and ours does not. In half precision
-    ours would round otherwise."""
+    """The head's own loss. On a GPU it is one kernel. On the CPU it would make one-hot labels, so ours takes its place, except in
+    half precision, where ours would round otherwise."""
     if scores.is_cpu and scores.dtype not in HALF and not _has_hooks(loss):
         focal = focal_loss(scores, targets.label, loss.gamma, loss.alpha).sum(1)
         result: Tensor = loss.loss_weight * _mean(focal * targets.label_weight, number)

@@ -22,7 +22,7 @@ def accelerate(model: Model) -> Model:
     """Match boxes without the matrix of overlaps in every RetinaNet, SSD, region proposal network and RoI head of a model.
 
     The matches equal torchvision's to the bit. So do losses, gradients and the random sampling of proposals. Memory is O(A + G)
-    instead of O(A * G), and nothing waits for the device. This holds for boxes in float32, also with anchors in half precision,
+    instead of O(A * G), and the matching waits for nothing. This holds for boxes in float32, also with anchors in half precision,
     as under autocast. For other dtypes torchvision rounds overlaps differently. There the module still makes its matrix.
 
     Args:

@@ -13,11 +13,9 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import clip_boxes_to_image
 
-from ..._checks import FLOATS, INDICES, check_bool, check_classes, check_int, check_non_negative, check_option, check_tensor
-from ...em import COVARIANCE_TYPES
+from ..._checks import FLOATS, INDICES, check_bool, check_classes, check_non_negative, check_option, check_tensor
 from ...losses import BOX_LOSSES
-from ...reassign import SINGLETONS, Separation
-from ...separation import SCHEMES
+from ...reassign import Separation, check_scheme
 from ...targets import assign_targets
 from ...voting import score_voting_batch
 from .matching import AcceleratedRetinaNet, Batch, Targets, marked, training_batch
@@ -184,11 +182,7 @@ def check_head(name: str, model: Any) -> None:
 
 def check_options(options: PAAOptions) -> None:
     """The options of `use_paa` are of the right type and in range."""
-    check_int("topk", options.topk, 1)
+    check_scheme(options.topk, options.covariance_type, options.separation, options.singleton)
     check_non_negative("pos_iou_thr", options.pos_iou_thr)
-    check_option("covariance_type", options.covariance_type, COVARIANCE_TYPES)
-    if not callable(options.separation):
-        check_option("separation", options.separation, SCHEMES)
-    check_option("singleton", options.singleton, SINGLETONS)
     check_bool("score_voting", options.score_voting)
     check_option("box_loss", options.box_loss, BOX_LOSSES)
