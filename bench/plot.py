@@ -203,7 +203,8 @@ def main(paths: list[str]) -> None:
     before, _, rest = readme.read_text().partition(START)
     more = (
         '"Published" is the published loop. For overlaps and losses it is unfused torch, for fits scikit-learn. '
-        '"Bare numpy" is the arithmetic without the algorithm. [Benchmarks](docs/benchmarks.md) explains it and has all cases.'
+        '"Bare numpy" does only the copies, exponentials and logarithms of the task, in plain numpy. '
+        "[Benchmarks](docs/benchmarks.md) explains it and has all cases."
     )
     shown = f"{short_table(found)}\n\n{caption(results[0])} {more}"
     readme.write_text(f"{before}{START}\n\n{shown}\n\n{END}{rest.partition(END)[2]}")

@@ -20,7 +20,7 @@ import paa_gpu
 
 
 def load(noise: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels [N, 64], right labels [N], and labels [N]. A part `noise` of the latter is drawn again among all ten."""
+    """Pixels [N, 64], right labels [N], and labels [N] of which the share `noise` is drawn at random (perhaps the right one)."""
     digits = load_digits()
     order = torch.randperm(len(digits.target))
     pixels = torch.from_numpy(digits.data).float()[order] / 16
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--epochs", type=int, default=100, help="epochs after that")
     parser.add_argument("--out", default="noisy_labels.png")
     options = parser.parse_args(argv)
+    if not 0 < options.noise <= 1:
+        parser.error(f"--noise must be above 0 and at most 1, got {options.noise}")
     torch.manual_seed(0)
     pixels, right, noisy = load(options.noise)
     test = slice(0, 400)  # these keep their right labels, and are not trained with

@@ -3,7 +3,8 @@
 Semi-supervised detectors such as Consistent-Teacher let a teacher label images. The teacher's confident boxes become ground
 truths of the student. What is confident differs from class to class. This example fits a mixture of two Gaussians to the
 scores of every class, all classes in one call. The threshold of a class is the most likely score of its upper component. The
-scores are those of a recorded detector: with 80 classes in a checkout, with one class otherwise.
+start of the fit is Consistent-Teacher's. The scores are those of a recorded detector, before NMS: with 80 classes in a
+checkout, with one class otherwise. Most of them are low, so the thresholds are low too. Detections after NMS give higher ones.
 """
 
 import argparse

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -79,9 +80,11 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         self.coco: COCO = self.data.coco
         self.categories = sorted(self.coco.getCatIds())
         self.training = training
-        for annotation in self.coco.anns.values():  # what pycocotools needs, and many files leave out
-            annotation.setdefault("iscrowd", 0)
+        for number, annotation in enumerate(self.coco.anns.values(), 1):
+            annotation["id"] = number  # pycocotools takes a box that a detection finds for a missed one if its id is 0
+            annotation.setdefault("iscrowd", 0)  # these two it needs, and many files leave them out
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        self.coco.createIndex()  # by the new ids
         self.transform = v2.Compose(
             [
                 v2.ToImage(),
@@ -173,14 +176,15 @@ def evaluate(coco: COCO, found: list[dict[str, Any]]) -> float:
 def draw(file: Path, images: str, coco: COCO, found: list[dict[str, Any]]) -> None:
     """The first image with its boxes (white) and the detections (orange)."""
     first = coco.loadImgs(coco.getImgIds()[:1])[0]
-    picture = torchvision.io.decode_image(str(Path(images) / first["file_name"]), mode="RGB")
+    with Image.open(Path(images) / first["file_name"]) as file_of_image:  # as for training: of any format
+        picture = v2.functional.pil_to_tensor(file_of_image.convert("RGB"))
     drawn = [entry["bbox"] for entry in coco.loadAnns(coco.getAnnIds(first["id"]))]
     shown = [entry["bbox"] for entry in found if entry["image_id"] == first["id"] and entry["score"] > SHOWN]
     for boxes, color in ((drawn, "white"), (shown, "#E69F00")):
         if boxes:
             corners = torchvision.ops.box_convert(torch.tensor(boxes), "xywh", "xyxy")
             picture = draw_bounding_boxes(picture, corners, colors=color, width=2)
-    torchvision.io.write_png(picture, str(file))
+    v2.functional.to_pil_image(picture).save(file)
 
 
 def rank() -> int:

@@ -108,6 +108,8 @@ def check_float(name: str, value: Any) -> None:
         float(value)
     except OverflowError:
         raise ValueError(f"`{name}` must be within the range of a float, got an int of {int(value).bit_length()} bits") from None
+    if value != value:
+        raise ValueError(f"`{name}` must be a number, got nan")
 
 
 def check_non_negative(name: str, value: Any) -> None:

@@ -51,15 +51,16 @@ def fit_gmm_1d(
             of one dtype and any lengths. A list is never padded. A table with one column needs `count`. Without `count` it raises
             an error, because it most likely holds N samples of one mixture.
         count: Tensor[G] int64 or int32, the number of values in each row of a padded `x`. The rest is not read. None: K.
-        covariance_type: "full", "diag" and "spherical" are the same model in one dimension; "tied" shares one variance. tol: a
-        row stops when its lower bound changes by less than this. reg_covar: added to the variances. max_iter: the most
-        iterations. A row that has not converged by then raises no error; its `converged` is False. On a GPU, a call with a row of
-        more than 16,384 values takes so many launches, even if all rows converge earlier. Its shorter rows take the same way: fit
-        many of them in a call of their own. weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k],
-        where k = n_components (tied
+        covariance_type: "full", "diag" and "spherical" are the same model in one dimension; "tied" shares one variance.
+        tol: a row stops when its lower bound changes by less than this.
+        reg_covar: added to the variances.
+        max_iter: the most iterations. A row that has not converged by then raises no error; its `converged` is False. On a GPU,
+            a call with a row of more than 16,384 values takes so many launches, even if all rows converge earlier. Its shorter
+            rows take the same way: fit many of them in a call of their own.
+        weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k], where k = n_components (tied
             precisions: Tensor[1] or Tensor[G, 1]). They replace the values of the start. If one of a row's initial values is not
-            finite, the row ignores them all. So a warm start recovers from a row that was not valid. A float32 fit rounds them to
-            float32 first.
+            finite, the row ignores them all. So a warm start recovers from a row that was not valid. A float32 fit rounds them
+            to float32 first.
         precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" gives tensors of float64. Kernels then fit in
             float32 if `x` is at most 64 wide (a list: its longest row), with two components, the start "minmax", no initial
             values and no tied variance. They fit a row once more in float64 if float32 is not sure of `n_iter`

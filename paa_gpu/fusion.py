@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from . import _ops
@@ -18,6 +20,7 @@ from ._checks import (
     check_option,
     check_tensor,
     check_weight,
+    values_of,
 )
 
 __all__ = ["FusedBoxes", "weighted_boxes_fusion"]
@@ -56,10 +59,12 @@ def weighted_boxes_fusion(
     Args:
         boxes: for each image a list with one tensor per model: Tensor[K, 4] floating, x1, y1, x2, y2 as fractions of the image's
             width and height. K may differ, and may be 0. Swapped corners are swapped back. Corners outside [0, 1] are clipped.
-        scores: lists as `boxes`, of Tensor[K] floating. labels: lists as `boxes`, of Tensor[K] of any integer dtype. weights: of
-        the models, from 1e-30 to 1e30; None: 1 for each. A weighted score is a score times the weight of its model. iou_thr: not
-        negative. skip_box_thr: boxes with a lower score are left out. It is rounded to the dtype of the scores first. conf_type:
-        how a cluster gets its score.
+        scores: lists as `boxes`, of Tensor[K] floating.
+        labels: lists as `boxes`, of Tensor[K] of any integer dtype.
+        weights: of the models, from 1e-30 to 1e30; None: 1 for each. A weighted score is a score times the weight of its model.
+        iou_thr: not negative.
+        skip_box_thr: boxes with a lower score are left out. It is rounded to the dtype of the scores first.
+        conf_type: how a cluster gets its score.
 
             - "avg": the mean of the weighted scores, times the number of boxes, divided by the sum of all weights. The number of
               boxes counts at most as the number of models.
@@ -80,7 +85,8 @@ def weighted_boxes_fusion(
 
     The results equal those of `ensemble_boxes.weighted_boxes_fusion` under numpy 2, rounded to the dtypes of the inputs. They are
     equal to the last bit for up to 7 models, and within the last digits for more. Both compute in float64. Both keep the sums of
-    a cluster, and its box and score if it has more than one box, in float32. Boxes without area are left out.
+    a cluster, and its box and score if it has more than one box, in float32. Boxes without area are left out. Corners are clipped
+    to 0 to 1, so boxes in pixels have no area. On the CPU, a warning says so if a corner is above 1.
 
     Equal weighted scores of a class: the later model comes first, and in a model the later box. Equal fused scores: the class
     that appears later comes first, then the later cluster. In `ensemble_boxes`, an unstable sort decides.
@@ -100,8 +106,19 @@ def weighted_boxes_fusion(
     check_bool("allows_overflow", allows_overflow)
     lengths = [part.shape[0] for part in columns[0]]
     box, score, label = map(_ops.joined, columns)
+    _warn_of_pixels(box)
     options = float(iou_thr), float(skip_box_thr), conf_type, allows_overflow  # a loop would be compiled once more for an int
     return FusedBoxes(*_ops.weighted_boxes_fusion(box, score, label, lengths, weights, *options))
+
+
+def _warn_of_pixels(boxes: Tensor) -> None:
+    values = values_of(boxes)
+    if values is not None and (values > 1).any():
+        warnings.warn(
+            f"`boxes` has a corner of {np.nanmax(values):g}, and corners are clipped to 1: divide boxes in pixels by the size of "
+            "the image",
+            stacklevel=3,
+        )
 
 
 def _check_weights(weights: Any, models: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -44,14 +44,26 @@ class GaussianMixture1D(NamedTuple):
     valid: Tensor  #: Tensor[G] bool
     covariance_type: str = "diag"  #: of the fit
 
+    @overload
+    def predict(self, x: Tensor, count: Tensor | None = None) -> Tensor: ...
+    @overload
+    def predict(self, x: Sequence[Tensor], count: None = None) -> list[Tensor]: ...
     def predict(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The likeliest component of each value: int64, shape of `x`. Of equal ones, the first."""
         return self._read("predict", x, count)
 
+    @overload
+    def predict_proba(self, x: Tensor, count: Tensor | None = None) -> Tensor: ...
+    @overload
+    def predict_proba(self, x: Sequence[Tensor], count: None = None) -> list[Tensor]: ...
     def predict_proba(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The responsibility of each component for each value: shape of `x` and a last dimension of k that sums to 1."""
         return self._read("predict_proba", x, count)
 
+    @overload
+    def low_probability(self, x: Tensor, count: Tensor | None = None) -> Tensor: ...
+    @overload
+    def low_probability(self, x: Sequence[Tensor], count: None = None) -> list[Tensor]: ...
     def low_probability(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The responsibility of the component with the smallest mean: shape of `x`. Of equal means, the first.
 
@@ -59,22 +71,26 @@ class GaussianMixture1D(NamedTuple):
         """
         return self._read("low_probability", x, count)
 
+    @overload
+    def score_samples(self, x: Tensor, count: Tensor | None = None) -> Tensor: ...
+    @overload
+    def score_samples(self, x: Sequence[Tensor], count: None = None) -> list[Tensor]: ...
     def score_samples(self, x: Rows, count: Tensor | None = None) -> Tensor | list[Tensor]:
         """The log-density of the mixture at each value: shape of `x`; -inf at an infinite value."""
         return self._read("score_samples", x, count)
 
     def score(self, x: Rows, count: Tensor | None = None) -> Tensor:
-        """The mean log-density of each row's values: Tensor[G]."""
+        """The mean log-density of each row's values: Tensor[G]; NaN without values."""
         log_likelihood, size = self._log_likelihood(x, count)
         return log_likelihood / size
 
     def bic(self, x: Rows, count: Tensor | None = None) -> Tensor:
-        """Bayesian information criterion of each row on its values: Tensor[G]; lower is better."""
+        """Bayesian information criterion of each row on its values: Tensor[G]; lower is better. NaN without values."""
         log_likelihood, size = self._log_likelihood(x, count)
         return -2 * log_likelihood + self._n_parameters() * size.log()
 
     def aic(self, x: Rows, count: Tensor | None = None) -> Tensor:
-        """Akaike information criterion of each row on its values: Tensor[G]; lower is better."""
+        """Akaike information criterion of each row on its values: Tensor[G]; lower is better. NaN without values."""
         log_likelihood, _ = self._log_likelihood(x, count)
         return -2 * log_likelihood + 2 * self._n_parameters()
 
@@ -94,10 +110,11 @@ class GaussianMixture1D(NamedTuple):
         return shape.restore(_ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], what))
 
     def _log_likelihood(self, x: Rows, count: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of the log-densities of each row's values (NaN if the row is not valid), and the number of values."""
+        """The sum of the log-densities of each row's values (NaN if it has none, or is not valid), and the number of values."""
         values, shape = flatten_rows(x, count, self.weights)
         total: Tensor = _ops.read_mixture(values.detach(), shape.count, shape.lengths, *self[:3], "log_likelihood")
-        return torch.where(self.valid, total, torch.nan), shape.size(values).to(total.dtype)
+        size = shape.size(values).to(total.dtype)
+        return torch.where(self.valid & (size > 0), total, torch.nan), size
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_ignoring_needs_a_threshold(rng):
     boxes, ignored, _ = draw(rng)
     anchors = testing.make_anchors(SHAPES)
     plain = paa_gpu.assign_max_iou(anchors, boxes)
-    for threshold in (-1, 0.0, -2, float("nan")):
+    for threshold in (-1, 0.0, -2):
         got = paa_gpu.assign_max_iou(anchors, boxes, ignored, ignore_iof_thr=threshold)
         assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*plain), itertools.chain(*got), strict=True))
 

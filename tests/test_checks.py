@@ -18,6 +18,7 @@ from test_head_inputs import INPUTS, SETTINGS, as_tv
 from test_sklearn import OWN_ERRORS
 
 import paa_gpu
+from paa_gpu import _ops
 
 Z = torch.zeros(3, dtype=torch.int64)
 
@@ -118,6 +119,14 @@ VALIDATED = [
         second("pos_losses", torch.tensor([1, 3, -np.inf])),
         "`pos_losses[1]` must be finite, got -inf at position 2, ground truth 0",
     ),
+    (
+        {
+            **second("pos_losses", torch.tensor([1, 3, -np.inf])),
+            **second("pos_gt_inds", torch.tensor([0, 0, 1])),
+            "num_gts": [1, 2],
+        },
+        "`pos_losses[1]` must be finite, got -inf at position 2, ground truth 1",
+    ),
 ]
 
 
@@ -140,6 +149,7 @@ def test_validate_accepts_what_is_right():
 def test_the_drop_in_names_its_arguments_without_an_image():
     one = {name: value[0] if isinstance(value, list) and name != "anchors" else value for name, value in batch().items()}
     paa_gpu.paa_reassign(**one)
+    paa_gpu.paa_reassign(**{**one, "num_classes": 2**63 - 1})
     for changes, error, message in [
         ({"pos_losses": [1.0]}, TypeError, "`pos_losses` must be a Tensor, got list"),
         ({"label": torch.zeros(6)}, TypeError, "`label` must be int64, got float32"),
@@ -153,6 +163,18 @@ def test_the_drop_in_names_its_arguments_without_an_image():
             paa_gpu.paa_reassign(**{**one, **changes})
     with pytest.raises(TypeError, match="num_classes"):
         paa_gpu.paa_reassign(*list(one.values())[:7])
+
+
+def test_validation_counts_ground_truths_once(monkeypatch):
+    """On a GPU each time is a wait."""
+    counted, count = [], _ops.count_gts
+    monkeypatch.setattr(_ops, "count_gts", lambda inds: counted.append(1) or count(inds))
+    zeros = torch.zeros(3).long()
+    arguments = (torch.rand(3), zeros, torch.ones(3), torch.ones(3, 4), torch.arange(3), zeros, [3])
+    for separation in ("mmdet", lambda assignment, score, loss, mask: (assignment, ~assignment)):
+        paa_gpu.paa_reassign(*arguments, num_classes=1, separation=separation, validate=True)
+        assert len(counted) == 1
+        counted.clear()
 
 
 FIT = [
@@ -174,7 +196,7 @@ FIT = [
     ({"count": torch.ones(2)}, TypeError, "`count` must be int64 or int32, got float32"),
     ({"covariance_type": "d"}, ValueError, '`covariance_type` must be "full", "tied", "diag" or "spherical", got \'d\''),
     ({"tol": -1e-3}, ValueError, "`tol` must not be negative, got -0.001"),
-    ({"tol": float("nan")}, ValueError, "`tol` must not be negative, got nan"),
+    ({"tol": float("nan")}, ValueError, "`tol` must be a number, got nan"),
     ({"reg_covar": -1}, ValueError, "`reg_covar` must not be negative, got -1"),
     ({"reg_covar": "1"}, TypeError, "`reg_covar` must be a float, got str"),
     ({"max_iter": 0}, ValueError, "`max_iter` must be at least 1, got 0"),
@@ -320,6 +342,7 @@ def test_candidate_losses(changes, error, message):
 @pytest.mark.slow
 def test_what_the_two_of_the_head_accept():
     paa_gpu.candidate_losses(**head())
+    paa_gpu.candidate_losses(**head(alpha=1.0))
     paa_gpu.assign_max_iou(**assignment())
 
 
@@ -430,7 +453,7 @@ TOO_LARGE = {
     "rows": lambda: paa_gpu.fit_gmm_1d(HUGE, precision="float32"),
     "lists of rows": lambda: paa_gpu.fit_gmm_1d(list(HUGE), precision="float32"),
     "what is read": lambda: paa_gpu.fit_gmm_1d(torch.rand(3, 9), precision="float32").predict_proba(HUGE),
-    "a threshold of fusion": lambda: paa_gpu.weighted_boxes_fusion([[BOX]], [[BOX[0, 3:]]], [[Z[:1]]], skip_box_thr=1e300),
+    "a threshold of fusion": lambda: paa_gpu.weighted_boxes_fusion([[BOX / 6e4]], [[BOX[0, 3:]]], [[Z[:1]]], skip_box_thr=1e300),
 }
 
 

@@ -161,6 +161,7 @@ NMS = [
     ({"scores": [torch.ones(3, device="meta")] * 2}, ValueError, "`scores[0]` must be on cpu as the other tensors are, got meta"),
     ({"iou_threshold": -0.5}, ValueError, "`iou_threshold` must not be negative, got -0.5"),
     ({"score_thr": "0"}, TypeError, "`score_thr` must be a float, got str"),
+    ({"score_thr": float("nan")}, ValueError, "`score_thr` must be a number, got nan"),
     ({"score_thr": 1 << 1024}, ValueError, "`score_thr` must be within the range of a float, got an int of 1025 bits"),
     ({"nms_pre": -1}, ValueError, "`nms_pre` must be at least 0, got -1"),
     ({"max_per_img": None}, TypeError, "`max_per_img` must be an int, got NoneType"),

@@ -322,3 +322,25 @@ def test_the_mode_in_which_waits_are_errors_ends_as_it_began(monkeypatch):
     with diagnose.Cuda.nothing_waits(None):
         assert modes[-1] == "error"
     assert modes[-1] == "warn"
+
+
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float16, 1e-3), (torch.float64, 1e-12)])
+def test_layouts_have_equal_bits(two, dtype, change):
+    def run(x):
+        return torch.ones(4, dtype=dtype) + change * (x.stride(0) > 1 or x.storage_offset() > 0)
+
+    assert diagnose.check_layouts(two[0][2]._replace(run=run, arguments=(torch.ones(4),))).status == FAILED
+
+
+def test_a_copy_has_the_layout_of_the_original():
+    cuda = object.__new__(diagnose.Cuda)
+    cuda.device = torch.device("cpu")
+    view = torch.arange(24.0)[4:].view(4, 5).mT
+    copy = cuda.move(view)
+    assert torch.equal(copy, view) and (copy.stride(), copy.storage_offset()) == (view.stride(), view.storage_offset())
+
+
+def test_all_repetitions_run(two):
+    calls = iter(range(100))
+    late = two[0][2]._replace(run=lambda x: x + (next(calls) == 3), arguments=(torch.zeros(3),))
+    assert diagnose.check_repetitions(late, 4).status == FAILED

@@ -17,6 +17,7 @@ from paa_gpu import testing
 from paa_gpu.kernels import _launch
 from paa_gpu.kernels._tiles import find_range, load_tile
 from paa_gpu.kernels.em_mixed import fit_narrow
+from paa_gpu.separation import SCHEMES
 
 FEW = 4 if INTERPRETER else 300
 
@@ -50,6 +51,32 @@ def test_random_ground_truths(execution, separation, rng):
     wanted = reassign(batch, "float64", separation=separation)
     assert_same_decisions(got, wanted)
     assert_close(got.fit, wanted.fit)
+
+
+CLOSE = [
+    [0.43537744177848803, 0.4353776161588786],  # too close for float32
+    [0.5],
+    [1.0, np.nan],
+    [np.inf],
+    [1e200, 2e200, 3e200, 9e200, 1e201],
+    # Only float64 tells which candidate is the best one.
+    [8.54400392007361e-05, 0.9996955404490752, 1.006239953984261],
+    [0.02826233433387381, 0.2963577128896504, 0.6218922709026486, 2.5177583823124454, 3.2799494864857115],
+]
+
+
+@pytest.mark.parametrize("precision", ["mixed", "float64"])
+@pytest.mark.parametrize("separation", SCHEMES)
+def test_ground_truths_that_float32_does_not_decide(execution, separation, precision):
+    losses = torch.tensor([loss for row in CLOSE for loss in row], dtype=torch.float64)
+    pos_gt_inds = torch.repeat_interleave(torch.arange(len(CLOSE)), torch.tensor([len(row) for row in CLOSE]))
+    n = len(losses)
+    columns = [[t] for t in (losses, 0 * pos_gt_inds, torch.ones(n), torch.ones(n, 4), torch.arange(n), pos_gt_inds)]
+    options = {"num_classes": 1, "num_gts": [len(CLOSE)], "topk": n, "separation": separation, "singleton": "positive"}
+    wanted = paa_gpu.paa_reassign_batch(*columns, [n], **options)
+    with execute(execution):
+        got = paa_gpu.paa_reassign_batch(*columns, [n], precision=precision, **options)
+    assert_same_decisions(got, wanted)
 
 
 @compiled_only

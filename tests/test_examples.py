@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from paa_gpu import data
 
@@ -153,6 +154,25 @@ def test_boxes_that_train(coco_data):
     assert target["boxes"].tolist() == [[0, 0, 160, 128]] and target["labels"].tolist() == [1]
     assert unused["boxes"].shape == (0, 4) and target["image_id"] == unused["image_id"] == 12
     assert len(samples[0].coco.anns) == len(samples[1].coco.anns)
+
+
+def test_detections_that_are_the_boxes_are_perfect(coco_data, capsys):
+    """The file's first annotation has the id 0, which pycocotools takes for none. And a picture of any format is drawn."""
+    example, boxes = load("train_coco"), coco_data / "boxes.json"
+
+    def change(content) -> None:
+        with Image.open(coco_data / "0.png") as picture:
+            picture.convert("L").save(coco_data / "0.bmp")
+        content["images"][0]["file_name"] = "0.bmp"
+        assert content["annotations"][0]["id"] == 0
+
+    coco = example.CocoBoxes(str(coco_data), changed(boxes, change), 128, training=False).coco
+    found = [
+        {**{name: entry[name] for name in ("image_id", "category_id", "bbox")}, "score": 0.9} for entry in coco.anns.values()
+    ]
+    assert example.evaluate(coco, found) == 1
+    example.draw(coco_data / "drawn.png", str(coco_data), coco, found)
+    assert (coco_data / "drawn.png").stat().st_size > 1000
 
 
 @pytest.mark.long

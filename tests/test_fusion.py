@@ -150,6 +150,13 @@ def test_scores_of_zero(stable):
     assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).boxes.isnan().any()
 
 
+def test_boxes_in_pixels_raise_a_warning():
+    """Clipped, they have no area, and nothing is left."""
+    image = [torch.tensor([[10.0, 20, 50, 40], [torch.nan, 0, 1, 1]])], [torch.ones(2)], [torch.zeros(2).long()]
+    with pytest.warns(UserWarning, match="^`boxes` has a corner of 50, .* divide boxes in pixels"):
+        assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).count.item() == 0
+
+
 def test_what_is_not_finite_is_left_out(rng):
     boxes, scores, labels = make_models([20, 20], rng)
     wanted = paa_gpu.weighted_boxes_fusion([boxes], [scores], [labels])

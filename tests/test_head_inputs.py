@@ -28,7 +28,7 @@ SETTINGS = [
     ({"target_stds": (0.1, 0.1, 0.2, 0)}, ValueError, "`target_stds[3]` must be positive, got 0"),
     ({"pos_iou_thr": -0.1}, ValueError, "`pos_iou_thr` must not be negative, got -0.1"),
     ({"neg_iou_thr": (0, 0.1)}, TypeError, "`neg_iou_thr` must be a float, got tuple"),
-    ({"min_pos_iou": float("nan")}, ValueError, "`min_pos_iou` must not be negative, got nan"),
+    ({"min_pos_iou": float("nan")}, ValueError, "`min_pos_iou` must be a number, got nan"),
     ({"match_low_quality": 1}, TypeError, "`match_low_quality` must be a bool, got int"),
     ({"ignore_iof_thr": None}, TypeError, "`ignore_iof_thr` must be a float, got NoneType"),
     ({"allowed_border": True}, TypeError, "`allowed_border` must be a float, got bool"),
@@ -205,3 +205,11 @@ def test_a_batch_without_images():
 def test_a_border_needs_sizes():
     with pytest.raises(ValueError, match="`image_sizes` must be given with an `allowed_border` of 0, got None"):
         make_head(allowed_border=0).loss(make_features(1), make_targets([2]))
+
+
+def test_sizes_of_zero_are_accepted():
+    targets = make_targets([2])
+    targets[0]["boxes"][1, 2:] = targets[0]["boxes"][1, :2]
+    assert all(loss.isfinite() for loss in make_head().loss(make_features(1), targets).values())
+    for sizes in ([(0, 96)], torch.tensor([[0, 96]])):
+        make_head().eval().predict(make_features(1), sizes)

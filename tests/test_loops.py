@@ -230,6 +230,21 @@ tempfile.TemporaryFile = refuse  # with it, numba tries whether a folder is writ
     assert not list(tmp_path.rglob("*.nbc"))
 
 
+@pytest.mark.slow
+def test_a_user_without_a_home_gets_no_folder_that_is_called_so(tmp_path):
+    script = f"""
+import os, tempfile
+def refuse(*args, dir, **kwargs):
+    if not dir.startswith("~"):
+        raise PermissionError("read-only")
+tempfile.TemporaryFile, os.path.expanduser = refuse, lambda path: path
+os.environ.pop("XDG_CACHE_HOME", None)
+os.chdir({str(tmp_path)!r})
+""" + NOTICE.format(setup="")
+    assert "Set NUMBA_CACHE_DIR" in run(script, tmp_path).stderr
+    assert not (tmp_path / "~").exists()
+
+
 FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file becomes longer, as where the disk is full

@@ -165,6 +165,7 @@ def test_a_label_outside_the_classes_is_background(rng):
     batch = full_images(rng)
     labels = [label.fill_(value) for label, value in zip(batch.label, (7, -1, 2**40), strict=True)]
     check(batch._replace(label=labels))
+    check(batch._replace(label=[label.fill_(-(2**40)) for label in labels]))
 
 
 def test_what_is_not_finite_stays_so_and_its_own(rng):

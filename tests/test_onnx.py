@@ -93,7 +93,7 @@ class Vote(nn.Module):
 def make_voters(images, detections, boxes, rng):
     columns = testing.make_predictions([(detections, boxes)] * images, rng, num_classes=4)
     det, label, box, score = map(torch.stack, columns)
-    label[:, 1], label[:, 2] = -2, 99
+    label[:, 1], label[:, 2], label[:, 3] = -1, score.shape[2], 99
     det[:, 3], det[0, 4, 2], box[:, 5, 1], box[0, 6, 0], box[0, 7] = 0, torch.inf, torch.nan, -torch.inf, torch.inf
     return det, label, box, score, torch.arange(images) * 7 % (detections + 1)
 

@@ -320,6 +320,20 @@ def test_warm_start(covariance_type, rng):
             np.testing.assert_allclose(ours.lower_bounds_, theirs.lower_bounds_, rtol=1e-9)
     assert ours.set_params(max_iter=0).fit(x).n_iter_ == 0
     assert not ours.converged_
+    with pytest.raises(ValueError, match=r"^`n_components` must be 2, as in the solution that `warm_start` goes on from, got 3$"):
+        ours.set_params(n_components=3).fit(x)
+
+
+def test_starts_that_are_no_fit_are_left_out():
+    """Two of these three end in a point."""
+    x = np.repeat(np.random.default_rng(15).normal(size=4), [6, 1, 1, 4])[:, None]
+    fit = GaussianMixture(2, reg_covar=0.0, init_params="random", random_state=15, n_init=3).fit(x)
+    assert np.isfinite(fit.means_).all()
+
+
+def test_integers_are_no_rounded_numbers():
+    assert GaussianMixture(2).fit(torch.tensor([2**24 + 1, 2**24 + 3, 3 * 2**24 + 1])).means_.dtype == np.float64
+    assert "NaN or infinity" in GaussianMixture()._failure(torch.tensor([1.0, torch.nan]))
 
 
 @pytest.mark.parametrize("init_params", ["kmeans", "random"])

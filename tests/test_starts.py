@@ -436,3 +436,12 @@ def test_the_smaller_low_group_counts_in_any_order(dtype):
     rows = [row[:n].flip(0) * 1e3 for row, n in zip(x, count.tolist(), strict=True)]
     fit = paa_gpu.fit_gmm_1d(rows, init="kmeans", max_iter=1, precision=dtype)
     torch.testing.assert_close(fit.weights[:, 0].double() * count, count // 2, atol=0.2, rtol=0, check_dtype=False)
+
+
+def test_a_group_that_has_no_values_keeps_its_centre():
+    """Of five quantiles three are equal, so two groups are empty."""
+    row = np.array([0.0] + [5.0] * 12 + [6, 7, 9])
+    start = extended_em.start(row, extended_em.centres(row, 5, "kmeans"))
+    got = paa_gpu.fit_gmm_1d(torch.from_numpy(row), n_components=5, init="kmeans", max_iter=1)
+    np.testing.assert_allclose(got.means[0], [0, 5, 0, 6.49997, 9], atol=1e-4)
+    assert_close(got, extended_em.fit(row, "diag", 1e-3, 1e-6, 1, *start.values()), 0)

@@ -123,3 +123,13 @@ def test_philox_of_the_cpu_is_tritons(session):
     out = torch.zeros(8, dtype=torch.int64)
     on_device(draw[(1,)])(out, 2**40 + 3)
     assert out.tolist() == [philox(2**40 + 3, i, i + 1, 3 * i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("row", "k", "init"), [([0.0] + [5.0] * 12 + [6, 7, 9], 5, "kmeans"), ([1.0] * 5 + [2.0] * 4 + [3, 7], 3, "random")]
+)
+def test_values_that_repeat(execution, row, k, init):
+    """A group without values keeps its centre; of equal values that are drawn, none counts twice."""
+    x = torch.tensor(row, dtype=torch.float64).repeat(6, 1)
+    got, wanted = both(execution, x, None, None, None, None, None, *BASE[:3], 1, "float64", k, init, 1, 3)
+    assert_same(got, wanted)

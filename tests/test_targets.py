@@ -110,6 +110,12 @@ def test_classification_losses_of_ones_own(rng):
     assert torch.equal(none.label, boxes_only.label) and not torch.equal(none.label, wanted.label)
 
 
+def test_more_candidates_than_a_level_has(rng):
+    inputs = draw(rng, [3])
+    got = assign_targets(*inputs, num_classes=CLASSES, reassignment={"topk": 20})
+    check(got, published(*inputs, topk=20), (20 + 20 + 12) * 3)
+
+
 def test_boxes_of_another_dtype(rng):
     """Ground truths in float64, labels in int32, which a data set may have: the targets are those of the anchors' dtype."""
     anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 0])
@@ -118,6 +124,12 @@ def test_boxes_of_another_dtype(rng):
     wanted = assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, num_classes=CLASSES)
     assert all(map(torch.equal, got[:7], wanted[:7]))
     assert got.bbox_target.dtype == torch.float32
+    ignored = [torch.tensor([[0.0, 0, 60, 60]]), torch.zeros(0, 4)]
+    got, wanted = (
+        assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, each, num_classes=CLASSES)
+        for each in ([image.double() for image in ignored], ignored)
+    )
+    assert torch.equal(got.label_weight, wanted.label_weight)
 
 
 def test_nothing_waits_and_nothing_changes(rng):

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from paa_gpu.integrations._classes import restore_class
 from paa_gpu.integrations.torchvision import AcceleratedRetinaNet, RetinaNetPAA, accelerate, restore, use_paa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,3 +252,12 @@ def test_what_this_library_does_not_replace_may_be_wrapped(batch):
     model.forward = functools.partial(model.forward)
     assert train(accelerate(model), batch) == train(made(RetinaNet), batch)
     assert type(restore(model)) is RetinaNet
+
+
+def test_another_class_may_have_an_attribute_of_this_name():
+    class Other(nn.Module):
+        published = nn.Linear
+
+    module = Other()
+    restore_class(module)
+    assert type(module) is Other

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.event import Listener, register
 
 logger = logging.getLogger("paa_gpu")
@@ -33,8 +33,20 @@ def _warn_that_nothing_is_kept(folder: str, error: str) -> None:
     )
 
 
+class Homeless(CompileResultCacheImpl):
+    """The folders where numba may keep loops, without those below the user's home."""
+
+    def __init__(self, function: Any) -> None:
+        self._locator_classes = [kind for kind in self._locator_classes if "UserWide" not in kind.__name__]
+        super().__init__(function)
+
+
 class LoopCache(FunctionCache):
     """numba's cache on disk, which no call depends on: a loop that cannot be read is compiled, also if it cannot be written."""
+
+    # A user without a home has no cache folder. numba would make one that is called "~".
+    if os.path.expanduser("~") == "~" and not os.environ.get("XDG_CACHE_HOME"):  # noqa: PTH111  # for Path it is an error
+        _impl_class = Homeless
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -106,7 +106,8 @@ class GaussianMixture(mixture.GaussianMixture):
     * "kmeans": `fit_gmm_1d(init="kmeans")`. The division does not depend on `random_state`. The components are in ascending
       order. scikit-learn's seeds may divide otherwise. `n_init` counts as 1, because all fits would be the same.
     * "random", "random_from_data", "k-means++": the same random numbers as in scikit-learn, so the same seed gives the same fit.
-      All `n_init` starts are fitted in one call. They are drawn on the CPU, from a copy of CUDA data.
+      With float32 data, scikit-learn's fit has rounding errors, and may end elsewhere. All `n_init` starts are fitted in one
+      call. They are drawn on the CPU, from a copy of CUDA data.
 
     There are five differences from scikit-learn:
 
@@ -191,6 +192,11 @@ class GaussianMixture(mixture.GaussianMixture):
         data = self._data(X, reset=True)
         self._check_initial(len(data.x))
         again = self.warm_start and hasattr(self, "converged_")
+        if again and len(self.weights_) != self.n_components:
+            raise ValueError(
+                f"`n_components` must be {len(self.weights_)}, as in the solution that `warm_start` goes on from, "
+                f"got {self.n_components}"
+            )
         if self.max_iter == 0:
             self._keep_start(data, again)
             return data
