@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import paa_gpu
 from paa_gpu import __main__, diagnose
 from paa_gpu.diagnose import FAILED, NOT_CHECKED, OK
 
@@ -344,3 +345,22 @@ def test_all_repetitions_run(two):
     calls = iter(range(100))
     late = two[0][2]._replace(run=lambda x: x + (next(calls) == 3), arguments=(torch.zeros(3),))
     assert diagnose.check_repetitions(late, 4).status == FAILED
+
+
+@pytest.mark.parametrize("wrong", ["targets", "labels"])
+def test_wrong_answers_on_recordings_are_found(monkeypatch, wrong):
+    """Of the right number, and with the right boxes."""
+    if wrong == "targets":
+        name, check, function = "paa_reassign_batch", diagnose.check_reassignment, paa_gpu.paa_reassign_batch
+
+        def change(result):
+            return result._replace(label_weight=[2 * weight for weight in result.label_weight])
+    else:
+        name, check, function = "score_voting_batch", diagnose.check_voting, paa_gpu.score_voting_batch
+
+        def change(result):
+            return result[0], [labels + 1 for labels in result[1]]
+
+    assert check().status == OK
+    monkeypatch.setattr(diagnose, name, lambda *args, **options: change(function(*args, **options)))
+    assert check().status == FAILED

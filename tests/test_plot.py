@@ -124,6 +124,36 @@ def test_the_schemes_show_what_reassignment_does(call):
     assert len(seen) == len(SCHEMES)
 
 
+def test_letters_and_lines_say_which_component_is_which(call):
+    axes, fit = Figure().subplots(), call[1].fit
+    loss, positive = candidates_of(call, 23)
+    plot.plot_schemes(axes, loss, fit, 23)
+    letters = [text for text in axes.texts if text.get_text() in "FB"]
+    gmm = fit._replace(**{name: getattr(fit, name)[23, None] for name in fit._fields[:7]})
+    wanted = ["F" if label == 0 else "B" for label in gmm.predict(loss[None])[0].tolist()]
+    assert [text.get_text() for text in sorted(letters, key=lambda text: text.get_position()[0])] == wanted
+    threshold = next(text for text in axes.texts if "F: threshold" in text.get_text())
+    # "mmdet" takes everything up to it.
+    assert threshold.get_position()[0] == pytest.approx(float(loss[positive].max()))
+
+
+def test_the_legend_of_a_mixture_has_its_parameters():
+    values = torch.cat([torch.linspace(0, 1, 50), torch.linspace(10, 14, 50)])
+    axes, gmm = Figure().subplots(), paa_gpu.fit_gmm_1d(values)
+    plot.plot_mixture(axes, values, gmm, 0)
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    for k, (weight, mean, variance) in enumerate(zip(*(part[0].tolist() for part in gmm[:3]), strict=True)):
+        assert f"component {k}: weight {weight:.2f}, mean {mean:.2f}, deviation {math.sqrt(variance):.2f}" in texts
+
+
+def test_anchors_of_a_ground_truth_stand_out(call):
+    centres, chosen = torch.rand(30, 2) * 100, torch.arange(30) < 7
+    axes = Figure().subplots()
+    plot.plot_anchors(axes, Image.new("RGB", (100, 100)), np.array([[0.0, 0, 50, 50], [20, 20, 90, 90]]), centres, chosen, 1)
+    dots = {line.get_color(): torch.tensor(np.stack(line.get_data(), 1)) for line in axes.lines if line.get_marker() == "."}
+    assert torch.equal(dots[plot.ORANGE].float(), centres[chosen]) and torch.equal(dots[plot.BLUE].float(), centres[~chosen])
+
+
 def test_what_has_no_picture(call, tmp_path):
     trees, result, candidates = call
     loss, positive = candidates_of(call, 3)
