@@ -52,7 +52,7 @@ def test_the_reserve_suffices_for_many_captures_of_a_call(size):
 
 
 def test_a_capture_without_a_call_before_it_is_refused():
-    with pytest.raises(RuntimeError, match="make this call once outside of the capture"):
+    with pytest.raises(RuntimeError, match="make the same call once before the capture"):
         Reserve(pinned=False).take(integers(1))
     assert Reserve(pinned=False).take(integers()).tolist() == []
 
