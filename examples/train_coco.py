@@ -80,8 +80,8 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         self.coco: COCO = self.data.coco
         self.categories = sorted(self.coco.getCatIds())
         self.training = training
-        for number, annotation in enumerate(self.coco.anns.values(), 1):
-            annotation["id"] = number  # pycocotools takes a box that a detection finds for a missed one if its id is 0
+        for number, annotation in enumerate(self.coco.dataset.get("annotations", []), 1):
+            annotation["id"] = number  # an id must not occur twice, and a box with the id 0 would count as missed
             annotation.setdefault("iscrowd", 0)  # these two it needs, and many files leave them out
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         self.coco.createIndex()  # by the new ids

@@ -27,6 +27,7 @@ __all__ = ["FusedBoxes", "weighted_boxes_fusion"]
 
 CONF_TYPES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
 
+IN_PIXELS = 2.0  # a larger corner most likely is; a model's own boxes end a little beyond the image
 MOST_MODELS = 64  # an integer has one bit for each model of a cluster
 
 
@@ -86,12 +87,13 @@ def weighted_boxes_fusion(
     The results equal those of `ensemble_boxes.weighted_boxes_fusion` under numpy 2, rounded to the dtypes of the inputs. They are
     equal to the last bit for up to 7 models, and within the last digits for more. Both compute in float64. Both keep the sums of
     a cluster, and its box and score if it has more than one box, in float32. Boxes without area are left out. Corners are clipped
-    to 0 to 1, so boxes in pixels have no area. On the CPU, a warning says so if a corner is above 1.
+    to 0 to 1. So boxes in pixels lose their area, or become the whole image. On the CPU, outside of `torch.compile`, a warning
+    says so if a corner is above 2.
 
     Equal weighted scores of a class: the later model comes first, and in a model the later box. Equal fused scores: the class
     that appears later comes first, then the later cluster. In `ensemble_boxes`, an unstable sort decides.
 
-    One thing differs: boxes with a NaN are left out, and so are boxes with a weighted score that is not finite in float32. A
+    Two things differ: boxes with a NaN are left out, and so are boxes with a weighted score that is not finite in float32. A
     cluster of several boxes that all have score 0 gets NaN corners, as in `ensemble_boxes`. A `skip_box_thr` above 0 avoids that.
 
     Inputs are not modified and no graph is recorded. On a GPU, one program takes one class of one image, box after box. Source:
@@ -113,7 +115,7 @@ def weighted_boxes_fusion(
 
 def _warn_of_pixels(boxes: Tensor) -> None:
     values = values_of(boxes)
-    if values is not None and (values > 1).any():
+    if values is not None and (values > IN_PIXELS).any():
         warnings.warn(
             f"`boxes` has a corner of {np.nanmax(values):g}, and corners are clipped to 1: divide boxes in pixels by the size of "
             "the image",

@@ -421,7 +421,7 @@ class PAAHead(nn.Module):
             score = (cls_score.sigmoid() * iou_pred.sigmoid()).sqrt()
             priors = priors.expand(score.shape[0], -1, -1)
             size: Any = score.shape[1]
-            # During an export, the size is not known yet. Then boxes are sorted, even if there are few.
+            # During an export, the size is not known yet. Then all boxes are sorted, even if there are few.
             unknown = isinstance(size, torch.SymInt) or torch.compiler.is_exporting()
             if self.nms_pre and (unknown or self.nms_pre < size):
                 # Dynamo of torch 2.9 knows `min`, and says of every graph that it is exported.

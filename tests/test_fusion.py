@@ -150,8 +150,13 @@ def test_scores_of_zero(stable):
     assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).boxes.isnan().any()
 
 
+def test_boxes_that_end_a_little_beyond_the_image_raise_no_warning():
+    image = [torch.tensor([[0.5, 0.5, 1.01, 1.2]])], [torch.ones(1)], [torch.zeros(1).long()]
+    assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).boxes.tolist() == [[[0.5, 0.5, 1, 1]]]
+
+
 def test_boxes_in_pixels_raise_a_warning():
-    """Clipped, they have no area, and nothing is left."""
+    """Clipped, these have no area, and nothing is left."""
     image = [torch.tensor([[10.0, 20, 50, 40], [torch.nan, 0, 1, 1]])], [torch.ones(2)], [torch.zeros(2).long()]
     with pytest.warns(UserWarning, match="^`boxes` has a corner of 50, .* divide boxes in pixels"):
         assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).count.item() == 0

@@ -37,7 +37,8 @@ class Homeless(CompileResultCacheImpl):
     """The folders where numba may keep loops, without those below the user's home."""
 
     def __init__(self, function: Any) -> None:
-        self._locator_classes = [kind for kind in self._locator_classes if "UserWide" not in kind.__name__]
+        at_home = "UserWide", "Zip"
+        self._locator_classes = [kind for kind in self._locator_classes if not any(name in kind.__name__ for name in at_home)]
         super().__init__(function)
 
 

@@ -1,9 +1,10 @@
 """How numba compiles the parts of a loop: without machine code of their own.
 
 A part is inlined wherever it is called, so nobody calls its machine code. numba makes it nevertheless. A first call takes a tenth
-longer by that. So a part keeps what numba makes before: the intermediate representation, which the loop is linked with.
+longer by that. So a part keeps what numba makes before: the intermediate representation, which the loop is linked with. A part
+cannot call itself.
 
-These are names inside of numba. `_loops` does without this module if numba has them no longer.
+These names are not public. If a later numba has no such names to import, `_loops` does without this module.
 """
 
 from __future__ import annotations
