@@ -82,7 +82,7 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         self.training = training
         for number, annotation in enumerate(self.coco.dataset.get("annotations", []), 1):
             annotation["id"] = number  # an id must not occur twice, and a box with the id 0 would count as missed
-            annotation.setdefault("iscrowd", 0)  # these two it needs, and many files leave them out
+            annotation.setdefault("iscrowd", 0)  # pycocotools needs these two, and many files leave them out
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         self.coco.createIndex()  # by the new ids
         self.transform = v2.Compose(

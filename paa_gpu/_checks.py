@@ -23,7 +23,6 @@ INDICES = (torch.int64, torch.int32)
 # Not `int | float` where it is used: Python would make the union again on every call, and torch 2.9 cannot compile it.
 INT = (int, torch.SymInt)
 REAL = (int, float)
-LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
 NUMBER = (*REAL, torch.SymInt, torch.SymFloat, Real, Tensor)
 LIST = (list, tuple)
 INTEGERS = (*INDICES, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -114,7 +113,7 @@ def check_float(name: str, value: Any) -> None:
 
 def check_non_negative(name: str, value: Any) -> None:
     check_float(name, value)
-    if not value >= 0:
+    if value < 0:
         raise ValueError(f"`{name}` must not be negative, got {value}")
 
 
@@ -130,8 +129,11 @@ def check_finite_non_negative(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be finite, got {value}")
 
 
+#: The weight of a model or of a pool. Products of other weights with scores may be infinite or zero in float32.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
+
+
 def check_weight(name: str, value: Any) -> None:
-    """The weight of a model or of a pool. Products of other weights with scores may be infinite or zero in float32."""
     check_positive(name, value)
     if not LEAST_WEIGHT <= value <= MOST_WEIGHT:
         raise ValueError(f"`{name}` must be from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, got {value}")

@@ -32,9 +32,15 @@ READOUTS = ("predict", "predict_proba", "low_probability", "score_samples", "log
 #: Where a fit starts.
 INITS = ("minmax", "quantile", "kmeans", "random")
 
+#: tol, reg_covar and max_iter of the fit of candidates: scikit-learn's defaults, with which PAA was published.
+FIT_OPTIONS = 1e-3, 1e-6, 100
+
 #: The k-means start of two components is exact up to so many values; of longer rows so many of Lloyd's steps at most. Losses take
 #: 5 to 20; each step is a launch for a long row.
 EXACT, LLOYD_PASSES = 64, 50
+
+#: How a cluster of `weighted_boxes_fusion` gets its score.
+AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
 
 #: So many numbers, and more, torch shares among its threads.
 SHARED = 32_768
@@ -74,10 +80,6 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors without their graphs. One without a graph stays as it is, which saves a call."""
     return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
-
-
-#: tol, reg_covar and max_iter of the fit of candidates: scikit-learn's defaults, with which PAA was published.
-FIT_OPTIONS = 1e-3, 1e-6, 100
 
 
 def sum_tolerance(weights_init: Tensor | None) -> float:
@@ -380,10 +382,6 @@ def score_voting_padded(
 ) -> tuple[Tensor, Tensor]:
     """`score_voting` of B images of one size: [B, M, 5], [B, M], [B, K, 4], [B, K, C]. A compiler need not know B, M or K."""
     return det_bboxes.new_empty(det_bboxes.shape), det_labels.new_empty(det_labels.shape)
-
-
-#: How a cluster of `weighted_boxes_fusion` gets its score.
-AVERAGE, OVERFLOW, MAXIMUM, BOX_AND_MODEL, ABSENT_MODEL = range(5)
 
 
 def confidence_rule(conf_type: str, allows_overflow: bool) -> int:

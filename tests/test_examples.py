@@ -156,17 +156,18 @@ def test_boxes_that_train(coco_data):
     assert len(samples[0].coco.anns) == len(samples[1].coco.anns)
 
 
-def test_detections_that_are_the_boxes_are_perfect(coco_data, capsys):
-    """The file's first annotation has the id 0, which pycocotools takes for none. And a picture of any format is drawn."""
+def test_detections_that_are_the_boxes_are_perfect(coco_data):
+    """Two annotations have the id 0, which pycocotools takes for none. And a picture of any format is drawn."""
     example, boxes = load("train_coco"), coco_data / "boxes.json"
 
     def change(content) -> None:
         with Image.open(coco_data / "0.png") as picture:
             picture.convert("L").save(coco_data / "0.bmp")
         content["images"][0]["file_name"] = "0.bmp"
-        assert content["annotations"][0]["id"] == 0
+        content["annotations"][0]["id"] = content["annotations"][1]["id"] = 0
 
     coco = example.CocoBoxes(str(coco_data), changed(boxes, change), 128, training=False).coco
+    assert len(coco.anns) == len(json.loads(boxes.read_text())["annotations"])
     found = [
         {**{name: entry[name] for name in ("image_id", "category_id", "bbox")}, "score": 0.9} for entry in coco.anns.values()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -152,7 +153,9 @@ def test_scores_of_zero(stable):
 
 def test_boxes_that_end_a_little_beyond_the_image_raise_no_warning():
     image = [torch.tensor([[0.5, 0.5, 1.01, 1.2]])], [torch.ones(1)], [torch.zeros(1).long()]
-    assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).boxes.tolist() == [[[0.5, 0.5, 1, 1]]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paa_gpu.weighted_boxes_fusion(*([column] for column in image)).boxes.tolist() == [[[0.5, 0.5, 1, 1]]]
 
 
 def test_boxes_in_pixels_raise_a_warning():

@@ -107,7 +107,7 @@ with install_recorder("numba:compile") as recorder:
 
 @pytest.mark.slow
 def test_a_first_call_compiles_few_functions(tmp_path):
-    """Each takes a fifth of a second, whatever is in it. So the time of a first call grows with their number, numba's own included."""
+    """Each takes a tenth of a second or so, whatever is in it. So the time of a first call grows with their number, numba's own included."""
     assignment, voting = map(int, run(FUNCTIONS, tmp_path).stdout.split())
     assert 0 < assignment <= 36 and 0 < voting <= 26
 

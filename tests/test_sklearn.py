@@ -333,6 +333,9 @@ def test_starts_that_are_no_fit_are_left_out():
 
 def test_integers_are_no_rounded_numbers():
     assert GaussianMixture(2).fit(torch.tensor([2**24 + 1, 2**24 + 3, 3 * 2**24 + 1])).means_.dtype == np.float64
+
+
+def test_the_error_of_cuda_data_with_one_nan():
     assert "NaN or infinity" in GaussianMixture()._failure(torch.tensor([1.0, torch.nan]))
 
 

@@ -216,15 +216,9 @@ def empty_fit(rows: int, real: Any, k: int = 2) -> tuple[Array, ...]:
     )
 
 
-def fit_options(
-    covariance_type: str,
-    tol: float = FIT_OPTIONS[0],
-    reg_covar: float = FIT_OPTIONS[1],
-    max_iter: int = FIT_OPTIONS[2],
-    started: bool = False,
-) -> tuple[Any, ...]:
-    """What `fit_row` takes between the row and its results."""
-    return covariance_type == "tied", tol, reg_covar, max_iter, started
+def fit_options(covariance_type: str, options: tuple[float, float, int] = FIT_OPTIONS, started: bool = False) -> tuple[Any, ...]:
+    """What `fit_row` takes between the row and its results; `options`: tol, reg_covar and max_iter."""
+    return covariance_type == "tied", *options, started
 
 
 def row_bounds(cost: tuple[float, float], count: Array) -> list[int]:
@@ -296,7 +290,7 @@ def fit_gmm_1d(
         if any_given := any(values is not None for values in initial):
             given_options = sum_tolerance(weights_init), n_init, started
             over_bounds(given_rows, row_bounds(STARTING, rows[2]), *rows, *given, *given_options, *results[:3])
-        options = *fit_options(covariance_type, tol, reg_covar, max_iter, started or any_given), 0.0
+        options = *fit_options(covariance_type, (tol, reg_covar, max_iter), started or any_given), 0.0
         unread = np.empty((len(sizes), 0), np.bool_), np.empty((len(sizes), 0), real)
         bounds = row_bounds(FITTING_STARTED if started or any_given else FITTING, rows[2])
         over_bounds(fit_rows, bounds, *rows, *options, *results, *unread)
