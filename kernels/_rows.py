@@ -1,10 +1,13 @@
 """What kernels for the fit of rows share: finding a row, given initial values, storing a fit, and the best of several fits.
 
 A row is (pointer, stride, number of values, smallest value). It is strided memory, of which the first `count` values are fitted,
-or a part of flat memory between two offsets. The fit of start s of row g has the number g n_init + s.
+or a part of flat memory, which a table names. The fit of start s of row g has the number g n_init + s.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,20 +28,36 @@ def check_width(width: int) -> None:
         raise ValueError(f"`x` must have at most {MOST_VALUES} values in a row on a GPU, got {width}")
 
 
+def tables(lengths: Sequence[int], longest: int) -> list[tuple[int, int, list[int]]]:
+    """The launches for flat rows: how many rows, the most values of one, and the table of `locate`. Rows of more than `longest`
+    values have a launch of their own."""
+    first, launches = [*itertools.accumulate(lengths, initial=0)], []
+    short = [g for g, size in enumerate(lengths) if size <= longest]
+    long = [g for g, size in enumerate(lengths) if size > longest]
+    for rows in filter(None, (short, long)):
+        sizes, table = [lengths[g] for g in rows], [0] * (3 * len(rows))
+        table[0::3], table[1::3], table[2::3] = [first[g] for g in rows], sizes, rows
+        launches.append((len(rows), max(sizes), table))
+    return launches
+
+
 @triton.jit
-def locate(source, width, g):
-    """Pointer, stride and number of values of row g."""
-    x_ptr, stride_xg, stride_xk, count_ptr, stride_cg, offset_ptr = source
-    if offset_ptr is not None:
-        first = tl.load(offset_ptr + g)
-        n = (tl.load(offset_ptr + g + 1) - first).to(tl.int32)
-        x_ptr += first * stride_xk
+def locate(source, width, place):
+    """Number, pointer, stride and number of values of the row at this place of a launch. A table has the first value, the number
+    of values and the number of the row at each place. Without a table, a place is the number of a row."""
+    x_ptr, stride_xg, stride_xk, count_ptr, stride_cg, table_ptr = source
+    g = place
+    if table_ptr is not None:
+        table_ptr += 3 * place
+        x_ptr += tl.load(table_ptr) * stride_xk
+        n = tl.load(table_ptr + 1).to(tl.int32)
+        g = tl.load(table_ptr + 2)
     else:
         n = width.to(tl.int32)
         if count_ptr is not None:
             n = tl.minimum(tl.maximum(tl.load(count_ptr + g * stride_cg), 0), width).to(tl.int32)
         x_ptr += g * stride_xg
-    return x_ptr, stride_xk, n
+    return g, x_ptr, stride_xk, n
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Two-component one-dimensional Gaussian mixtures by expectation-maximisation, one program per row.
 
-A row is strided memory, of which the first `count` values are fitted, or a part of flat memory between two offsets. The minimum
-of a row is subtracted from all its n values x. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
+A row is strided memory, of which the first `count` values are fitted, or a part of flat memory, see `_rows`. The minimum of a row
+is subtracted from all its n values x. With weight w, mean m and variance v of each component, q = w / sqrt(v) and
 z = (x - m)^2 / 2v,
 
     E-step   d_k = q_k exp(min z - z_k): 1 for the nearer component and exp(-|z_0 - z_1|) for the other one, times q
@@ -20,7 +20,6 @@ disagree about whether the row has converged. Rows of up to 64 values take one w
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from paa_gpu._ops import FIT_OPTIONS, Fit, empty_fit, sum_tolerance
 from paa_gpu.kernels._batch import DTYPES, FIRST_POSITION, field
 from paa_gpu.kernels._launch import compile_options, device_guard, mixes, stage
 from paa_gpu.kernels._numeric import EPS, HALF_LOG_2PI, only_if
-from paa_gpu.kernels._rows import check_width, choose_best, given_are_finite, locate, strided, take_given
+from paa_gpu.kernels._rows import check_width, choose_best, given_are_finite, locate, strided, tables, take_given
 from paa_gpu.kernels._targets import give_back
 from paa_gpu.kernels._tiles import NOBODY, find_range, load_pairs, load_tile, positions, store_pairs, tile_at
 from paa_gpu.kernels.em_k import launch_components
@@ -173,9 +172,9 @@ def _fit_rows_kernel(
     LONG: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    number = tl.program_id(0).to(tl.int64)
-    g = number // n_init
-    x_ptr, stride_xk, n = locate(source, width, g)
+    program = tl.program_id(0).to(tl.int64)
+    g, x_ptr, stride_xk, n = locate(source, width, program // n_init)
+    attempt = program % n_init
     end = n if LONG else BLOCK_K
     smallest, largest, valid = find_range(x_ptr, stride_xk, n, end, DTYPE, BLOCK_K)
     row = (x_ptr, stride_xk, n, smallest)
@@ -187,7 +186,7 @@ def _fit_rows_kernel(
     else:
         whole = (x_ptr, stride_xk, tl.where(valid, n, 0), tl.where(valid, smallest, 0.0))
         extent = tl.where(valid, largest - smallest, 0.0)
-        origin = (seed, g, number % n_init)
+        origin = (seed, g, attempt)
         w0, w1, m0, m1, v0, v1, good = _start(
             whole, extent, origin, inits, tl.full((), reg_covar, DTYPE), sum_tolerance, INIT, TIED, BLOCK_K
         )
@@ -200,7 +199,7 @@ def _fit_rows_kernel(
     fit = _fit(x, row, doubtful, *start, (tol, reg_covar, max_iter), TIED, BLOCK_K, LONG)
     if MIXED:
         fit = choose(doubtful, fit, narrow)
-    _store_fit(fit_ptrs, number, smallest, valid & _is_fit(smallest, fit), *fit)
+    _store_fit(fit_ptrs, g * n_init + attempt, smallest, valid & _is_fit(smallest, fit), *fit)
 
 
 @triton.jit
@@ -384,32 +383,30 @@ def fit_gmm_1d(
     seed: int = 0,
 ) -> Fit:
     """The operator `paa_gpu::fit_gmm_1d`: one launch, and another one to choose where there are several starts of a row; one for
-    each iteration of long rows. Flat rows need one copy of their offsets as well."""
-    rows, width = (len(lengths), max(lengths, default=0)) if lengths is not None else x.shape
+    each iteration of long rows. Flat rows need a copy of their table as well, and two where some are long and some are not."""
+    rows = x.shape[0] if lengths is None else len(lengths)
     fit = empty_fit(x, rows, precision, n_components)
     if rows == 0:
         return fit
-    check_width(width)
-    programs = rows * n_init
-    tried = fit if n_init == 1 else empty_fit(x, programs, precision, n_components)
+    launches = [(rows, x.shape[1], None)] if lengths is None else tables(lengths, LONG_ROW)
+    check_width(max(width for _, width, _ in launches))
+    tried = fit if n_init == 1 else empty_fit(x, rows * n_init, precision, n_components)
     with device_guard(x):
-        offset = None
-        if lengths is not None:
-            offset = stage([0, *itertools.accumulate(lengths)], x)
-        source = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0), offset
         inits = tuple(strided(given, rows, n_components, fit[0].dtype) for given in (weights_init, means_init, precisions_init))
         options = tol, reg_covar, sum_tolerance(weights_init), max_iter, n_init, seed
-        constants = {"INIT": init, "TIED": covariance_type == "tied"}
-        if width > LONG_ROW:
-            launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=covariance_type == "tied")
-        elif n_components == 2:
-            plain = init == "minmax" and weights_init is means_init is precisions_init is None
-            mixed = mixes(precision, x) and plain and can_be_mixed(width, covariance_type)
-            _fit_rows_kernel[(programs,)](
-                source, width, inits, tried, *options, PLAIN=plain, MIXED=mixed, **constants, **launch_rule(width)
-            )
-        else:
-            launch_components(programs, source, width, inits, tried, options, **constants, **components_rule(n_components))
+        plain, tied = init == "minmax" and weights_init is means_init is precisions_init is None, covariance_type == "tied"
+        memory = x, x.stride(0), x.stride(-1), count, 0 if count is None else count.stride(0)
+        for number, width, table in launches:
+            programs, source = number * n_init, (*memory, None if table is None else stage(table, x))
+            if width > LONG_ROW:
+                launch_long(programs, source, width, inits, tried, options, init, n_components, TIED=tied)
+            elif n_components == 2:
+                mixed = mixes(precision, x) and plain and can_be_mixed(width, covariance_type)
+                constants = {"INIT": init, "PLAIN": plain, "MIXED": mixed, "TIED": tied, **launch_rule(width)}
+                _fit_rows_kernel[(programs,)](source, width, inits, tried, *options, **constants)
+            else:
+                constants = {"INIT": init, "TIED": tied, **components_rule(n_components)}
+                launch_components(programs, source, width, inits, tried, options, **constants)
         if n_init > 1:
             choose_best(tried, fit, n_init)
     return fit

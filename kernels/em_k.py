@@ -64,9 +64,9 @@ def _fit_components_kernel(
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    number = tl.program_id(0).to(tl.int64)
-    g, attempt = number // n_init, number % n_init
-    x_ptr, stride_xk, n = locate(source, width, g)
+    program = tl.program_id(0).to(tl.int64)
+    g, x_ptr, stride_xk, n = locate(source, width, program // n_init)
+    attempt = program % n_init
     smallest, largest, finite = row_range((x_ptr, stride_xk, n, tl.full((), 0.0, DTYPE)), BLOCK)
     valid = (n >= 2) & (n >= K) & (finite == n)
     row = (x_ptr, stride_xk, tl.where(valid, n, 0), tl.where(valid, smallest, 0.0))
@@ -97,7 +97,7 @@ def _fit_components_kernel(
         n_iter += 1
         converged = tl.abs(lower_bound - previous) < change
         going = (n_iter < max_iter) & (converged == 0)
-    store_fit(fit_ptrs, number, row[3], valid, weight, mean, variance, lower_bound, n_iter, converged, K, KP)
+    store_fit(fit_ptrs, g * n_init + attempt, row[3], valid, weight, mean, variance, lower_bound, n_iter, converged, K, KP)
 
 
 def launch_rule(n_components: int) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _pass_kernel(
     width,
     inits,  # weights, means and precisions: each (Tensor[G, K] or None, its stride over rows)
     fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row: R
-    control_ptr,  # Tensor[R, CONTROL] int32, zeros before the first launch
+    control_ptr,  # Tensor[R, CONTROL] int32, zeros before the first launch; this and the next three, for those of the launch
     floats_ptr,  # Tensor[R, FLOATS, KP], of the fit's dtype
     keys_ptr,  # Tensor[R, KEYS, KP] int64
     parts_ptr,  # Tensor[R, PROGRAMS, 4, KP], of the fit's dtype
@@ -246,16 +246,17 @@ def _pass_kernel(
     PP: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    number = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    control_ptr += number * CONTROL
+    control_ptr += place * CONTROL
     phase = tl.load(control_ptr)
     if phase != DONE:
-        floats_ptr += number * FLOATS * KP
-        keys_ptr += number * KEYS * KP
-        parts_ptr += number * PROGRAMS * 4 * KP
-        g = number // n_init
-        x_ptr, stride_xk, n = locate(source, width, g)
+        floats_ptr += place * FLOATS * KP
+        keys_ptr += place * KEYS * KP
+        parts_ptr += place * PROGRAMS * 4 * KP
+        g, x_ptr, stride_xk, n = locate(source, width, place // n_init)
+        attempt = place % n_init
+        number = g * n_init + attempt
         origin = tl.load(x_ptr, mask=n > 0, other=0.0).to(DTYPE)
         smallest = tl.load(floats_ptr + SPAN * KP, mask=phase != RANGE, other=0.0)
         # Whole tiles for each program, the last ones of a row perhaps none.
@@ -279,7 +280,7 @@ def _pass_kernel(
             lower_bound = tl.full((), float("-inf"), DTYPE)
             if phase == RANGE:
                 row = (x_ptr, stride_xk, n, origin)
-                origins = (seed, g, number % n_init)
+                origins = (seed, g, attempt)
                 following, valid, smallest = _after_range(
                     row, parts_ptr, origin, origins, floats_ptr, keys_ptr, INIT, K, KP, BLOCK, PROGRAMS, PP
                 )

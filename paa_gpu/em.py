@@ -55,17 +55,17 @@ def fit_gmm_1d(
         tol: a row stops when its lower bound changes by less than this.
         reg_covar: added to the variances.
         max_iter: the most iterations. A row that has not converged by then raises no error; its `converged` is False. On a GPU,
-            a call with a row of more than 16,384 values takes so many launches, even if all rows converge earlier. Its shorter
-            rows take the same way: fit many of them in a call of their own.
+            a call with a row of more than 16,384 values takes so many launches, even if all rows converge earlier. In a list,
+            shorter rows have a launch of their own.
         weights_init, means_init, precisions_init: Tensor[k] for all rows, or Tensor[G, k], where k = n_components (tied
             precisions: Tensor[1] or Tensor[G, 1]). They replace the values of the start. If one of a row's initial values is not
             finite, the row ignores them all. So a warm start recovers from a row that was not valid. A float32 fit rounds them
             to float32 first.
         precision: of the fit. "float64"; "float32"; "mixed"; or "auto". "mixed" gives tensors of float64. Kernels then fit in
-            float32 if `x` is at most 64 wide (a list: its longest row), with two components, the start "minmax", no initial
-            values and no tied variance. They fit a row once more in float64 if float32 is not sure of `n_iter`
-            (`docs/options.md`). "auto" is "mixed" on GPUs with slow float64, and "float64" elsewhere. For CPU tensors, both are
-            "float64".
+            float32 if `x` is at most 64 wide (a list: its longest row of up to 16,384 values), with two components, the start
+            "minmax", no initial values and no tied variance. They fit a row once more in float64 if float32 is not sure of
+            `n_iter` (`docs/options.md`). "auto" is "mixed" on GPUs with slow float64, and "float64" elsewhere. For CPU tensors,
+            both are "float64".
         n_components: 1 to 8.
         init: where the fit starts. "minmax", as in PAA: equal weights, means at even distances from the minimum to the maximum,
             and precisions of 1. The others divide the row into groups, and make one M-step, as scikit-learn does. Each value

@@ -13,6 +13,7 @@ from test_starts_kernels import assert_same, both, run
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em, em_long
+from paa_gpu.kernels.em_long import launch_long
 
 OPTIONS = ("diag", 1e-3, 1e-6, 4, "float64")
 
@@ -42,6 +43,23 @@ def test_long_rows(execution, short_is_long, case, rng):
     x[-1] = torch.inf
     got, wanted = both(execution, x, None, lengths, None, None, None, *OPTIONS, k, init, n_init, 5)
     assert wanted[-1].tolist() == [True, True, False, False]
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("case", [(2, "minmax", 1), *slow_interpreted((2, "random", 2), (3, "quantile", 1))], ids=str)
+def test_long_and_short_rows_of_a_list(execution, short_is_long, monkeypatch, case, rng):
+    """Each with its own values, start and initial values; and only the long ones take the long way."""
+    k, init, n_init = case
+    monkeypatch.setattr(em, "LONG_ROW", 64)
+    lengths, ways = [9, 300, 0, 40, 70, 64], []
+    monkeypatch.setattr(
+        em, "launch_long", lambda rows, *args, **options: ways.append(rows) or launch_long(rows, *args, **options)
+    )
+    x = torch.from_numpy(np.concatenate([testing.make_losses("bimodal", length, rng) for length in lengths]))
+    given = torch.linspace(0.2, 0.7, len(lengths)).double()[:, None] * torch.arange(1, k + 1) if init != "random" else None
+    got, wanted = both(execution, x, None, lengths, None, given, None, *OPTIONS, k, init, n_init, 5)
+    assert ways == [2 * n_init]
+    assert wanted[-1].tolist() == [True, True, False, True, True, True]
     assert_same(got, wanted)
 
 
