@@ -218,6 +218,61 @@ def _eligible(key, tie, new, last_key, last_tie, again, bounds, bounded, LOG_LEV
     return new
 
 
+@triton.jit
+def _next_candidates(
+    bucket, again, last_key, last_tie, taken, level_end, levels, topk, LOG_LEVELS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """One pass over a bucket: the next candidates, sorted. bucket: keys, ties and length; levels: their ends, and their number.
+
+    again: they come after (last_key, last_tie), the last one of the passes before. taken: of each level, by these passes.
+    Returns key, tie, whether there is a candidate and the order from 1 on, each of the slots [SLOTS]; and how many there are.
+    """
+    LEVELS: tl.constexpr = 1 << LOG_LEVELS
+    CROWDED: tl.constexpr = SLOTS * 3 // 4  # so many slots are taken: sorting frees more than reading on would find
+    key_ptr, tie_ptr, length = bucket
+    end_ptr, n_levels = levels
+    slot = tl.arange(0, SLOTS)
+    key = tl.zeros([SLOTS], last_key.dtype)
+    tie = tl.zeros([SLOTS], tl.int64)
+    kept = slot < 0
+    found = tl.full((), 0, tl.int32)
+    place = tl.full((), 0, tl.int32)
+    order = tl.zeros([SLOTS], tl.int32)
+    while place < length:
+        # Not kept from one round to the next: the sort needs the registers.
+        n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
+        bound_key = tl.full([LEVELS], ~smallest_integer(last_key.dtype), last_key.dtype)
+        bound_tie = tl.full([LEVELS], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        if place > 0:
+            n_kept = count_in_slots(kept)
+            if length - place > SLOTS - found:
+                bound_key, bound_tie = _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS)
+        filling = True
+        while filling:
+            source = place + slot - n_kept
+            new = (kept == 0) & (source < length)
+            key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
+            tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
+            more = length - place > SLOTS - found
+            bounds = level_end, bound_key, bound_tie
+            new = _eligible(key, tie, new, last_key, last_tie, again, bounds, (place > 0) & more, LOG_LEVELS)
+            kept = kept | new
+            place += SLOTS - found
+            filling = more
+            if more:
+                n_new = tl.sum(new.to(tl.int32), 0)
+                if n_new > 0:
+                    n_kept = count_in_slots(kept)
+                    found += n_new
+                    filling = found < CROWDED
+        key, tie = sort_slots(key, tie, kept)
+        kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
+        order = count_in_order(kept)
+        kept = kept & (order <= SLOTS // 2)
+        found = tl.minimum(tl.max(order, 0), SLOTS // 2)
+    return key, tie, kept, order, found
+
+
 @triton.jit(
     # Pointers that AMD would take four scalar registers for if it knew them to span less than 2 GiB.
     do_not_specialize=[
@@ -252,7 +307,6 @@ def _select_kernel(
 ):
     LEVELS: tl.constexpr = 1 << LOG_LEVELS
     SLOTS: tl.constexpr = 128  # at most half of them hold candidates, the others what is compared with them
-    CROWDED: tl.constexpr = SLOTS * 3 // 4  # so many slots are taken: sorting frees more than reading on would find
     row = tl.program_id(0).to(tl.int64)
     images = (table_ptr, n_images)
     image = image_of(table_ptr + FIRST_ROW * (n_images + 1), n_images, row)
@@ -278,46 +332,18 @@ def _select_kernel(
     count = tl.full((), 0, tl.int32)
     going = length > 0
     while going:
-        # One pass over the bucket: the next candidates after (last_key, last_tie), sorted.
-        key = tl.zeros([SLOTS], last_key.dtype)
-        tie = tl.zeros([SLOTS], tl.int64)
-        kept = slot < 0
-        found = tl.full((), 0, tl.int32)
-        place = tl.full((), 0, tl.int32)
-        order = tl.zeros([SLOTS], tl.int32)  # of the candidates, from 1 on
-        while place < length:
-            # Not kept from one round to the next: the sort needs the registers.
-            n_kept = tl.zeros([SLOTS], tl.int32)  # up to and including the slot
-            bound_key = tl.full([LEVELS], ~smallest_integer(last_key.dtype), last_key.dtype)
-            bound_tie = tl.full([LEVELS], 0x7FFFFFFFFFFFFFFF, tl.int64)
-            if place > 0:
-                n_kept = count_in_slots(kept)
-                if length - place > SLOTS - found:
-                    bound_key, bound_tie = _bounds(key, tie, kept, taken, end_ptr, n_levels, topk, LEVELS)
-            filling = True
-            while filling:
-                source = place + slot - n_kept
-                new = (kept == 0) & (source < length)
-                key = tl.where(kept, key, tl.load(key_ptr + source, mask=new, other=0))
-                tie = tl.where(kept, tie, tl.load(tie_ptr + source, mask=new, other=0))
-                more = length - place > SLOTS - found
-                bounds = level_end, bound_key, bound_tie
-                new = _eligible(key, tie, new, last_key, last_tie, count > 0, bounds, (place > 0) & more, LOG_LEVELS)
-                kept = kept | new
-                place += SLOTS - found
-                filling = more
-                if more:
-                    n_new = tl.sum(new.to(tl.int32), 0)
-                    if n_new > 0:
-                        n_kept = count_in_slots(kept)
-                        found += n_new
-                        filling = found < CROWDED
-            key, tie = sort_slots(key, tie, kept)
-            kept = _admit((tie >> 32).to(tl.int32), taken, end_ptr, n_levels, topk, LEVELS)
-            order = count_in_order(kept)
-            kept = kept & (order <= SLOTS // 2)
-            found = tl.minimum(tl.max(order, 0), SLOTS // 2)
-
+        key, tie, kept, order, found = _next_candidates(
+            (key_ptr, tie_ptr, length),
+            count > 0,
+            last_key,
+            last_tie,
+            taken,
+            level_end,
+            (end_ptr, n_levels),
+            topk,
+            LOG_LEVELS,
+            SLOTS,
+        )
         position = tie & 0xFFFFFFFF
         rank = count + order - 1
         out = row * width + rank
