@@ -188,9 +188,9 @@ def _suppress_kernel(
     label_ptr,  # Tensor[B, K], or None
     label_stride,
     start_ptr,  # Tensor[B + 1], see the limit kernel
-    limit_ptr,  # Tensor[B, 2], or None
     n_boxes,
     n_classes,
+    limit_ptr,  # Tensor[B, 2], or None
     most_picks,  # of a list
     capacity,
     iou_threshold: tl.float64,
@@ -385,14 +385,13 @@ def batched_nms(
     class_agnostic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator `paa_gpu::batched_nms`: two launches, three where `nms_pre` limits, and one copy with `lengths`."""
-    starts = None
+    starts, most = None, boxes.shape[1]
     if lengths is not None:
-        starts = stage([0, *itertools.accumulate(lengths)], boxes)
+        starts, most = stage([0, *itertools.accumulate(lengths)], boxes), max(lengths)
         # Every image in the same memory: where its boxes begin there, `starts` says.
         boxes, scores = (part.expand(len(lengths), -1, -1) for part in (boxes, scores))
         labels = labels if labels is None else labels.expand(len(lengths), -1)
-    images, most = boxes.shape[0], boxes.shape[1] if lengths is None else max(lengths)
-    classes, wide = scores.shape[2], torch.float64 in (boxes.dtype, scores.dtype)
+    images, classes, wide = boxes.shape[0], scores.shape[2], torch.float64 in (boxes.dtype, scores.dtype)
     per_class = classes > 1 and not class_agnostic
     lists, entries = classes if per_class else 1, most if per_class else most * classes
     if most * classes >= 2**31:
@@ -401,70 +400,55 @@ def batched_nms(
     results = empty_detections(boxes, scores, images, room)
     if results[0].numel() == 0 or entries == 0:
         return _nothing(results)
-    capacity, key = min(entries, nms_pre) if nms_pre else entries, torch.int64 if wide else torch.int32
+    capacity = min(entries, nms_pre) if nms_pre else entries
     picks = min(room, capacity)  # of a list
-    layout = scores, scores.stride(), starts, most, classes
-    soft, score_thr, threshold = method != "hard", score_thr or 0.0, score_thr is not None
-    rule = launch_rule(capacity, wide)
-    real = tl.float64 if wide else tl.float32
+    of_boxes, of_scores = (boxes, boxes.stride()), (scores, scores.stride())
+    of_labels, unread = (labels, (0, 0) if labels is None else labels.stride()), (None, (0, 0))
+    layout, real = (starts, most, classes), tl.float64 if wide else tl.float32
+    candidates = {"THRESHOLD": score_thr is not None, "REAL": real}
+    numbers = score_thr or 0.0, min_score
     limits = None
     with device_guard(boxes):
         if 0 < nms_pre < entries * lists:
             limits = boxes.new_empty((images, 2), dtype=torch.int64)
             _limit_kernel[(images,)](
-                *layout, nms_pre, score_thr, min_score, limits, THRESHOLD=threshold, SOFT=soft, REAL=real, **limit_rule()
+                *of_scores, *layout, nms_pre, *numbers, limits, SOFT=method != "hard", **candidates, **limit_rule()
             )
-        scratch = (boxes.new_empty((images * lists, n), dtype=dtype) for n in (capacity, picks) for dtype in (key, torch.int32))
-        keys, entry, picked_key, picked_entry = scratch
+        key = torch.int64 if wide else torch.int32
+        scratch = [boxes.new_empty((images * lists, n), dtype=dtype) for n in (capacity, picks) for dtype in (key, torch.int32)]
         count = boxes.new_empty(images * lists, dtype=torch.int32)
-        label_stride = (0, 0) if labels is None else labels.stride()
         _suppress_kernel[(images * lists,)](
-            boxes,
-            boxes.stride(),
-            scores,
-            scores.stride(),
-            None if class_agnostic else labels,
-            label_stride,
-            starts,
+            *of_boxes,
+            *of_scores,
+            *(unread if class_agnostic else of_labels),
+            *layout,
             limits,
-            most,
-            classes,
             picks,
             capacity,
             at_most(iou_threshold, np.float64 if wide else np.float32),
-            score_thr,
-            min_score,
+            *numbers,
             -min(1 / sigma, torch.finfo(torch.float64 if wide else torch.float32).max),  # finite: an IoU of 0 changes nothing
-            keys,
-            entry,
-            picked_key,
-            picked_entry,
+            *scratch,
             count,
             METHOD=method,
             PER_CLASS=per_class,
-            THRESHOLD=threshold,
-            REAL=real,
-            **rule,
+            **candidates,
+            **launch_rule(capacity, wide),
         )
+        choice = boxes.new_empty((images, room), dtype=torch.int64) if lists > 1 else None
         _merge_kernel[(images,)](
-            boxes,
-            boxes.stride(),
-            scores,
-            scores.stride(),
-            labels,
-            label_stride,
-            starts,
-            most,
-            classes,
+            *of_boxes,
+            *of_scores,
+            *of_labels,
+            *layout,
             lists,
             picks,
             room,
-            picked_key,
-            picked_entry,
+            *scratch[2:],
             count,
-            boxes.new_empty((images, room), dtype=torch.int64) if lists > 1 else None,
+            choice,
             *results,
-            SOFT=soft,
+            SOFT=method != "hard",
             REAL=real,
             **merge_rule(lists),
         )
