@@ -107,9 +107,9 @@ def _apart(box: Any, bounds: tuple[Any, Any, Any, Any]) -> bool:
 
 @inner
 def _counting(side: Any, area: Any, boxes: Any, valid: Any, ignore_iof_thr: Any, eps: Any, iou: Any, counts: Any) -> None:
-    """The anchors that are there and not ignored, and that may overlap something: whose area is a number."""
+    """The anchors that are there and not ignored."""
     for a in range(len(area)):
-        counts[a] = (len(valid) == 0 or valid[a]) and area[a] == area[a]
+        counts[a] = len(valid) == 0 or valid[a]
     for i in range(len(boxes)):
         _ratio(boxes[i], side, area, True, eps, iou)
         for a in range(len(area)):
@@ -127,7 +127,7 @@ def _decide(most: Any, owner: Any, keep_owner: bool, pos_iou_thr: Any, neg_iou_t
     """What `_decided` says, or with `keep_owner` whose the best overlap is, for the second pass to decide."""
     if keep_owner:
         for a in range(len(inds)):
-            inds[a] = owner[a] + 1 if most[a] >= 0 else -1
+            inds[a] = owner[a] + 1
     else:
         for a in range(len(inds)):
             inds[a] = _decided(most[a], owner[a], pos_iou_thr, neg_iou_thr)
@@ -224,7 +224,7 @@ def _second_pass(
         for a in range(size):
             own[a], counts[a] = 0, most[a] >= 0
         for g in range(box_offset[image], box_offset[image + 1]):
-            if best[place, g] < highest[g] or highest[g] < 0 or highest[g] < min_pos_iou:
+            if best[place, g] < highest[g] or highest[g] < min_pos_iou:
                 continue
             if match_all or (best[:place, g] < highest[g]).all():
                 _overlap(boxes[g], side, area, eps, counts, iou)
