@@ -206,14 +206,14 @@ def test_a_batch_of_one_equals_its_part_of_a_larger_one(batch, precision, descen
     if descending:
         columns = {name: [image.flip(0) for image in getattr(batch, name)] for name in ("pos_losses", "pos_inds", "pos_gt_inds")}
         batch = batch._replace(**columns)
-    whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, precision=precision, separation="paper")
+    whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, precision=precision, separation="d")
     for image, gts in enumerate(batch.num_gts):
         got = paa_gpu.paa_reassign_batch(
             *([column[image]] for column in batch.arguments),
             num_classes=batch.num_classes,
             num_gts=[gts],
             precision=precision,
-            separation="paper",
+            separation="d",
         )
         rows = whole.fit_image == image
         for field in ("label", "label_weight", "bbox_weight", "positive", "ignored"):

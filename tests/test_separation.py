@@ -99,3 +99,15 @@ def test_the_first_of_scores_that_tie(separation, rng):
         got = paa_gpu.paa_reassign_batch(*columns, num_classes=1, num_gts=[1], separation=separation)
         assert got.positive[0].tolist()[:2] == [True, False]
     assert ties >= 5
+
+
+def test_an_ignored_candidate_has_no_label_weight():
+    """The only one of its image, in the first image and behind it."""
+    losses, gts = torch.tensor([0.31, 0.35, 2.9, 0.4, 3.1]), torch.zeros(5, dtype=torch.int64)
+    image = losses, torch.full((6,), 3), torch.ones(6), torch.ones(6, 4), torch.tensor([0, 1, 3, 4, 5]), gts
+    columns = [[tensor, tensor] for tensor in image]
+    got = paa_gpu.paa_reassign_batch(*columns, [4, 2], num_classes=80, num_gts=[1, 1], separation="d")
+    for label, label_weight, ignored in zip(got.label, got.label_weight, got.ignored, strict=True):
+        assert ignored.tolist() == [False, False, False, True, False]
+        assert label_weight.tolist() == [1, 1, 1, 1, 0, 1]
+        assert label.tolist() == [3, 3, 3, 80, 80, 80]
