@@ -172,8 +172,8 @@ def test_whoever_waits_for_the_compiler_is_told_once(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "source", "said"),
     [
-        ("/cache", __file__, "It happens once: the result is kept in /cache."),
-        ("/cache", "/package.zip/em.py", "It happens once: the result is kept in /cache."),
+        ("/cache", __file__, "It happens once for each dtype. The result is kept in /cache."),
+        ("/cache", "/package.zip/em.py", "It happens once for each dtype. The result is kept in /cache."),
         (None, __file__, "as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."),
         (None, "/package.pyz/em.py", "as numba finds no source files of the package on the disk."),
     ],

@@ -399,6 +399,16 @@ def test_targets_it_refuses(generator):
         model(images, targets)
 
 
+def test_a_loss_by_itself(generator):
+    """The levels are not known there. The error does not blame torchvision's own `forward`."""
+    model, (images, targets) = use_paa(models.retinanet()).eval(), models.batch(generator)
+    images, targets = model.transform(images, targets)
+    features = list(model.backbone(images.tensors).values())
+    message = r"^`compute_loss` must be called by model\(images, targets\) .* call the model so under torch.no_grad\(\)$"
+    with pytest.raises(RuntimeError, match=message):
+        model.compute_loss(targets, model.head(features), model.anchor_generator(images, features))
+
+
 @pytest.mark.parametrize("corner", [(5000.0, 5000.0), (-900.0, -900.0)], ids=str)
 def test_a_box_that_overlaps_no_anchor_takes_none(generator, corner, monkeypatch):
     """A crop that does not clip its boxes leaves such ones. Those of the other boxes stay."""

@@ -199,7 +199,7 @@ def test_a_loss_of_another_model(batch):
     """Its levels are not those of this step."""
     model = use_paa(made(Other))
     vars(model)["other"] = use_paa(made(RetinaNet)).train()
-    with pytest.raises(RuntimeError, match=r"`RetinaNet.forward` must call super\(\).forward\(images, targets\)"):
+    with pytest.raises(RuntimeError, match=r"`compute_loss` must be called by model\(images, targets\) of the same model"):
         train(model, batch)
 
 

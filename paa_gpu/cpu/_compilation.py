@@ -143,7 +143,7 @@ class CompilationNotice(CompilationListener):
         self._said = True
         folder = loop._cache.cache_path
         if folder is not None:
-            kept = f"It happens once: the result is kept in {folder}."
+            kept = f"It happens once for each dtype. The result is kept in {folder}."
         elif Path(loop.py_func.__code__.co_filename).exists():
             kept = "Every process does this again, as there is no folder that it may write to. Set NUMBA_CACHE_DIR to one."
         else:

@@ -52,9 +52,7 @@ class RetinaNetPAA(AcceleratedRetinaNet):
         """The head's losses on the anchors that PAA assigns."""
         step = getattr(_THREAD, "step", None)
         if step is None or step.model is not self:
-            raise RuntimeError(
-                f"`{self.published.__name__}.forward` must call super().forward(images, targets), for PAA to know the levels"
-            )
+            raise RuntimeError(_not_from_forward(self))
         step.reached = True
         found = _paa_matches(self, targets, head_outputs, anchors, step.level_sizes)
         # NaN where a box is not finite, infinite ones too: they overlap nothing, and training would go on without them.
@@ -113,6 +111,16 @@ def _losses_of_step(model: RetinaNetPAA, batch: Batch) -> dict[str, Tensor]:
             "for PAA to assign the anchors"
         )
     return losses
+
+
+def _not_from_forward(model: RetinaNetPAA) -> str:
+    message = (
+        "`compute_loss` must be called by model(images, targets) of the same model in training mode, for PAA to know the levels; "
+        "for the loss of validation, call the model so under torch.no_grad()"
+    )
+    if model.published.forward is RetinaNet.forward:
+        return message
+    return f"{message}. `{model.published.__name__}.forward` must call super().forward(images, targets)"
 
 
 #: The smallest overlap of a box with its best anchors. With 0, a box far outside of the image would take the anchors of the
