@@ -51,14 +51,18 @@ class Suppress(nn.Module):
         for options in self.WAYS:
             for way in ((scores, labels), (table, None)):
                 results += paa_gpu.batched_nms(boxes, *way, iou_threshold, **options)
-        return results
+        return [*results, *paa_gpu.batched_nms(boxes, scores, labels, 1.5)]  # ONNX allows 1 at most
 
 
 def make_candidates(images, number, classes, rng, dtype=torch.float32):
     boxes, scores, labels = map(torch.stack, zip(*(make_image(number, 3, rng, True, 120) for _ in range(images)), strict=True))
     table = torch.from_numpy(np.round(rng.random((images, number, classes)) * 16) / 16).float()
-    return boxes.to(dtype), scores.to(dtype), labels * 5 - 4, table.to(dtype)
+    labels = (labels * 5 - 4).to(torch.int32 if dtype == torch.float32 else torch.int64)
+    return boxes.to(dtype), scores.to(dtype), labels, table.to(dtype)
 
+
+#: Of voted boxes; labels are equal.
+ROUNDING = {torch.float16: 0.5, torch.float32: 1e-4, torch.float64: 1e-10, torch.int32: 0, torch.int64: 0}
 
 LONG = [pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float16, torch.float64)]
 
@@ -66,7 +70,7 @@ LONG = [pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float16,
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *LONG], ids=str)
 def test_nms(dtype, rng, tmp_path):
-    """Exactly, equal scores too; other numbers of images, boxes and classes; no candidate, no box."""
+    """Exactly, equal scores too; other numbers of images, boxes and classes; negative scores; no candidate, no box."""
     arguments = make_candidates(2, 40, 3, rng, dtype)
     shapes = {
         "boxes": {0: AUTO, 1: AUTO},
@@ -78,7 +82,9 @@ def test_nms(dtype, rng, tmp_path):
     none = [*make_candidates(2, 7, 2, rng, dtype)]
     none[1], none[3] = none[1] * 0, none[3] * 0
     no_box = [column[:, :0] for column in arguments]
-    for others in (make_candidates(3, 70, 2, rng, dtype), make_candidates(1, 5, 6, rng, dtype), none, no_box):
+    negative = make_candidates(2, 9, 2, rng, dtype)
+    negative = negative[0], negative[1] - 5, negative[2], negative[3] - 5
+    for others in (make_candidates(3, 70, 2, rng, dtype), make_candidates(1, 5, 6, rng, dtype), negative, none, no_box):
         for got, wanted in zip(run(*others), Suppress()(*others), strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
@@ -86,43 +92,66 @@ def test_nms(dtype, rng, tmp_path):
 class Vote(nn.Module):
     def forward(self, det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores, count):
         columns = det_bboxes, det_labels, mlvl_bboxes, mlvl_nms_scores
-        options = 0.05, 0.1, 0.04, 1.0, True
-        return paa_gpu.score_voting_batch(*columns, 0.05, count=count), paa_gpu.score_voting_batch(*columns, *options)
+        options = (0.05, 0.1, 0.04, 1.0, True), (0.05, 0.5, 0.025, 0.0, True)
+        return paa_gpu.score_voting_batch(*columns, 0.05, count=count), *(
+            paa_gpu.score_voting_batch(*columns, *each) for each in options
+        )
 
 
-def make_voters(images, detections, boxes, rng):
+def make_voters(images, detections, boxes, rng, dtype=torch.float32):
+    """Also what just is no voter: its score is the threshold, its IoU 1 / 2, or it has hardly an area in common."""
     columns = testing.make_predictions([(detections, boxes)] * images, rng, num_classes=4)
     det, label, box, score = map(torch.stack, columns)
+    score[..., -1] = 0.5  # what a label of -1 would read
     label[:, 1], label[:, 2], label[:, 3] = -1, score.shape[2], 99
     det[:, 3], det[0, 4, 2], box[:, 5, 1], box[0, 6, 0], box[0, 7] = 0, torch.inf, torch.nan, -torch.inf, torch.inf
-    return det, label, box, score, torch.arange(images) * 7 % (detections + 1)
+    label[:, 0], score[:, 1:5] = 0, 0.9
+    det[:, 0, :4], box[:, 1], score[:, 1] = torch.tensor([0.0, 0, 8, 4]), torch.tensor([0.0, 0, 7, 4]), 0.05
+    box[:, 2], box[:, 3] = torch.tensor([0.0, 0, 4, 4]), torch.tensor([0.0, 0, 100, 1e-10])
+    det[:, -1, :4], label[:, -1] = torch.tensor([0.0, 0, 50, 1e-10]), 0
+    return det.to(dtype), label.int(), box.to(dtype), score.to(dtype), torch.arange(images) * 7 % (detections + 1)
 
 
 @pytest.mark.slow
-def test_voting(rng, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, *LONG], ids=str)
+def test_voting(dtype, rng, tmp_path):
     """Boxes to rounding, for sums have another order; labels outside, boxes that are not finite, padding."""
     shapes = [{0: AUTO, 1: AUTO}] * 4 + [{0: AUTO}]
-    run = to_onnx(Vote(), make_voters(2, 12, 30, rng), shapes, tmp_path / "voting.onnx")
-    no_box, no_detection = make_voters(2, 9, 12, rng), make_voters(2, 9, 12, rng)
+    run = to_onnx(Vote(), make_voters(2, 12, 30, rng, dtype), shapes, tmp_path / "voting.onnx")
+    no_box, no_detection = make_voters(2, 9, 12, rng, dtype), make_voters(2, 9, 12, rng, dtype)
     no_box = *no_box[:2], *(column[:, :0] for column in no_box[2:4]), no_box[4]
     no_detection = *(column[:, :0] for column in no_detection[:2]), *no_detection[2:4], 0 * no_detection[4]
-    for others in (make_voters(3, 20, 90, rng), make_voters(1, 5, 9, rng), no_box, no_detection):
+    for others in (make_voters(3, 20, 90, rng, dtype), make_voters(1, 5, 9, rng, dtype), no_box, no_detection):
         wanted = [part for pair in Vote()(*others) for part in pair]
         for got, part in zip(run(*others), wanted, strict=True):
-            torch.testing.assert_close(got, part, rtol=0, atol=1e-4 * part.is_floating_point(), equal_nan=True)
+            torch.testing.assert_close(got, part, rtol=0, atol=ROUNDING[part.dtype], equal_nan=True)
 
 
-def test_a_soft_form_has_no_translation(tmp_path):
-    class Soft(nn.Module):
-        def forward(self, boxes, scores):
-            return paa_gpu.batched_nms(boxes, scores, None, 0.5, method="linear")
+class Soft(nn.Module):
+    def forward(self, boxes, scores):
+        return paa_gpu.batched_nms(boxes[None], scores[None], None, 0.5, method="linear")
 
+
+class Lists(nn.Module):
+    def forward(self, boxes, scores):
+        return paa_gpu.batched_nms([boxes, boxes[:2]], [scores, scores[:2]], None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Soft(), "`method` must be \"hard\" in ONNX, got 'linear'"),
+        (Lists(), "`boxes` must be a Tensor in ONNX, got list"),
+    ],
+    ids=["soft", "lists"],
+)
+def test_what_has_no_translation(module, message, tmp_path):
     with pytest.raises(torch.onnx.OnnxExporterError) as error:
-        to_onnx(Soft(), (torch.rand(1, 4, 4), torch.rand(1, 4, 2)), None, tmp_path / "soft.onnx")
+        to_onnx(module, (torch.rand(4, 4), torch.rand(4, 2)), None, tmp_path / "none.onnx")
     cause = error.value
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    assert str(cause) == "`method` must be \"hard\" in ONNX, got 'linear'"
+    assert str(cause) == message
 
 
 # --- the head ------------------------------------------------------------------------------------------------------------------

@@ -92,17 +92,20 @@ def test_options_reach_the_three_functions(rng):
     assert (strict.gt_inds > 0).sum() < (got.gt_inds > 0).sum()
     only_boxes = assign_targets(*inputs, num_classes=CLASSES, losses={"loss_cls_weight": 0.0})
     assert not torch.equal(only_boxes.label, assign_targets(*inputs, num_classes=CLASSES).label)
+    with pytest.raises(ValueError, match="`precision` must be"):
+        assign_targets(*inputs, num_classes=CLASSES, reassignment={"precision": "half"})
 
 
 def test_classification_losses_of_ones_own(rng):
-    """They take the place of those of `candidate_losses`, weights included."""
+    """They take the place of those of `candidate_losses`, weights included, whatever these would weigh."""
     inputs = draw(rng, [12, 3])
     scores = flatten_levels(inputs[1]).flatten(0, 1)
 
     def focal(label, label_weight):
         return focal_loss(scores, label, 2.0, 0.25).sum(1) * label_weight
 
-    got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=2.5, classification=focal)
+    losses = {"loss_cls_weight": 2.0}
+    got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=2.5, losses=losses, classification=focal)
     wanted = assign_targets(*inputs, num_classes=CLASSES, pos_weight=2.5)
     assert all(map(torch.equal, got[:7], wanted[:7]))
     none = assign_targets(*inputs, num_classes=CLASSES, classification=lambda label, weight: torch.zeros_like(weight))
@@ -154,6 +157,7 @@ def losses_and_gradients(anchors, targets, bbox_preds, iou_preds):
     """[S] each, and the gradients of their sums in all maps, [N * A, 5]."""
     maps = [[level.clone().requires_grad_() for level in levels] for levels in (bbox_preds, iou_preds)]
     losses = positive_losses(targets, torch.cat(anchors), *maps, STDS)
+    assert not losses[2].requires_grad  # the IoU
     sum(losses).sum().backward()
     return losses, torch.cat([flatten_levels([level.grad for level in levels]).flatten(0, 1) for levels in maps], 1)
 

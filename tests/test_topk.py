@@ -53,6 +53,16 @@ def test_smallest_losses_of_each_level_ties_by_anchor(topk, dtype, rng):
     check(*draw(rng, dtype=dtype), SIZES, 5, topk)
 
 
+def test_images_with_other_levels(rng):
+    losses, inds, gts = draw(rng)
+    levels = SIZES, SIZES[::-1]
+    _, index, count = _ops.select_candidates([losses] * 2, [inds] * 2, [gts] * 2, [*levels[0], *levels[1]], [5, 5], 2)
+    rows = [expected(losses.numpy(), inds.numpy(), gts.numpy(), sizes, 5, 2) for sizes in levels]
+    assert count.tolist() == [len(row) for row in rows[0] + rows[1]]
+    for number, row in enumerate(rows[0] + rows[1]):
+        assert index[number, : len(row)].tolist() == (row + number // 5 * len(inds)).tolist()
+
+
 @pytest.mark.parametrize("sizes", [(85,), (0, 85), (40, 0, 0, 45), (5,) * 17], ids=str)
 def test_any_levels(sizes, rng):
     check(*draw(rng, sizes=sizes), sizes, 5, 4)

@@ -301,7 +301,7 @@ def _memory(level: Tensor) -> Array:
     """A map from its first element to its last, whatever lies between; half precision as `_number` takes it."""
     if not level.is_contiguous():
         size = 1 + sum((size - 1) * stride for size, stride in zip(level.shape, level.stride(), strict=True))
-        level = level.as_strided((size if level.numel() else 0,), (1,))
+        level = level.as_strided((size,), (1,))  # an empty map is contiguous
     if level.itemsize > 2:
         return level.numpy().ravel()
     bits = level.view(torch.int16).numpy().ravel()
@@ -336,7 +336,7 @@ def candidate_losses(
     levels = (
         _filled(map(_memory, cls_scores)), _filled(map(_memory, bbox_preds)), _filled(array(level, real) for level in anchors),
         np.array([
-            (delta.shape[1] // 4, max(delta.shape[3], 1), *score.stride(), *delta.stride())
+            (delta.shape[1] // 4, delta.shape[3], *score.stride(), *delta.stride())
             for score, delta in zip(cls_scores, bbox_preds, strict=True)
         ]), first,
     )  # fmt: skip
