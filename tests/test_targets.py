@@ -168,6 +168,20 @@ def replaced(levels, where, value):
     return [level.masked_fill(mask.view(-1, 1, *level.shape[2:]), value) for level, mask in zip(levels, masks, strict=True)]
 
 
+def test_a_batch_has_the_losses_of_its_images(rng):
+    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 5])
+
+    def losses(images):
+        scores, deltas = ([level[images] for level in levels] for levels in (cls_scores, bbox_preds))
+        targets = assign_targets(anchors, scores, deltas, boxes[images], labels[images], num_classes=CLASSES)
+        found = positive_losses(targets, torch.cat(anchors), deltas, [level[:, :1] for level in scores], STDS)
+        return torch.stack(found, 1)[targets.found]
+
+    first, second = losses(slice(0, 1)), losses(slice(1, 2))
+    assert len(first) and len(second)
+    torch.testing.assert_close(losses(slice(0, 2)), torch.cat([first, second]))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_outputs_that_no_box_trains_have_no_part_in_its_losses(value, rng):
     """Anchor 0 is one of them, which unused entries of the list of positives read. Nor has a ground truth without positives."""

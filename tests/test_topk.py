@@ -53,6 +53,13 @@ def test_smallest_losses_of_each_level_ties_by_anchor(topk, dtype, rng):
     check(*draw(rng, dtype=dtype), SIZES, 5, topk)
 
 
+@pytest.mark.parametrize("topk", [9, 70])
+def test_levels_without_potential_positives(topk):
+    """The first anchors lie several levels further on. On the CPU 9 are kept by insertion, and 70 sorted."""
+    inds = torch.arange(3, 103)
+    check(torch.arange(100.0), inds, inds * 0, (1, 1, 1, 100), 1, topk)
+
+
 def test_images_with_other_levels(rng):
     losses, inds, gts = draw(rng)
     levels = SIZES, SIZES[::-1]
