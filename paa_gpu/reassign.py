@@ -302,7 +302,7 @@ def _separate(
     """Run a caller's scheme over the padded batch: (positive, ignored), both BoolTensor[G, K]."""
     position = torch.arange(loss.shape[1], device=loss.device)
     mask = (position < count[:, None]) & valid[:, None]
-    alone = (count == 1)[:, None] & (position == 0) & loss.isfinite()
+    alone = (count == 1)[:, None] & (position == 0) & loss.to(score.dtype).isfinite()  # as the fit takes it
     masks = separation(assignment, score, loss, mask.clone())  # it may change its arguments
     if not isinstance(masks, tuple) or len(masks) != 2:  # type: ignore[redundant-expr]  # a caller's
         raise TypeError(f"`separation` must return a tuple (positive, ignored), got {type(masks).__name__}")

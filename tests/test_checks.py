@@ -464,6 +464,13 @@ def test_numbers_too_large_for_their_dtype_are_infinite_without_a_warning(call):
         call()
 
 
+def test_a_start_of_all_rows_is_refused_as_row_0():
+    """Also where the first row has other numbers that are not finite, and is not asked."""
+    starts = {"weights_init": torch.tensor([0.5, 0.25]), "means_init": torch.tensor([[torch.nan, 0], [0, 1]])}
+    with pytest.raises(ValueError, match=r"^`weights_init` must sum to 1, got \[0.5, 0.25\] in row 0$"):
+        paa_gpu.fit_gmm_1d(torch.rand(2, 5), **starts)
+
+
 def test_the_page_lists_every_error():
     assert PAGE.read_text() == page()
 

@@ -224,3 +224,7 @@ FUSION = [
 @pytest.mark.parametrize(("changes", "error", "message"), FUSION, ids=[message for _, _, message in FUSION])
 def test_fusion(changes, error, message):
     assert_refused(models(**changes), error, message, paa_gpu.weighted_boxes_fusion)
+
+
+def test_the_smallest_and_the_largest_weight():
+    paa_gpu.score_voting_batch(**predictions(**pools(weights=[1e-30, 1e30])))

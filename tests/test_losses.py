@@ -48,6 +48,13 @@ def test_dtypes(maps, targets, rng):
     check(cast(full_images(rng), maps, targets))
 
 
+@pytest.mark.parametrize("maps", [torch.float32, torch.float64], ids=str)
+def test_targets_of_float64_are_not_rounded(maps, rng):
+    batch = cast(full_images(rng), maps, torch.float64)
+    names = ("anchors", "label_weight", "bbox_target", "bbox_weight")
+    check(batch._replace(**{name: [t * (1 + 1e-9) for t in getattr(batch, name)] for name in names}))
+
+
 @pytest.mark.parametrize(
     ("scores", "deltas"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float64)],

@@ -135,8 +135,8 @@ def test_the_only_candidate_is_kept_if_the_fit_takes_its_loss(precision, kept):
     """1e300 is infinite in float32."""
     loss, zero = torch.tensor([1e300], dtype=torch.float64), torch.zeros(1).long()
     arguments = (loss, torch.tensor([0, 1]), torch.ones(2), torch.ones(2, 4), zero, zero, [2])
-    options = {"num_classes": 1, "singleton": "positive", "num_gt": 1}
-    assert paa_gpu.paa_reassign(*arguments, **options, precision=precision)[3] == kept
+    options = {"num_classes": 1, "singleton": "positive", "num_gt": 1, "precision": precision}
+    assert [paa_gpu.paa_reassign(*arguments, **options, separation=each)[3] for each in ("mmdet", separate)] == [kept, kept]
 
 
 def test_an_image_that_is_said_to_have_no_ground_truth():

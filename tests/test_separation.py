@@ -111,3 +111,33 @@ def test_an_ignored_candidate_has_no_label_weight():
         assert ignored.tolist() == [False, False, False, True, False]
         assert label_weight.tolist() == [1, 1, 1, 1, 0, 1]
         assert label.tolist() == [3, 3, 3, 80, 80, 80]
+
+
+def test_scores_of_float32_tie_only_where_they_are_equal():
+    score, all_of_them = torch.tensor([[1e-10, 2e-10]]), torch.ones(1, 2, dtype=torch.bool)
+    assert separate(all_of_them, score, None, all_of_them)[0].tolist() == [[True, True]]
+    assert separate(all_of_them, score.double(), None, all_of_them)[0].tolist() == [[True, False]]
+
+
+def test_a_callable_gets_no_more_columns_than_an_image_needs():
+    """The most of any image: the fewer of its potential positives and of what its levels have room for."""
+    shapes = []
+
+    def scheme(assignment, score, loss, mask):
+        shapes.append(loss.shape)
+        return mask, torch.zeros_like(mask)
+
+    images = [
+        (
+            torch.rand(some),
+            torch.zeros(of).long(),
+            torch.ones(of),
+            torch.ones(of, 4),
+            torch.arange(some),
+            torch.zeros(some).long(),
+        )
+        for some, of in ((30, 30), (3, 5))
+    ]
+    options = {"num_classes": 1, "topk": 2, "num_gts": [1, 1], "separation": scheme}
+    paa_gpu.paa_reassign_batch(*map(list, zip(*images, strict=True)), [[30], [1] * 5], **options)
+    assert shapes == [(2, 3)]

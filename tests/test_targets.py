@@ -15,6 +15,7 @@ from device_operations import SYNCHRONISING, profiled
 from kernel_execution import compiled_only
 from synchronisations import Synchronisations
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 import paa_gpu
 from paa_gpu import testing
@@ -168,18 +169,20 @@ def replaced(levels, where, value):
     return [level.masked_fill(mask.view(-1, 1, *level.shape[2:]), value) for level, mask in zip(levels, masks, strict=True)]
 
 
-def test_a_batch_has_the_losses_of_its_images(rng):
-    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 5])
-
-    def losses(images):
-        scores, deltas = ([level[images] for level in levels] for levels in (cls_scores, bbox_preds))
-        targets = assign_targets(anchors, scores, deltas, boxes[images], labels[images], num_classes=CLASSES)
-        found = positive_losses(targets, torch.cat(anchors), deltas, [level[:, :1] for level in scores], STDS)
-        return torch.stack(found, 1)[targets.found]
-
-    first, second = losses(slice(0, 1)), losses(slice(1, 2))
-    assert len(first) and len(second)
-    torch.testing.assert_close(losses(slice(0, 2)), torch.cat([first, second]))
+def test_losses_of_the_positives(rng):
+    """Of several images, by torchvision's IoU of each one's own box."""
+    anchors, cls_scores, bbox_preds, boxes, labels = draw(rng, [3, 0, 2])
+    iou_preds = [level[:, :1] for level in cls_scores]
+    targets = assign_targets(anchors, cls_scores, bbox_preds, boxes, labels, num_classes=CLASSES)
+    got = positive_losses(targets, torch.cat(anchors), bbox_preds, iou_preds, STDS)
+    index = targets.positive[targets.found]
+    deltas, iou_pred = (flatten_levels(levels).flatten(0, 1)[index] for levels in (bbox_preds, iou_preds))
+    box, truth = decode(torch.cat(anchors).repeat(3, 1)[index], deltas, STDS), targets.bbox_target[index]
+    iou = box_iou(box, truth).diag()
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(iou_pred[:, 0], iou, reduction="none")
+    for losses, wanted in zip(got, (generalized_box_iou_loss(box, truth), cross_entropy, iou), strict=True):
+        torch.testing.assert_close(losses[targets.found], wanted, rtol=1e-4, atol=1e-5)
+        assert not losses[~targets.found].any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)

@@ -13,6 +13,7 @@ import torchvision_models as models
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection._utils import Matcher, SSDMatcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, generalized_box_iou
@@ -308,3 +309,44 @@ def test_targets_that_torchvision_refuses(name, change, generator):
         model(images, targets)
     with pytest.raises(AssertionError, match="targets should not be none when in training mode"):
         model(images)
+
+
+@pytest.mark.parametrize(("name", "change"), [("RetinaNet", "accelerate"), ("SSD", "accelerate"), ("RetinaNet", "use_paa")])
+def test_targets_do_not_matter_in_evaluation(name, change, generator):
+    """As in torchvision, which gives detections then."""
+    model, (images, targets) = CHANGES[change](models.MODELS[name]()).eval(), models.batch(generator)
+    for got, wanted in zip(model(images, targets), model(images), strict=True):
+        assert same(got, wanted)
+
+
+class OneMap(models.Body):
+    out_channels = 16
+
+    def forward(self, images):
+        return self.low(images)
+
+
+class OneNamedMap(OneMap):
+    def forward(self, images):
+        return {"0": self.low(images)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_backbone_that_gives_a_tensor(change, generator):
+    """It stands for one level, as in torchvision."""
+    results, batch = [], models.batch(generator)
+    for backbone in (OneMap, OneNamedMap):
+        torch.manual_seed(0)
+        anchors = AnchorGenerator(((8, 16, 32),), (models.RATIOS,))
+        model = detection.RetinaNet(backbone(), 3, min_size=models.SIZE, max_size=2 * models.SIZE, anchor_generator=anchors)
+        results.append(step(CHANGES[change](model), batch))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3])
+def test_matches_of_tiny_boxes(scale, generator):
+    anchors, boxes = (rows * scale for rows in crowd(generator))
+    matcher = Matcher(0.5, 0.4, True)
+    wanted = matcher(box_iou(boxes, anchors))
+    assert len(wanted.unique()) > 8
+    assert torch.equal(matching.matches_of(matcher, [boxes], [anchors])[0], wanted)

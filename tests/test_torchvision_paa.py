@@ -255,6 +255,7 @@ def test_score_voting(generator):
     model = models.retinanet(score_thresh=0.5, nms_thresh=0.3).eval()
     nn.init.normal_(model.head.classification_head.cls_logits.weight)
     nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    model.box_coder.weights = (2.0, 2.0, 1.0, 1.0)  # other ones than those that train
     images, _ = models.batch(generator, (0, 0))
     plain = model(images)
     assert min(len(image["boxes"]) for image in plain) > 5
@@ -397,6 +398,22 @@ def test_targets_it_refuses(generator):
     model = use_paa(OwnForward(models.backbone(), 3, **options)).train()
     with pytest.raises(RuntimeError, match=r"`OwnForward.forward` must call super\(\).forward\(images, targets\)"):
         model(images, targets)
+
+
+def test_sizes_are_clipped_only_above(generator, monkeypatch):
+    """As in torchvision: in mmdetection also below. The sizes of the boxes alone sort the candidates."""
+    model, batch = use_paa(models.retinanet("giou")), models.batch(generator)
+    nn.init.zeros_(model.head.classification_head.cls_logits.weight)
+    last = model.head.regression_head.bbox_reg
+    nn.init.normal_(last.weight, std=2e4)
+    with torch.no_grad():
+        last.weight.view(-1, 4, *last.weight.shape[1:])[:, :2] = 0
+        last.bias.view(-1, 4)[:, 2:] = -6
+    targets, outputs, anchors, matches, sizes = recorded(model, batch, monkeypatch)
+    assert 0.5 < (outputs["bbox_regression"][..., 2:] < -4.2).float().mean() < 0.95
+    for i, own in enumerate(matches):
+        values = (outputs["cls_logits"][i].detach(), outputs["bbox_regression"][i].detach(), anchors[i].float(), sizes, model)
+        assert torch.equal(own, expected(targets[i], *values)), i
 
 
 def test_a_loss_by_itself(generator):
