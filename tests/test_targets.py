@@ -69,7 +69,7 @@ def check(got, wanted, most):
 
 
 @pytest.mark.parametrize("num_gts", [[0], [0, 0], [1], [3, 0, 12, 1], [60]], ids=str)
-@pytest.mark.parametrize("pos_weight", [1.0, 2.5])
+@pytest.mark.parametrize("pos_weight", [0.5, 1.0, 2.5])
 def test_as_the_published_steps(num_gts, pos_weight, rng):
     inputs = draw(rng, num_gts)
     got = assign_targets(*inputs, num_classes=CLASSES, pos_weight=pos_weight)
@@ -136,6 +136,16 @@ def test_boxes_of_another_dtype(rng):
         for each in ([image.double() for image in ignored], ignored)
     )
     assert (got.label_weight == 0).any() and torch.equal(got.label_weight, wanted.label_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_targets_have_the_dtype_of_the_anchors(dtype, rng):
+    """And the losses of the positives that of the maps."""
+    columns = [[tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in column] for column in draw(rng, [3, 5])]
+    targets = assign_targets(*columns, num_classes=CLASSES, pos_weight=2.5)
+    assert targets.label_weight.dtype == targets.bbox_target.dtype == dtype
+    losses = positive_losses(targets, torch.cat(columns[0]), columns[2], [level[:, :1] for level in columns[1]], STDS)
+    assert [loss.dtype for loss in losses] == [dtype] * 3
 
 
 def test_nothing_waits_and_nothing_changes(rng):

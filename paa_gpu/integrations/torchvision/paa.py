@@ -118,7 +118,7 @@ def _not_from_forward(model: RetinaNetPAA) -> str:
         "`compute_loss` must be called by model(images, targets) of the same model in training mode, for PAA to know the levels; "
         "for the loss of validation, call the model so under torch.no_grad()"
     )
-    if model.published.forward is RetinaNet.forward:
+    if getattr(model.published, "forward", None) is RetinaNet.forward:
         return message
     return f"{message}. `{model.published.__name__}.forward` must call super().forward(images, targets)"
 
