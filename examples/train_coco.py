@@ -103,14 +103,14 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image, annotations = self.data[index]
-        before = image.width
+        width, height = image.size
         used = [each for each in annotations if self.training and not each["iscrowd"]]  # a crowd is not one object
         bboxes = torch.tensor([each["bbox"] for each in used], dtype=torch.float32).view(-1, 4)
         boxes = tv_tensors.BoundingBoxes(bboxes, format="XYWH", canvas_size=image.size[::-1])
         labels = torch.tensor([self.categories.index(each["category_id"]) for each in used], dtype=torch.int64)
         image, target = self.transform(image, {"boxes": boxes, "labels": labels})
         target["boxes"] = target["boxes"].as_subclass(Tensor)
-        return image, {**target, "image_id": self.data.ids[index], "scale": image.shape[2] / before}
+        return image, {**target, "image_id": self.data.ids[index], "scale": (image.shape[2] / width, image.shape[1] / height)}
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:

@@ -176,6 +176,20 @@ def test_detections_that_are_the_boxes_are_perfect(coco_data):
     assert (coco_data / "drawn.png").stat().st_size > 1000
 
 
+def test_each_side_has_its_own_scale(coco_data):
+    """A side is resized to whole pixels: here from 13 to 10, and from 1,000 to 800. Boxes go back by these numbers."""
+    example = load("train_coco")
+
+    def change(content) -> None:
+        Image.new("RGB", (1000, 13)).save(coco_data / "wide.png")
+        content["images"][0] |= {"file_name": "wide.png", "width": 1000, "height": 13}
+
+    content = changed(coco_data / "boxes.json", change)
+    data = example.CocoBoxes(str(coco_data), content, 480, training=False)
+    image, target = data[data.data.ids.index(json.loads(Path(content).read_text())["images"][0]["id"])]
+    assert image.shape == (3, 10, 800) and target["scale"] == (0.8, 10 / 13)
+
+
 @pytest.mark.long
 def test_the_same_example_in_two_processes(coco_data):
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments(coco_data, "--epochs", "1"))
