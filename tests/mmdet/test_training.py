@@ -170,6 +170,19 @@ def test_one_synchronisation_where_the_rest_is_the_heads_own(generator):
     assert ours.count == rest.count + 1
 
 
+@pytest.mark.parametrize("preset", ["mmdet", "paper"])
+def test_a_compiled_step_is_that_of_eager(preset, generator):
+    """A compiler that traces the head finds no methods of its own in it, which would have priority over the preset."""
+    head = accelerate(build(**SMALL), preset=preset)
+    features, samples = make_features(2, SIZE, 32, generator), make_samples([7, 12], SIZE, 80, generator)
+    wanted = api.loss(head, features, samples)
+    with mock.patch.object(integration, "paa_reassign_batch", wraps=integration.paa_reassign_batch) as batch:
+        got = torch.compile(lambda: api.loss(head, features, samples), backend="eager")()
+    assert not batch.called  # the whole loss is accelerated
+    for name, loss in wanted.items():
+        torch.testing.assert_close(got[name], loss)
+
+
 def test_the_check_can_fail(generator):
     """One candidate fewer a level is seen, and labels of other anchors."""
     heads = variants(build(**SMALL))

@@ -30,7 +30,10 @@ PUBLISHED = {(PAAHead, name): getattr(PAAHead, name) for name in METHODS}
 def overrides(head: Any, method: str, base: type) -> bool:
     """Whether a head's method of this name differs from that of `base`: in its class, on the object, or as replaced in `base`."""
     published = PUBLISHED.get((base, method)) or getattr(base, method)
-    return getattr(getattr(head, method), "__func__", None) is not published
+    # Not the `__func__` of the bound method: a compiler that traces this finds another object there.
+    own = vars(head).get(method)
+    found = getattr(type(head), method) if own is None else getattr(own, "__func__", None)
+    return found is not published
 
 
 def _own_methods(part: Any) -> list[str]:
