@@ -106,7 +106,7 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         width, height = image.size
         used = [each for each in annotations if self.training and not each["iscrowd"]]  # a crowd is not one object
         bboxes = torch.tensor([each["bbox"] for each in used], dtype=torch.float32).view(-1, 4)
-        boxes = tv_tensors.BoundingBoxes(bboxes, format="XYWH", canvas_size=image.size[::-1])
+        boxes = tv_tensors.BoundingBoxes(bboxes, format="XYWH", canvas_size=(height, width))
         labels = torch.tensor([self.categories.index(each["category_id"]) for each in used], dtype=torch.int64)
         image, target = self.transform(image, {"boxes": boxes, "labels": labels})
         target["boxes"] = target["boxes"].as_subclass(Tensor)

@@ -227,10 +227,10 @@ def _pass_kernel(
     width,
     inits,  # weights, means and precisions: each (Tensor[G, K] or None, its stride over rows)
     fit_ptrs,  # the seven tensors of `empty_fit`, for every start of every row: R
-    control_ptr,  # Tensor[R, CONTROL] int32, zeros before the first launch; this and the next three, for those of the launch
-    floats_ptr,  # Tensor[R, FLOATS, KP], of the fit's dtype
-    keys_ptr,  # Tensor[R, KEYS, KP] int64
-    parts_ptr,  # Tensor[R, PROGRAMS, 4, KP], of the fit's dtype
+    control_ptr,  # Tensor[L, CONTROL] int32, zeros before the first launch; L: the starts of the rows of this launch
+    floats_ptr,  # Tensor[L, FLOATS, KP], of the fit's dtype
+    keys_ptr,  # Tensor[L, KEYS, KP] int64
+    parts_ptr,  # Tensor[L, PROGRAMS, 4, KP], of the fit's dtype
     tol: tl.float64,
     reg_covar: tl.float64,
     sum_tolerance: tl.float64,
@@ -246,16 +246,16 @@ def _pass_kernel(
     PP: tl.constexpr,
 ):
     DTYPE: tl.constexpr = fit_ptrs[0].dtype.element_ty
-    place = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    control_ptr += place * CONTROL
+    control_ptr += slot * CONTROL
     phase = tl.load(control_ptr)
     if phase != DONE:
-        floats_ptr += place * FLOATS * KP
-        keys_ptr += place * KEYS * KP
-        parts_ptr += place * PROGRAMS * 4 * KP
-        g, x_ptr, stride_xk, n = locate(source, width, place // n_init)
-        attempt = place % n_init
+        floats_ptr += slot * FLOATS * KP
+        keys_ptr += slot * KEYS * KP
+        parts_ptr += slot * PROGRAMS * 4 * KP
+        g, x_ptr, stride_xk, n = locate(source, width, slot // n_init)
+        attempt = slot % n_init
         number = g * n_init + attempt
         origin = tl.load(x_ptr, mask=n > 0, other=0.0).to(DTYPE)
         smallest = tl.load(floats_ptr + SPAN * KP, mask=phase != RANGE, other=0.0)
@@ -349,17 +349,17 @@ def passes_at_most(init: str, n_components: int, max_iter: int, dtype: torch.dty
 
 
 def launch_long(
-    rows: int, source: tuple[Any, ...], width: int, inits: tuple[Any, ...], fit: tuple[Tensor, ...], options: tuple[Any, ...],
+    starts: int, source: tuple[Any, ...], width: int, inits: tuple[Any, ...], fit: tuple[Tensor, ...], options: tuple[Any, ...],
     init: str, n_components: int, **constants: Any,
 ) -> None:  # fmt: skip
-    """All launches for all starts of all rows. `options`: tol, reg_covar, tolerance of sums, max_iter, n_init, seed."""
+    """All launches for all starts of some rows. `options`: tol, reg_covar, tolerance of sums, max_iter, n_init, seed."""
     rule = launch_rule(width, n_components)
     like = fit[0]
-    control = torch.zeros((rows, CONTROL.value), dtype=torch.int32, device=like.device)
-    floats = like.new_empty((rows, FLOATS.value, rule["KP"]))
-    keys = like.new_empty((rows, KEYS.value, rule["KP"]), dtype=torch.int64)
-    parts = like.new_empty((rows, rule["PROGRAMS"], 4, rule["KP"]))
+    control = torch.zeros((starts, CONTROL.value), dtype=torch.int32, device=like.device)
+    floats = like.new_empty((starts, FLOATS.value, rule["KP"]))
+    keys = like.new_empty((starts, KEYS.value, rule["KP"]), dtype=torch.int64)
+    parts = like.new_empty((starts, rule["PROGRAMS"], 4, rule["KP"]))
     for _ in range(passes_at_most(init, n_components, options[3], like.dtype)):
-        _pass_kernel[(rows, rule["PROGRAMS"])](
+        _pass_kernel[(starts, rule["PROGRAMS"])](
             source, width, inits, fit, control, floats, keys, parts, *options, INIT=init, **constants, **rule
         )

@@ -13,7 +13,6 @@ from test_starts_kernels import assert_same, both, run
 
 from paa_gpu import _ops, testing
 from paa_gpu.kernels import em, em_long
-from paa_gpu.kernels.em_long import launch_long
 
 OPTIONS = ("diag", 1e-3, 1e-6, 4, "float64")
 
@@ -52,9 +51,8 @@ def test_long_and_short_rows_of_a_list(execution, short_is_long, monkeypatch, ca
     k, init, n_init = case
     monkeypatch.setattr(em, "LONG_ROW", 64)
     lengths, ways = [9, 300, 0, 40, 70, 64], []
-    monkeypatch.setattr(
-        em, "launch_long", lambda rows, *args, **options: ways.append(rows) or launch_long(rows, *args, **options)
-    )
+    launch = em_long.launch_long
+    monkeypatch.setattr(em, "launch_long", lambda rows, *args, **options: ways.append(rows) or launch(rows, *args, **options))
     x = torch.from_numpy(np.concatenate([testing.make_losses("bimodal", length, rng) for length in lengths]))
     given = torch.linspace(0.2, 0.7, len(lengths)).double()[:, None] * torch.arange(1, k + 1) if init != "random" else None
     got, wanted = both(execution, x, None, lengths, None, given, None, *OPTIONS, k, init, n_init, 5)

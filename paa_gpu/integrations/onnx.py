@@ -33,9 +33,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ValueError: during the export, for a soft form or for lists of tensors; torch raises its `ConversionError` from it.
 
     The detections are those of the library. Differences: NMS compares scores and IoU as float32, also of float64 tensors. A score
-    of NaN is no candidate. The runtime decides what a box with swapped corners or NaN suppresses; in the library,
-    nothing. Equal scores come by index where the runtime takes the lower index first, as onnxruntime does; ONNX leaves it open.
-    Voting holds an IoU of each detection with each box, N * M * K numbers; the library's own operators hold none.
+    of NaN is no candidate. The runtime decides what a box with swapped corners or NaN suppresses; in the library, nothing. Equal
+    scores come by index where the runtime takes the lower index first, as onnxruntime does; ONNX leaves it open. Voting holds an
+    IoU of each detection with each box, N * M * K numbers; the library's own operators hold none.
     """
     return {
         torch.ops.paa_gpu.batched_nms.default: _batched_nms,
