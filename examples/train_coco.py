@@ -5,20 +5,21 @@
 
 It shows a progress bar, and writes a checkpoint after each epoch (`--resume` continues from it). It prints COCO's average
 precision, and draws detections on the first test image. You need `pip install -e .[examples]`, and timm for `--backbone
-timm:convnext_tiny`. A backbone must take images of any size, and return maps [N, C, H, W]; transformers of timm often do not.
+timm:convnext_tiny`. A backbone must take images of any size, and return maps [N, C, H, W]; transformers of timm often do not. If
+EXIF turns a picture, the width and the height in the file of annotations say whether its boxes are turned, too.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from paa_gpu import PAAHead
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that public backbones were trained on
 CHANNELS = 256
+STRIDES = (8, 16, 32)  # of the levels that the pyramid takes from the backbone
 SHOWN = 0.3  # detections with a higher score are drawn
 
 Sample = tuple[Tensor, dict[str, Any]]
@@ -58,33 +60,66 @@ class Detector(nn.Module):
 
 
 def make_body(name: str, pretrained: bool) -> tuple[nn.Module, list[int]]:
-    """A module that returns levels of strides 8, 16 and 32, and their numbers of channels."""
+    """A module that returns levels of these strides, and their numbers of channels."""
     if name.startswith("timm:"):
         import timm
 
         body = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, features_only=True)
-        levels = [i for i, stride in enumerate(body.feature_info.reduction()) if stride in (8, 16, 32)]
+        levels = [i for i, stride in enumerate(body.feature_info.reduction()) if stride in STRIDES]
         body = timm.create_model(name.removeprefix("timm:"), pretrained=pretrained, features_only=True, out_indices=levels)
-        return body, body.feature_info.channels()
-    network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
-    body = create_feature_extractor(network, {"layer2": "0", "layer3": "1", "layer4": "2"})  # of a ResNet
+    else:
+        network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+        if not isinstance(network, torchvision.models.ResNet):
+            raise ValueError(f"--backbone must be a ResNet of torchvision, or timm:NAME, got {name}")
+        body = create_feature_extractor(network, {"layer2": "0", "layer3": "1", "layer4": "2"})
     with torch.no_grad():
-        return body, [level.shape[1] for level in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
+        maps = body.eval()(torch.zeros(1, 3, 128, 128))
+    shapes = [tuple(level.shape) for level in (maps.values() if isinstance(maps, dict) else maps)]
+    if [shape[2:] for shape in shapes] != [(128 // stride, 128 // stride) for stride in STRIDES]:
+        raise ValueError(f"--backbone must return maps [N, C, H, W] of strides {STRIDES}, got {shapes} for 128 x 128 pixels")
+    return body, [shape[1] for shape in shapes]
+
+
+def read(annotations: str) -> COCO:
+    """A COCO file, with what many files leave out."""
+    coco = COCO(annotations)
+    if not coco.imgs:
+        raise ValueError(f"{annotations} must have images, got none")
+    for number, annotation in enumerate(coco.dataset.get("annotations", []), 1):
+        box, category = annotation.get("bbox") or [], annotation["category_id"]
+        if len(box) != 4:
+            raise ValueError(f"{annotations}: annotation {annotation['id']} must have a bbox [x, y, width, height], got {box}")
+        if category not in coco.cats:
+            known = sorted(coco.cats)
+            raise ValueError(f"{annotations}: annotation {annotation['id']} must be of a category of {known}, got {category}")
+        annotation["id"] = number  # an id must not occur twice, and a box with the id 0 would count as missed
+        annotation.setdefault("iscrowd", 0)  # pycocotools needs these two
+        annotation.setdefault("area", box[2] * box[3])
+    coco.createIndex()  # by the new ids
+    return coco
+
+
+def load(folder: str, entry: dict[str, Any]) -> Image.Image:
+    """The picture of an entry in a COCO file.
+
+    Some tools draw boxes on a picture as EXIF turns it, others as it lies on the disk. So the size in the entry decides.
+    """
+    with Image.open(Path(folder) / entry["file_name"]) as picture:
+        size = entry.get("width", picture.width), entry.get("height", picture.height)
+        turned = picture if picture.size == size else ImageOps.exif_transpose(picture)
+        if turned.size != size:
+            raise ValueError(f"{entry['file_name']} must have the size {size} of its entry, got {picture.size}")
+        return turned.convert("RGB")
 
 
 class CocoBoxes(torch.utils.data.Dataset[Sample]):
     """The images of a COCO file, for training with their boxes. A class is the position of its category in the sorted ids."""
 
     def __init__(self, images: str, annotations: str, size: int, training: bool) -> None:
-        self.data = torchvision.datasets.CocoDetection(images, annotations)
-        self.coco: COCO = self.data.coco
-        self.categories = sorted(self.coco.getCatIds())
-        self.training = training
-        for number, annotation in enumerate(self.coco.dataset.get("annotations", []), 1):
-            annotation["id"] = number  # an id must not occur twice, and a box with the id 0 would count as missed
-            annotation.setdefault("iscrowd", 0)  # pycocotools needs these two, and many files leave them out
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        self.coco.createIndex()  # by the new ids
+        self.folder, self.training = images, training
+        self.coco = read(annotations)
+        self.ids, self.categories = sorted(self.coco.imgs), sorted(self.coco.cats)
+        self.names = {number: category.get("name") for number, category in self.coco.cats.items()}
         self.transform = v2.Compose(
             [
                 v2.ToImage(),
@@ -99,18 +134,20 @@ class CocoBoxes(torch.utils.data.Dataset[Sample]):
         )
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> Sample:
-        image, annotations = self.data[index]
+        number = self.ids[index]
+        image: Any = load(self.folder, self.coco.imgs[number])
         width, height = image.size
+        annotations = self.coco.imgToAnns[number]
         used = [each for each in annotations if self.training and not each["iscrowd"]]  # a crowd is not one object
         bboxes = torch.tensor([each["bbox"] for each in used], dtype=torch.float32).view(-1, 4)
         boxes = tv_tensors.BoundingBoxes(bboxes, format="XYWH", canvas_size=(height, width))
         labels = torch.tensor([self.categories.index(each["category_id"]) for each in used], dtype=torch.int64)
         image, target = self.transform(image, {"boxes": boxes, "labels": labels})
         target["boxes"] = target["boxes"].as_subclass(Tensor)
-        return image, {**target, "image_id": self.data.ids[index], "scale": (image.shape[2] / width, image.shape[1] / height)}
+        return image, {**target, "image_id": number, "scale": (image.shape[2] / width, image.shape[1] / height)}
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, list[tuple[int, int]], list[dict[str, Any]]]:
@@ -175,10 +212,9 @@ def evaluate(coco: COCO, found: list[dict[str, Any]]) -> float:
 
 def draw(file: Path, images: str, coco: COCO, found: list[dict[str, Any]]) -> None:
     """The first image with its boxes (white) and the detections (orange)."""
-    first = coco.loadImgs(coco.getImgIds()[:1])[0]
-    with Image.open(Path(images) / first["file_name"]) as file_of_image:  # as for training: of any format
-        picture = v2.functional.pil_to_tensor(file_of_image.convert("RGB"))
-    drawn = [entry["bbox"] for entry in coco.loadAnns(coco.getAnnIds(first["id"]))]
+    first = coco.imgs[min(coco.imgs)]
+    picture = v2.functional.pil_to_tensor(load(images, first))
+    drawn = [entry["bbox"] for entry in coco.imgToAnns[first["id"]] if min(entry["bbox"][2:]) > 0]
     shown = [entry["bbox"] for entry in found if entry["image_id"] == first["id"] and entry["score"] > SHOWN]
     for boxes, color in ((drawn, "white"), (shown, "#E69F00")):
         if boxes:
@@ -191,6 +227,28 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def data_sets(options: argparse.Namespace) -> tuple[CocoBoxes, CocoBoxes | None]:
+    """What to train with, and what to evaluate with."""
+    data = CocoBoxes(options.images, options.annotations, options.size, training=True)
+    if options.test_annotations is None:
+        return data, None
+    test = CocoBoxes(options.images, options.test_annotations, options.size, training=False)
+    if not test.names.items() <= data.names.items():
+        raise ValueError(f"--test-annotations must have categories of --annotations, {data.names}, got {test.names}")
+    return data, test
+
+
 def main(argv: list[str] | None = None) -> float | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of the images")
@@ -198,11 +256,11 @@ def main(argv: list[str] | None = None) -> float | None:
     parser.add_argument("--test-annotations", help="COCO file to evaluate with; none: no evaluation")
     parser.add_argument("--backbone", default="resnet18", help="a torchvision ResNet, or timm:NAME")
     parser.add_argument("--pretrained", action="store_true", help="start from public weights of the backbone")
-    parser.add_argument("--epochs", type=int, default=12, help="0 with --resume: evaluate alone")
-    parser.add_argument("--batch-size", type=int, default=4, help="images of each process")
-    parser.add_argument("--size", type=int, default=480, help="the shorter side of an image, in pixels")
+    parser.add_argument("--epochs", type=at_least(0), default=12, help="0 with --resume: evaluate alone")
+    parser.add_argument("--batch-size", type=at_least(1), default=4, help="images of each process")
+    parser.add_argument("--size", type=at_least(32), default=480, help="the shorter side of an image, in pixels")
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=at_least(0), default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/coco"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     options = parser.parse_args(argv)
@@ -212,7 +270,7 @@ def main(argv: list[str] | None = None) -> float | None:
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
-    data = CocoBoxes(options.images, options.annotations, options.size, training=True)
+    data, test = data_sets(options)
     sampler: Any = DistributedSampler(data) if dist.is_initialized() else None
     loader: Any = DataLoader(
         data, options.batch_size, shuffle=sampler is None, sampler=sampler, num_workers=options.workers, collate_fn=collate
@@ -248,8 +306,7 @@ def main(argv: list[str] | None = None) -> float | None:
             torch.save({**state, "epoch": epoch + 1, "categories": data.categories}, part)
             part.replace(checkpoint)
     precision = None
-    if rank() == 0 and options.test_annotations:
-        test = CocoBoxes(options.images, options.test_annotations, options.size, training=False)
+    if rank() == 0 and test is not None:
         found = detect(detector, data.categories, DataLoader(test, options.batch_size, collate_fn=collate), device)
         (options.out / "detections.json").write_text(json.dumps(found))
         precision = evaluate(test.coco, found)

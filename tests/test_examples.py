@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -186,8 +188,95 @@ def test_each_side_has_its_own_scale(coco_data):
 
     content = changed(coco_data / "boxes.json", change)
     data = example.CocoBoxes(str(coco_data), content, 480, training=False)
-    image, target = data[data.data.ids.index(json.loads(Path(content).read_text())["images"][0]["id"])]
+    image, target = data[0]
     assert image.shape == (3, 10, 800) and target["scale"] == (0.8, 10 / 13)
+
+
+def test_a_picture_is_turned_where_its_boxes_are(coco_data):
+    """The first picture lies on its side on the disk, and EXIF tells how to turn it. Boxes may be those of either form."""
+    example, boxes = load("train_coco"), coco_data / "boxes.json"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    with Image.open(coco_data / "0.png") as upright:
+        upright.transpose(Image.Transpose.ROTATE_90).save(coco_data / "turned.png", exif=exif)
+
+    def at(width: int, height: int):
+        entry = {"file_name": "turned.png", "width": width, "height": height}
+        content = changed(boxes, lambda content: content["images"][0].update(entry))
+        return example.CocoBoxes(str(coco_data), content, 128, training=False)
+
+    def of(picture: Image.Image):
+        return torch.from_numpy(np.array(picture))
+
+    with Image.open(coco_data / "0.png") as upright, Image.open(coco_data / "turned.png") as lying:
+        for size, wanted in (((160, 128), upright), ((128, 160), lying)):
+            data = at(*size)
+            assert data[0][0].shape == (3, *size[::-1])
+            assert torch.equal(of(example.load(str(coco_data), data.coco.imgs[10])), of(wanted.convert("RGB")))
+            example.draw(coco_data / "drawn.png", str(coco_data), data.coco, [])
+    with pytest.raises(ValueError, match=r"turned.png must have the size \(100, 128\) of its entry, got \(128, 160\)"):
+        at(100, 128)[0]
+
+
+WRONG = {
+    "annotation 1 must have a bbox .*, got \\[\\]": lambda content: content["annotations"][1].pop("bbox"),
+    "annotation 0 must have a bbox .*, got \\[\\]$": lambda content: content["annotations"][0].update(bbox=[]),
+    "annotation 0 must be of a category of \\[5, 7\\], got 55": lambda content: content["annotations"][0].update(category_id=55),
+    "must have images, got none": lambda content: content["images"].clear(),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_file_of_annotations_is_refused(coco_data, message):
+    with pytest.raises(ValueError, match=f"changed.json.*{message}"):
+        load("train_coco").read(changed(coco_data / "boxes.json", WRONG[message]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "-3"], "--epochs: must be at least 0, got -3"),
+        (["--size", "0"], "--size: must be at least 32, got 0"),
+        (["--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (
+            ["--backbone", "mobilenet_v3_large"],
+            "--backbone must be a ResNet of torchvision, or timm:NAME, got mobilenet_v3_large",
+        ),
+    ],
+)
+def test_a_wrong_option_is_refused(coco_data, capsys, options, message):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        load("train_coco").main([*arguments(coco_data)[1:], *options])
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_categories_of_the_test_are_those_of_the_training_set(coco_data):
+    """Also by their names: a number may mean another category in another file."""
+    other = changed(coco_data / "boxes.json", lambda content: content["categories"][0].update(name="shrub"))
+    with pytest.raises(ValueError, match=r"{5: 'tree', 7: 'bush'}, got {5: 'shrub', 7: 'bush'}"):
+        load("train_coco").main([*arguments(coco_data)[1:], "--test-annotations", other])
+
+
+@pytest.mark.parametrize("strides", [[4, 8, 16, 32], [16, 16, 16]])
+def test_levels_of_a_timm_backbone(monkeypatch, strides):
+    """Those of strides 8, 16 and 32 are taken. A network without them, such as a plain transformer, is refused."""
+
+    class Network(torch.nn.Module):
+        def __init__(self, out_indices=None, **kwargs):
+            super().__init__()
+            self.strides = strides if out_indices is None else [strides[i] for i in out_indices]
+            self.feature_info = types.SimpleNamespace(reduction=lambda: self.strides)
+
+        def forward(self, images):
+            return [images[:, :1, ::stride, ::stride].expand(-1, stride, -1, -1) for stride in self.strides]
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=lambda name, **options: Network(**options)))
+    make_body = load("train_coco").make_body
+    if len(strides) == 4:
+        assert make_body("timm:network", pretrained=False)[1] == [8, 16, 32]
+    else:
+        with pytest.raises(ValueError, match=r"strides \(8, 16, 32\), got \[\(1, 16, 8, 8\), .* for 128 x 128"):
+            make_body("timm:network", pretrained=False)
 
 
 @pytest.mark.long
