@@ -1,4 +1,4 @@
-"""From mmdetection's configuration of PAA to training with this library: `python examples/mmdet_paa.py 20`.
+"""From mmdetection's configuration of PAA to training with this library: `python examples/mmdet_paa.py [steps]`.
 
 It trains on the picture of trees in the package. The backbone is small, so it also works on a CPU. With mmengine's Runner it is
 one line too: call `accelerate(runner.model)` before `runner.train()`.
@@ -29,9 +29,10 @@ detector = accelerate(MODELS.build(model))  # the one line
 
 trees = data.load()
 image = torch.from_numpy(np.array(data.picture(trees))).permute(2, 0, 1)[:, ::2, ::2]
+image = image.flip(0)  # mmdetection reads pictures as BGR
 boxes = InstanceData(bboxes=torch.from_numpy(trees.gt["bboxes"]) / 2, labels=torch.zeros(trees.num_gt, dtype=torch.int64))
 sample = DetDataSample(metainfo={"img_shape": image.shape[1:], "scale_factor": (1.0, 1.0)}, gt_instances=boxes)
 optimizer = OptimWrapper(torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9))
-for step in range(int(sys.argv[1])):
+for step in range(int(sys.argv[1]) if len(sys.argv) > 1 else 20):
     losses = detector.train_step({"inputs": [image], "data_samples": [sample]}, optimizer)
     print(step, {name: round(loss.item(), 3) for name, loss in losses.items()})

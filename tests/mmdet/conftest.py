@@ -19,6 +19,8 @@ if api.VERSION != (3, 3):  # tests of `paa_gpu.PAAHead` and of the documentation
         "test_head.py",
         "test_head_steps.py",
     ]
+if not api.IS_3X:  # the Runner came with 3.0
+    collect_ignore.append("test_runner.py")
 if api.LADHead is None:
     collect_ignore.append("test_lad.py")
 

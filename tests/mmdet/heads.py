@@ -72,6 +72,20 @@ class Heads(NamedTuple):
     accelerated: Any
 
 
+def small(config: str) -> Any:
+    """The model of a published configuration, made small."""
+    model = api.model_of(config)
+    model.pop("pretrained", None)
+    for prefix in ("", "teacher_") if config == LAD else ("",):
+        model[f"{prefix}backbone"].pop("init_cfg", None)  # pretrained weights
+        model[f"{prefix}backbone"].update(depth=18, base_channels=8)
+        model[f"{prefix}neck"].update(in_channels=[8, 16, 32, 64], out_channels=32)
+        model[f"{prefix}bbox_head"].update(in_channels=32, feat_channels=32, stacked_convs=1)
+    if config == LAD:
+        model.teacher_ckpt = None
+    return model
+
+
 def build(config: str = PAA, part: str = "bbox_head", **changes: Any) -> Any:
     """The head of a published configuration, with changes."""
     model = api.model_of(config)

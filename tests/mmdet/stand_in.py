@@ -18,8 +18,6 @@ from torch.nn.functional import one_hot
 
 
 class _Extension(types.ModuleType):
-    __spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)
-
     @staticmethod
     def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
         assert offset == 0, offset
@@ -59,3 +57,4 @@ def _focal_loss(scores: Tensor, target: Tensor, weight: Tensor, gamma: float, al
 
 
 sys.modules["mmcv._ext"] = _Extension("mmcv._ext")
+sys.modules["mmcv._ext"].__spec__ = importlib.machinery.ModuleSpec("mmcv._ext", None)  # which `importlib.util.find_spec` looks at

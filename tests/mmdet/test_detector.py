@@ -8,7 +8,7 @@ import api
 import pytest
 import torch
 from api import LADHead, PAAHead
-from heads import LAD, PAA, assert_same_detections, make_samples, under_the_tie_rule
+from heads import LAD, PAA, assert_same_detections, make_samples, small, under_the_tie_rule
 
 from paa_gpu.integrations.mmdet import LADHeadGPU, PAAHeadGPU, accelerate, restore
 
@@ -16,18 +16,9 @@ SIZE = (256, 320)
 CONFIGS = [PAA] if LADHead is None else [PAA, LAD]
 
 
-def small(config):
+def build(config):
     """The detector of a published configuration; some scores of an image are above the threshold."""
-    model = api.model_of(config)
-    model.pop("pretrained", None)
-    for prefix in ("", "teacher_") if config == LAD else ("",):
-        model[f"{prefix}backbone"].pop("init_cfg", None)  # pretrained weights
-        model[f"{prefix}backbone"].update(depth=18, base_channels=8)
-        model[f"{prefix}neck"].update(in_channels=[8, 16, 32, 64], out_channels=32)
-        model[f"{prefix}bbox_head"].update(in_channels=32, feat_channels=32, stacked_convs=1)
-    if config == LAD:
-        model.teacher_ckpt = None
-    detector = api.build_detector(model)
+    detector = api.build_detector(small(config))
     torch.nn.init.normal_(detector.bbox_head.atss_cls.weight, std=0.09)
     torch.nn.init.constant_(detector.bbox_head.atss_cls.bias, -8)
     return detector
@@ -57,7 +48,7 @@ def step(detector, images, samples):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_training_step(config, generator):
     """Losses within 1e-6, gradients from the head to the backbone within 1e-4 of the largest of each parameter."""
-    model = small(config)
+    model = build(config)
     accelerated = accelerate(copy.deepcopy(model))
     assert {type(head) for head in heads_of(accelerated)} == {LADHeadGPU if config == LAD else PAAHeadGPU}
     images, samples = torch.randn(2, 3, *SIZE, generator=generator), make_samples([7, 3], SIZE, 80, generator)
@@ -73,7 +64,7 @@ def test_a_training_step(config, generator):
 @pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
 def test_detections(config, generator):
-    model = small(config)
+    model = build(config)
     model.eval()  # LAD's returns nothing
     images, samples = torch.randn(2, 3, *SIZE, generator=generator), make_samples([0, 0], SIZE, 80, generator)
     got = api.detector_predict(accelerate(copy.deepcopy(model)), images, copy.deepcopy(samples))
@@ -84,7 +75,7 @@ def test_detections(config, generator):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_accelerated_and_restored(config):
-    model = small(config)
+    model = build(config)
     names = list(model.state_dict())
     assert list(accelerate(model).state_dict()) == names
     assert {type(head) for head in heads_of(restore(model))} == {LADHead if config == LAD else PAAHead}
