@@ -193,6 +193,26 @@ def check_levels(name: str, levels: Sequence[Tensor], channels: int | None, floa
         shape, dtypes = (*first.shape[:2], None, None), (first.dtype,)
 
 
+def check_pyramid(name: str, levels: Sequence[Tensor], strides: Sequence[int]) -> None:
+    """Maps in the order of their strides: sides of about 1 / stride of those of the images, if the sizes can be read.
+
+    However a network rounds, H cells are of more than (H - 1) * stride and less than (H + 1) * stride pixels. There must be a
+    number of pixels that fits all levels.
+    """
+    for axis, side in (2, "heights"), (3, "widths"):
+        cells = [level.shape[axis] for level in levels]
+        if not _are_known(cells):
+            return
+        least = max([(number - 1) * stride for number, stride in zip(cells, strides, strict=True)])
+        if least >= min([(number + 1) * stride for number, stride in zip(cells, strides, strict=True)]):
+            raise ValueError(f"`{name}` must have {side} that fit the strides {list(strides)}, got {cells}")
+
+
+def _are_known(sizes: Sequence[Any]) -> bool:
+    """Whether sizes are numbers. If a compiler's or a tracer's were compared, the graph would hold for these sizes alone."""
+    return not torch.compiler.is_compiling() and type(sizes[0]) is int
+
+
 def check_corners(name: str, boxes: Tensor) -> None:
     """Boxes that know their format, as torchvision's `tv_tensors` do, have that of corners."""
     layout = getattr(boxes, "format", None)
@@ -227,21 +247,29 @@ def check_targets(targets: Any, num_images: int, num_classes: int, device: torch
         check_classes(f"targets[{i}]['labels']", target["labels"], num_classes)
 
 
-def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None) -> None:
-    """(height, width) of each image, or Tensor[N, 2]. Not negative, if the values can be read."""
+def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None, level: Tensor, stride: int) -> None:
+    """(height, width) of each image, or Tensor[N, 2]. Not negative and within the batch, if the values can be read.
+
+    Of the batch, `level` is the first map: H cells are of less than (H + 1) * stride pixels.
+    """
+    cells = level.shape[2:]
+    most = [(number + 1) * stride for number in cells] if _are_known(cells) else [math.inf, math.inf]
     if isinstance(image_sizes, Tensor):
         check_tensor("image_sizes", image_sizes, (num_images, 2), (*FLOATS, *INDICES), device)
         values = values_of(image_sizes)
         if values is not None:
             refuse(~(values.min(1) >= 0), "image_sizes", values, "be at least 0")
+            refuse((values >= most).max(1), "image_sizes", values, f"be (height, width) within the batch, below {most}")
         return
     check_list("image_sizes", image_sizes, length=num_images, like="the batch")
     for i, size in enumerate(image_sizes):
         name = f"image_sizes[{i}]"
-        for number in _pair(name, size, "(height, width)"):
+        for number, limit in zip(_pair(name, size, "(height, width)"), most, strict=True):
             known = _check_number(name, number)
             if known is not None and not known >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {known}")
+            if known is not None and not known < limit:
+                raise ValueError(f"`{name}` must be (height, width) within the batch, below {most}, got {size}")
 
 
 def check_scale_factors(scale_factors: Any, num_images: int, device: torch.device | None) -> None:

@@ -27,6 +27,7 @@ from ._checks import (
     check_list,
     check_non_negative,
     check_positive,
+    check_pyramid,
     check_scale_factors,
     check_share,
     check_targets,
@@ -214,10 +215,12 @@ class PAAHead(nn.Module):
             offsets, and Tensor[N, 1, H_l, W_l] logits of the IoU.
 
         Raises:
-            TypeError, ValueError: not one tensor per stride; a level of another rank, N or number of channels.
+            TypeError, ValueError: not one tensor per stride; a level of another rank, N or number of channels. Outside of
+                `torch.compile`, also levels whose sides do not fit the strides, such as levels in another order.
         """
         check_list("features", features, "level", length=len(self.strides), like="`strides`")
         check_levels("features", features, self.in_channels)
+        check_pyramid("features", features, self.strides)
         cls_scores, bbox_preds, iou_preds = [], [], []
         for level, scale in zip(features, self.scales, strict=True):
             cls_feature, reg_feature = level, level
@@ -257,9 +260,9 @@ class PAAHead(nn.Module):
 
         Raises:
             TypeError, ValueError: as `forward`; a batch without images; a list without N entries; a target without `boxes` or
-                `labels`, or of the wrong shape, dtype, device or format (of `tv_tensors`); a negative size, or no `image_sizes`
-                although `allowed_border` is not negative. On the CPU, outside of `torch.compile`, also a label outside [0, C), a
-                box that is not finite, and a box with x1 > x2 or y1 > y2.
+                `labels`, or of the wrong shape, dtype, device or format (of `tv_tensors`); a size that is negative or beyond the
+                batch, or no `image_sizes` although `allowed_border` is not negative. On the CPU, outside of `torch.compile`, also
+                a label outside [0, C), a box that is not finite, and a box with x1 > x2 or y1 > y2.
 
         On a GPU and in a compiled graph, an error would have to wait for the device. There, a box with a label outside [0, C)
         belongs to no class. A box that is not finite, or has x1 > x2 or y1 > y2, makes `loss_bbox` NaN. An image without an
@@ -269,7 +272,7 @@ class PAAHead(nn.Module):
         num_images = self._num_images(features)
         check_targets(targets, num_images, self.num_classes, features[0].device)
         if image_sizes is not None:
-            check_image_sizes(image_sizes, num_images, features[0].device)
+            check_image_sizes(image_sizes, num_images, features[0].device, features[0], self.strides[0])
         elif self.allowed_border >= 0:
             raise ValueError(f"`image_sizes` must be given with an `allowed_border` of {self.allowed_border}, got None")
         cls_scores, bbox_preds, iou_preds = self(features)
@@ -337,13 +340,13 @@ class PAAHead(nn.Module):
 
         Raises:
             TypeError, ValueError: as `forward`; a list without N entries, or a tensor of the wrong shape, dtype or device; a size
-                or a factor that is no number or pair of numbers; a size that is negative or NaN; a factor that is not positive.
-                The values of tensors on a device are not checked, because that would wait.
+                or a factor that is no number or pair of numbers; a size that is negative, NaN or beyond the batch; a factor that
+                is not positive. The values of tensors on a device are not checked, because that would wait.
 
         NMS is that of `batched_nms`: equal scores by index, and each class on its own, exactly.
         """
         num_images, device = self._num_images(features), features[0].device
-        check_image_sizes(image_sizes, num_images, device)
+        check_image_sizes(image_sizes, num_images, device, features[0], self.strides[0])
         if scale_factors is not None:
             check_scale_factors(scale_factors, num_images, device)
         check_bool("padded", padded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -91,9 +92,13 @@ INPUTS = [
     (make_features(1), make_targets([2]), [SIZE, SIZE], "`image_sizes` must have 1 entry as the batch has, got 2"),
     (make_features(1), make_targets([2]), [96], "`image_sizes[0]` must be (height, width), got 96"),
     (make_features(1), make_targets([2]), torch.zeros(2, 2), "`image_sizes` must have shape [1, 2], got [2, 2]"),
-    (make_features(1), make_targets([2]), [(96, -1)], "`image_sizes[0]` must be at least 0, got -1"),
-    (make_features(1), make_targets([2]), [(float("nan"), 96)], "`image_sizes[0]` must be at least 0, got nan"),
-    (make_features(1), make_targets([2]), torch.tensor([[96, -1]]), "`image_sizes` must be at least 0, got [96, -1] at position 0"),
+    (make_features(1), make_targets([2]), [(64, -1)], "`image_sizes[0]` must be at least 0, got -1"),
+    (make_features(1), make_targets([2]), [(float("nan"), 64)], "`image_sizes[0]` must be at least 0, got nan"),
+    (make_features(1), make_targets([2]), torch.tensor([[64, -1]]), "`image_sizes` must be at least 0, got [64, -1] at position 0"),
+    (make_features(1), make_targets([2]), [SIZE[::-1]], "`image_sizes[0]` must be (height, width) within the batch, below [72, 104], got (96, 64)"),
+    (make_features(2), make_targets([2, 1]), torch.tensor([SIZE, (64, 104)]), "`image_sizes` must be (height, width) within the batch, below [72, 104], got [64, 104] at position 1"),
+    (make_features(1)[::-1], make_targets([2]), None, "`features` must have heights that fit the strides [8, 16], got [4, 8]"),
+    ([level[:, :, :1] for level in make_features(1)[::-1]], make_targets([2]), None, "`features` must have widths that fit the strides [8, 16], got [6, 12]"),
     (make_features(1), boxes_of(boxes=as_tv(torch.rand(2, 4), "XYWH")), None, "`targets[0]['boxes']` must have the format XYXY, got XYWH"),
     (make_features(1), boxes_of(ignored_boxes=as_tv(torch.rand(1, 4), "CXCYWH")), None, "`targets[0]['ignored_boxes']` must have the format XYXY, got CXCYWH"),
 ]  # fmt: skip
@@ -104,6 +109,23 @@ def test_wrong_inputs(features, targets, sizes, message):
     with pytest.raises(ValueError) as error:
         make_head().loss(features, targets, sizes)
     assert str(error.value) == message
+
+
+def test_levels_of_any_rounding_fit_their_strides():
+    """Each level has half of the cells of the one before, rounded up or down."""
+    for pixels in range(300):
+        for roundings in itertools.product([0, 1], repeat=5):
+            cells = [(pixels + 7 * roundings[0]) // 8]
+            for up in roundings[1:]:
+                cells.append((cells[-1] + up) // 2)
+            levels = [torch.empty(0, 0, number, number) for number in cells]
+            _checks.check_pyramid("features", levels, (8, 16, 32, 64, 128))
+
+
+def test_sizes_up_to_the_last_cell():
+    """Of networks that round down, an image has up to 7 pixels more than the cells of the first level."""
+    make_head().loss(make_features(1), make_targets([2]), [(71, 103)])
+    make_head().loss(make_features(1), make_targets([2]), torch.tensor([[71.9, 103.9]]))
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1000.0])
