@@ -127,6 +127,25 @@ def test_voting(dtype, rng, tmp_path):
             torch.testing.assert_close(got, part, rtol=0, atol=ROUNDING[part.dtype], equal_nan=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [0, 2, 3])
+def test_voting_computes_in_the_widest_dtype(wide, rng, tmp_path):
+    """One of the three has digits, or scores, that only float64 can tell apart."""
+    voters = [*make_voters(2, 12, 30, rng)[:4]]
+    voters[wide] = voters[wide].double()
+    if wide == 3:
+        voters[3] *= 1e-50
+    else:
+        for i in (0, 2):
+            voters[i][..., :4] += 2**24
+        voters[wide][..., :4] += 0.3
+    module = Vote()
+    module.forward = lambda *columns: paa_gpu.score_voting_batch(*columns, 1e-60, 0.1)
+    run = to_onnx(module, tuple(voters), None, tmp_path / "voting.onnx")
+    for got, part in zip(run(*voters), module(*voters), strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-12 if got.dtype == torch.float64 else 1e-7, atol=0, equal_nan=True)
+
+
 class Soft(nn.Module):
     def forward(self, boxes, scores):
         return paa_gpu.batched_nms(boxes[None], scores[None], None, 0.5, method="linear")

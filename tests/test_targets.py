@@ -264,6 +264,13 @@ def test_what_is_kept(monkeypatch):
     assert of((2, 3), (1, 2)) is not first
 
 
+def test_nothing_is_kept_of_a_trace():
+    """What is made there are values of the graph, for sizes that no other call has."""
+    kept = Kept()
+    torch.jit.trace(lambda level: level + kept.of([level], lambda: level.sum()), torch.ones(1, 1, 2, 2), check_trace=False)
+    assert not kept._values
+
+
 def test_what_is_kept_trains_after_inference():
     kept, levels = Kept(), [torch.empty(1, 1, 2, 2)]
     with torch.inference_mode():
