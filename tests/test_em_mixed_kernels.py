@@ -222,7 +222,10 @@ def test_who_asks_the_device(rng):
     rows, head = torch.from_numpy(rng.random((3, 20))), paa_gpu.PAAHead(2, 1, 1, 0, 1)
     calls = {
         lambda: paa_gpu.paa_reassign(*tensors, batch.anchors[0], num_classes=batch.num_classes, num_gt=2): 1,
-        lambda: head.loss([torch.zeros(1, 1, 2, 2)] * 5, [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1).long()}]): 2,
+        lambda: head.loss(
+            [torch.zeros(1, 1, size, size) for size in (4, 2, 1, 1, 1)],
+            [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1).long()}],
+        ): 2,
         lambda: paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options): 0,
         lambda: paa_gpu.fit_gmm_1d(rows): 0,
     }

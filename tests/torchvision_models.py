@@ -37,9 +37,18 @@ def anchors() -> AnchorGenerator:
     return AnchorGenerator(((8, 12, 18), (16, 24, 36), (32, 48, 72)), (RATIOS,) * 3)
 
 
+def with_differences(head: nn.Module) -> nn.Module:
+    """The head with larger weights. torchvision's are so small that anchors of like overlap have equal losses but for rounding,
+    and which of them become positive then depends on the processor."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.1)
+    return head
+
+
 def retinanet(box_loss: str = "l1", num_classes: int = 3, **options) -> detection.RetinaNet:
     model = detection.RetinaNet(backbone(), num_classes, min_size=SIZE, max_size=2 * SIZE, anchor_generator=anchors(), **options)
-    model.head.regression_head._loss_type = box_loss
+    with_differences(model.head).regression_head._loss_type = box_loss
     return model
 
 

@@ -9,8 +9,10 @@ These names are not public. If a later numba has no such names to import, `_loop
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from llvmlite.binding import parse_assembly
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
@@ -18,7 +20,20 @@ from numba.core.typed_passes import NativeLowering
 
 
 class PartLibrary(JITCodeLibrary):
-    """The optimised intermediate representation of a part, which never goes to the compiler of machine code."""
+    """The intermediate representation of a part, which never goes to the compiler of machine code."""
+
+    #: What allows LLVM to add up in any order, in its text: flags of an addition or subtraction.
+    ANY_ORDER = re.compile(r"(?<== f(?:add|sub)) reassoc nsz arcp(?= )")
+
+    def _optimize_final_module(self) -> None:
+        """Choose the order of sums.
+
+        Loops that share the part would each choose an order of their own, and a batch would not get the bits of its images. All
+        else is optimised in the loop.
+        """
+        if self.ANY_ORDER.search(str(self._final_module)):
+            super()._optimize_final_module()
+            self._final_module = parse_assembly(self.ANY_ORDER.sub("", str(self._final_module)))
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
