@@ -31,6 +31,9 @@ CELLS = 16  # of the grid, along each side of what the detections span
 SIZES = 2  # of boxes: up to half as long as the longest detection, and the others
 TILE = 256  # boxes
 
+# What the loops make are tables of int32 and of real numbers, also where one row is enough: numba compiles `np.empty` for each
+# dtype and each number of dimensions, and a first call takes a twentieth of a second longer by each.
+
 # Detections below which a second thread costs more than it saves, measured on 2 cores: a detection takes 1 us, handing over to a
 # thread 100.
 SERIAL_ROWS = 256
@@ -64,31 +67,32 @@ def _is_finite(boxes: Any, i: int) -> Any:
 
 
 @inner
-def _classes(first: int, last: int, order: Any, det: Any, label: Any, all_classes: int, offset: Any) -> tuple[Any, Any, Any]:
+def _classes(first: int, last: int, order: Any, det: Any, label: Any, all_classes: int, offset: Any) -> tuple[Any, ...]:
     """The classes of some detections.
 
     Returns:
-        number [C], the number of a class among these, -1 if no detection has it; the classes; span [classes, 4], what the
-        detections of each class span.
+        number [C], the number of a class among these, -1 if no detection has it; the classes; size [C], 0 for each class; span
+        [C, 4], what the detections of each of these classes span.
     """
     real, n = det.dtype.type, 0
-    number, classes = np.empty(all_classes, np.int64), np.empty(all_classes, np.int64)
-    span = np.empty((all_classes, 4), det.dtype)
+    table, span = np.empty((3, all_classes), np.int32), np.empty((all_classes, 4), det.dtype)
+    number, classes, size = table[0], table[1], table[2]
     for c in range(all_classes):
-        number[c] = -1
+        number[c], size[c] = -1, 0
     for row in range(first, last):
         at = order[row]
         c = label[at]
         if 0 <= c < all_classes and _is_finite(det, at):
             if number[c] < 0:
                 number[c], classes[n] = n, c
-                span[n, 0] = span[n, 1] = real(np.inf)
-                span[n, 2] = span[n, 3] = real(-np.inf)
+                for axis in range(2):
+                    span[n, axis], span[n, axis + 2] = real(np.inf), real(-np.inf)
                 n += 1
             k = number[c]
-            span[k, 0], span[k, 1] = min(span[k, 0], det[at, 0]), min(span[k, 1], det[at, 1])
-            span[k, 2], span[k, 3] = max(span[k, 2], det[at, 2] + offset), max(span[k, 3], det[at, 3] + offset)
-    return number, classes[:n], span
+            for axis in range(2):
+                span[k, axis] = min(span[k, axis], det[at, axis])
+                span[k, axis + 2] = max(span[k, axis + 2], det[at, axis + 2] + offset)
+    return number, classes[:n], size, span
 
 
 @inner
@@ -117,7 +121,8 @@ def _neighbours(boxes: Any, det: Any, label: Any, all_classes: int) -> Any:
             longest = max(longest, max(x2 - x1, y2 - y1))  # two by two: numba compiles a function for each number
     scale_x, scale_y, half = real(CELLS) / (right - left), real(CELLS) / (bottom - top), longest / real(2)
     n = len(boxes) // 4
-    group, start, ordered = np.empty(n, np.int32), np.empty(GROUPS + 2, np.int32), np.empty(n, np.int32)
+    table = np.empty((2, n), np.int32)
+    group, ordered, start = table[0], table[1], np.empty((1, GROUPS + 2), np.int32)[0]
     for g in range(len(start)):
         start[g] = 0
     for i in range(n):
@@ -142,11 +147,11 @@ def _neighbours(boxes: Any, det: Any, label: Any, all_classes: int) -> Any:
 def _corners(boxes: Any, offset: Any, ordered: Any) -> Any:
     """Corners and area [5, n] of the boxes in this order."""
     corner = np.empty((5, len(ordered)), boxes.dtype)
-    x1, y1, x2, y2, area = corner[0], corner[1], corner[2], corner[3], corner[4]
     for i in range(np.uint64(len(ordered))):
         at = ordered[i]
-        x1[i], y1[i], x2[i], y2[i] = boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2] + offset, boxes[4 * at + 3] + offset
-        area[i] = (x2[i] - x1[i]) * (y2[i] - y1[i])
+        x1, y1, x2, y2 = boxes[4 * at], boxes[4 * at + 1], boxes[4 * at + 2] + offset, boxes[4 * at + 3] + offset
+        corner[0, i], corner[1, i], corner[2, i], corner[3, i] = x1, y1, x2, y2
+        corner[4, i] = (x2 - x1) * (y2 - y1)
     return corner
 
 
@@ -163,24 +168,21 @@ def _span(corner: Any, first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
 
 @inner
 def _candidates(
-    boxes: Any, scores: Any, all_classes: int, threshold: Any, offset: Any, ordered: Any, classes: Any, span: Any
-) -> tuple[Any, Any, Any, Any]:
+    boxes: Any, scores: Any, all_classes: int, threshold: Any, offset: Any, ordered: Any, classes: Any, size: Any, span: Any
+) -> tuple[Any, Any, Any]:
     """The boxes in this order, and where they are candidates: their score is above the threshold, and they touch what the
     detections of the class span. `boxes` [4 * n] and `scores` [n * all_classes] are flat.
 
     Returns:
-        corner [5, n], corners and area of the boxes; index and score [classes, n + 1] of the candidates of each class; how many
-        it has.
+        corner [5, n], corners and area of the boxes; index and score [classes, n + 1] of the candidates of each class. How many
+        these are goes to `size`.
     """
     n = np.uint64(len(ordered))
     corner, row = _corners(boxes, offset, ordered), np.uint64(all_classes)
     # One place more than there are boxes: what is no candidate is written behind those that are.
     lists = (len(classes), len(ordered) + 1)
-    index, score = np.empty(lists, np.uint32), np.empty(lists, boxes.dtype)
-    size, own, kept = np.empty(len(classes), np.int64), np.empty(TILE, boxes.dtype), np.empty(TILE, np.uint8)
-    x1, y1, x2, y2 = corner[0], corner[1], corner[2], corner[3]
-    for k in range(len(classes)):
-        size[k] = 0
+    index, score = np.empty(lists, np.int32), np.empty(lists, boxes.dtype)
+    own, kept = np.empty((1, TILE), boxes.dtype)[0], np.empty((1, TILE), np.int32)[0]
     # By tiles whose scores fit into a second-level cache, since a class has one number in each row of them. A class skips a tile
     # that lies beside its detections. A class that is alone has detections almost everywhere, so nobody looks for such a tile.
     # Unsigned: an index that may be negative takes a branch. One loop after the other, so that the first two fill vector
@@ -199,8 +201,8 @@ def _candidates(
                 own[j] = scores[np.uint64(ordered[first + j]) * row + c]
             for j in range(tile):
                 i = first + j
-                across = (right > x1[i]) & (x2[i] > left)
-                kept[j] = across & (bottom > y1[i]) & (y2[i] > top) & (own[j] > threshold)
+                across = (right > corner[0, i]) & (corner[2, i] > left)
+                kept[j] = across & (bottom > corner[1, i]) & (corner[3, i] > top) & (own[j] > threshold)
             start = found = np.uint64(size[k])
             for j in range(tile):
                 index[k, found] = first + j
@@ -208,7 +210,7 @@ def _candidates(
             for at in range(start, found):
                 score[k, at] = own[np.uint64(index[k, at]) - first]
             size[k] = found
-    return corner, index, score, size
+    return corner, index, score
 
 
 @inner
@@ -224,10 +226,11 @@ def _gather(corner: Any, index: Any, score: Any, size: int, voter: Any, bounds: 
         right = bottom = real(-np.inf)
         for at in range(np.uint64(b * BLOCK), min(np.uint64((b + 1) * BLOCK), stop)):
             box = np.uint64(index[at])
-            x1, y1, x2, y2 = corner[0, box], corner[1, box], corner[2, box], corner[3, box]
-            voter[0, at], voter[1, at], voter[2, at], voter[3, at] = x1, y1, x2, y2
-            voter[4, at], voter[5, at] = corner[4, box], score[at]
-            left, top, right, bottom = min(left, x1), min(top, y1), max(right, x2), max(bottom, y2)
+            for side in range(5):
+                voter[side, at] = corner[side, box]
+            voter[5, at] = score[at]
+            left, top = min(left, voter[0, at]), min(top, voter[1, at])
+            right, bottom = max(right, voter[2, at]), max(bottom, voter[3, at])
         bounds[0, b], bounds[1, b], bounds[2, b], bounds[3, b] = left, top, right, bottom
     for side in range(6):
         for at in range(stop, np.uint64(blocks * BLOCK)):
@@ -291,8 +294,9 @@ def _touched(box: Any, bounds: Any, blocks: Any, touched: Any, edge: Any) -> int
 def _room(boxes: int, real: Any) -> tuple[Any, Any, Any, Any, Any]:
     """What `_vote_image` needs for itself: voter and bounds for as many voters as boxes, total, touched and edge."""
     blocks = (boxes + BLOCK - 1) // BLOCK
-    voter, bounds, total = np.empty((6, blocks * BLOCK), real), np.empty((4, blocks), real), np.empty(5, real)
-    touched, edge = np.empty(blocks + 2, np.uint8), np.empty(blocks + 2, np.int64)
+    voter, bounds, total = np.empty((6, blocks * BLOCK), real), np.empty((4, blocks), real), np.empty((1, 5), real)[0]
+    table = np.empty((2, blocks + 2), np.int32)
+    touched, edge = table[0], table[1]
     touched[0] = False
     return voter, bounds, total, touched, edge
 
@@ -316,9 +320,9 @@ def _vote_image(
         begin -= 1
     while end < len(order) and label[order[end]] == label[order[last - 1]]:
         end += 1
-    number, classes, span = _classes(begin, end, order, det, label, all_classes, pixel)
+    number, classes, size, span = _classes(begin, end, order, det, label, all_classes, pixel)
     ordered = _neighbours(boxes, det, label, all_classes)
-    corner, index, score, size = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, span)
+    corner, index, score = _candidates(boxes, scores, all_classes, real(score_thr), pixel, ordered, classes, size, span)
     voter, bounds, total, touched, edge = _room(len(ordered), det.dtype)
     gathered, blocks = -1, 0
     for row in range(first, last):
