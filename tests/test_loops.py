@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import llvmlite.binding
 import numba
 import pytest
 import torch
@@ -142,6 +143,44 @@ OTHER_NUMBA = """
 from numba.core import codegen
 del codegen.JITCodeLibrary
 """
+
+
+IN_THREE_LOOPS = """
+import numpy as np, torch, paa_gpu
+from paa_gpu import testing
+from paa_gpu.separation import separate
+
+batch = testing.make_batch([40, 60, 1, 50] * 3, np.random.default_rng(0))
+rows = 0
+for precision in ("float64", "float32"):
+    for covariance_type in ("diag", "tied"):
+        options = {"precision": precision, "covariance_type": covariance_type}
+        whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, **options).fit
+        called = paa_gpu.paa_reassign_batch(
+            *batch.arguments, **batch.options, **options, separation=lambda *columns: separate(*columns, "mmdet")
+        ).fit
+        alone = [
+            paa_gpu.paa_reassign_batch(
+                *([column[i]] for column in batch.arguments), num_classes=batch.num_classes, num_gts=[number], **options
+            ).fit
+            for i, number in enumerate(batch.num_gts)
+        ]
+        for i in range(7):
+            for other in (called[i], torch.cat([fit[i] for fit in alone])):
+                assert torch.equal(whole[i].nan_to_num(7), other.nan_to_num(7)), (options, i)
+        rows += len(whole[0])
+print(rows)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["host", "haswell", "generic"])
+def test_loops_that_share_a_fit_have_the_same_bits(processor, tmp_path):
+    """A batch, its images alone, and a separation of the caller, whose fit is in a third loop. Haswell has AVX2, without AVX-512."""
+    if processor == "haswell" and not llvmlite.binding.get_host_cpu_features().get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    environment = {} if processor == "host" else {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    assert run(IN_THREE_LOOPS, tmp_path, **environment).stdout == "1812\n"
 
 
 @pytest.mark.slow

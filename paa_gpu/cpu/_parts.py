@@ -4,7 +4,8 @@ A part is inlined wherever it is called, so nobody calls its machine code. numba
 longer by that. So a part keeps what numba makes before: the intermediate representation, which the loop is linked with. A part
 cannot call itself.
 
-These names are not public. If a later numba has no such names to import, `_loops` does without this module.
+These names are not public. If a later numba has no such names to import, `_loops` does without this module. Sums of two loops may
+then differ in the last bit.
 """
 
 from __future__ import annotations
