@@ -152,23 +152,22 @@ from paa_gpu.separation import separate
 
 batch = testing.make_batch([40, 60, 1, 50] * 3, np.random.default_rng(0))
 rows = 0
-for precision in ("float64", "float32"):
-    for covariance_type in ("diag", "tied"):
-        options = {"precision": precision, "covariance_type": covariance_type}
-        whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, **options).fit
-        called = paa_gpu.paa_reassign_batch(
-            *batch.arguments, **batch.options, **options, separation=lambda *columns: separate(*columns, "mmdet")
+for covariance_type in ("diag", "tied"):
+    options = {"covariance_type": covariance_type, "precision": "float64"}
+    whole = paa_gpu.paa_reassign_batch(*batch.arguments, **batch.options, **options).fit
+    called = paa_gpu.paa_reassign_batch(
+        *batch.arguments, **batch.options, **options, separation=lambda *columns: separate(*columns, "mmdet")
+    ).fit
+    alone = [
+        paa_gpu.paa_reassign_batch(
+            *([column[i]] for column in batch.arguments), num_classes=batch.num_classes, num_gts=[number], **options
         ).fit
-        alone = [
-            paa_gpu.paa_reassign_batch(
-                *([column[i]] for column in batch.arguments), num_classes=batch.num_classes, num_gts=[number], **options
-            ).fit
-            for i, number in enumerate(batch.num_gts)
-        ]
-        for i in range(7):
-            for other in (called[i], torch.cat([fit[i] for fit in alone])):
-                assert torch.equal(whole[i].nan_to_num(7), other.nan_to_num(7)), (options, i)
-        rows += len(whole[0])
+        for i, number in enumerate(batch.num_gts)
+    ]
+    for i in range(7):
+        for other in (called[i], torch.cat([fit[i] for fit in alone])):
+            assert torch.equal(whole[i].nan_to_num(7), other.nan_to_num(7)), (options, i)
+    rows += len(whole[0])
 print(rows)
 """
 
@@ -181,7 +180,7 @@ def test_loops_that_share_a_fit_have_the_same_bits(tmp_path):
     For Haswell, which has AVX2 but no AVX-512: with the latter, loops happen to order sums alike. Tests of the reassignment
     compare what this processor itself gets.
     """
-    assert run(IN_THREE_LOOPS, tmp_path, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="").stdout == "1812\n"
+    assert run(IN_THREE_LOOPS, tmp_path, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="").stdout == "906\n"
 
 
 @pytest.mark.slow
