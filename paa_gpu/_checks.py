@@ -196,8 +196,8 @@ def check_levels(name: str, levels: Sequence[Tensor], channels: int | None, floa
 def check_pyramid(name: str, levels: Sequence[Tensor], strides: Sequence[int]) -> None:
     """Maps in the order of their strides: sides of about 1 / stride of those of the images, if the sizes can be read.
 
-    However a network rounds, H cells are of more than (H - 1) * stride and less than (H + 1) * stride pixels. There must be a
-    number of pixels that fits all levels.
+    H cells cover more than (H - 1) * stride and less than (H + 1) * stride pixels, whether a network rounds up or down. One
+    number of pixels must fit all levels.
     """
     for axis, side in (2, "heights"), (3, "widths"):
         cells = [level.shape[axis] for level in levels]
@@ -250,7 +250,7 @@ def check_targets(targets: Any, num_images: int, num_classes: int, device: torch
 def check_image_sizes(image_sizes: Any, num_images: int, device: torch.device | None, level: Tensor, stride: int) -> None:
     """(height, width) of each image, or Tensor[N, 2]. Not negative and within the batch, if the values can be read.
 
-    Of the batch, `level` is the first map: H cells are of less than (H + 1) * stride pixels.
+    `level` is the first map of the batch. Its H cells cover less than (H + 1) * stride pixels.
     """
     cells = level.shape[2:]
     most = [(number + 1) * stride for number in cells] if _are_known(cells) else [math.inf, math.inf]
